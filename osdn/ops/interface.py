@@ -1,0 +1,198 @@
+"""The front door of the operator: documentation, validation and the choice of a backend."""
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from osdn.ops import reference
+from osdn.ops.registration import register
+from osdn.ops.rule import Rule
+from osdn.ops.validation import check_cu_seqlens, check_rule, check_shapes, check_tensors
+
+BACKENDS = {
+    "chunkwise": register("chunkwise", "osdn.ops.chunkwise"),
+    "numba": register("numba", "osdn.ops.compiled"),
+}
+HAS_NUMBA = find_spec("numba") is not None
+
+
+def online_scaled_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_gamma: Tensor | None = None,
+    *,
+    eta: float = 1.0,
+    beta_aware: bool = False,
+    precond_min: float | None = None,
+    precond_max: float | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    initial_precond: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The online scaled delta rule over whole sequences, differentiable in every tensor.
+
+    For t = 1..T, with s_t = k_t ⊙ k_t, memory S (K×V) and preconditioner d (K):
+
+        e_t     = v_t − S_{t−1}ᵀ k_t
+        S_t     = S_{t−1} + β_t (d_t ⊙ k_t) e_tᵀ
+        o_t     = scale · S_tᵀ q_t
+        x_t     = 1 − b_t ⟨d_t, s_t⟩                            b_t = β_t if beta_aware else 1
+        d_{t+1} = clip(γ_t d_t + η b_t x_t s_t, precond_min, precond_max)
+
+    With eta=0, no log_gamma and no box, d stays initial_precond: the plain delta rule.
+
+    Args:
+        q, k: [B, T, H, K] queries and keys, of one floating dtype. k is used as given: normalise
+            it yourself (the layer does); unit keys are what the theory and the defaults assume.
+        v: [B, T, H, V] values, same dtype. Under autocast q, k and v are cast to its dtype.
+        beta: [B, T, H] write strength β_t in [0, 2], any floating dtype.
+        log_gamma: [B, T, H] log of the retention γ_t, ≤ 0 (APF); None means γ = 1.
+        eta: step size η of the hypergradient descent, in [0, 2].
+        beta_aware: let the hypergradient see the step's own β_t.
+        precond_min, precond_max: the box d is clipped to after each token; both or neither.
+            With unit keys and β ≤ 1 the box [0, 2] makes every erase a contraction.
+        scale: factor on the reads; None means K^-0.5.
+        initial_state: [N, H, K, V] memory to start from (N = B, or the number of sequences in
+            cu_seqlens); None means zeros.
+        initial_precond: [N, H, K], or [H, K] for all sequences; None means ones.
+        output_final_state: also return the memory and the preconditioner after the last token.
+        cu_seqlens: [N + 1] int32 or int64 offsets of sequences packed along T; B must be 1.
+            0 = cu_seqlens[0] < ... < cu_seqlens[N] = T. Not looked at under torch.compile.
+        backend: "auto" (triton for CUDA tensors, numba for CPU tensors where it is installed,
+            else chunkwise), "reference", "chunkwise", "numba" or "triton".
+
+    Returns:
+        o: [B, T, H, V] in v's dtype; final_state: [N, H, K, V] and final_precond: [N, H, K] in
+        float32 (float64 for float64 input and in the reference), or None and None.
+
+    Padding: a token with k = 0, beta = 0 and log_gamma = 0 changes neither S nor d.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device, option or backend; the message names the
+            argument, what was expected and what came.
+
+    Source: arXiv 2605.13473; the delta rule in chunks is arXiv 2406.06484.
+    """
+    q, k, v = _autocast(q, k, v)
+    check_tensors(q=q, k=k, v=v, beta=beta, log_gamma=log_gamma,
+                  initial_state=initial_state, initial_precond=initial_precond)  # fmt: skip
+    sequences = check_shapes(q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, q)
+    check_rule(eta, precond_min, precond_max)
+    backend = _choose(backend, q)
+
+    (H, K), V = q.shape[2:], v.shape[-1]
+    rule = Rule(eta, beta_aware, precond_min, precond_max, K**-0.5 if scale is None else scale)
+    accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if initial_state is None:
+        initial_state = q.new_zeros(sequences, H, K, V, dtype=accumulate)
+    if initial_precond is None:
+        initial_precond = q.new_ones(sequences, H, K, dtype=accumulate)
+    initial_precond = initial_precond.expand(sequences, H, K)
+
+    if backend == "reference":
+        tensors = (q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
+        o, state, precond = reference.forward(*tensors, rule)
+    else:
+        small = (beta, log_gamma, initial_state, initial_precond)
+        beta, log_gamma, initial_state, initial_precond = (
+            None if x is None else x.to(accumulate).contiguous() for x in small
+        )
+        tensors = (q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
+        save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+        o, state, precond, _ = BACKENDS[backend].rule(*tensors, *rule, save)
+    return (o, state, precond) if output_final_state else (o, None, None)
+
+
+def online_scaled_delta_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_gamma: Tensor | None = None,
+    *,
+    state: Tensor,
+    precond: Tensor,
+    eta: float = 1.0,
+    beta_aware: bool = False,
+    precond_min: float | None = None,
+    precond_max: float | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One token of `online_scaled_delta_rule`, for decoding: constant time and memory per token.
+
+    Args:
+        q, k: [B, H, K].  v: [B, H, V].  beta, log_gamma: [B, H]; None means γ = 1.
+        state: [B, H, K, V], contiguous, float32 (float64 for float64 input); updated in place.
+        precond: [B, H, K], likewise.
+        eta, beta_aware, precond_min, precond_max, scale, backend: as in the rule.
+
+    Returns:
+        (o, state, precond): o is [B, H, V] in v's dtype; state and precond are the same tensors
+        that were given, now after this token. Not differentiable: train with the rule.
+
+    Raises:
+        ValueError: as the rule does, and where a gradient would be needed.
+    """
+    q, k, v = _autocast(q, k, v)
+    check_tensors(q=q, k=k, v=v, beta=beta, log_gamma=log_gamma, state=state, precond=precond)
+    time = (x if x is None else x.unsqueeze(1) for x in (q, k, v, beta, log_gamma))
+    check_shapes(*time, state, precond, None, names=("state", "precond"))
+    check_rule(eta, precond_min, precond_max)
+    backend = _choose(backend, q)
+    accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
+    for name, x in (("state", state), ("precond", precond)):
+        if x.dtype != accumulate or not x.is_contiguous():
+            raise ValueError(
+                f"{name}: expected a contiguous {accumulate} tensor, got {x.dtype} with strides "
+                f"{x.stride()}; keep it as the rule returned it"
+            )
+    given = (q, k, v, beta, log_gamma, state, precond)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
+        raise ValueError(
+            "online_scaled_delta_step: expected tensors that need no gradient, since it works in "
+            "place; call it under torch.no_grad(), or use online_scaled_delta_rule to train"
+        )
+    rule = Rule(
+        eta, beta_aware, precond_min, precond_max, q.shape[-1] ** -0.5 if scale is None else scale
+    )
+    if backend == "reference":
+        return reference.step(*given, rule), state, precond
+    beta, log_gamma = (
+        None if x is None else x.to(accumulate).contiguous() for x in (beta, log_gamma)
+    )
+    o = BACKENDS[backend].step(q, k, v, beta, log_gamma, state, precond, *rule)
+    return o, state, precond
+
+
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in the autocast dtype where autocast is on for their device, else as they are."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [
+        x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
+    ]
+
+
+def _choose(backend: str, q: Tensor) -> str:
+    if backend == "auto":
+        if q.is_cuda and "triton" in BACKENDS:
+            return "triton"
+        return "numba" if HAS_NUMBA and q.device.type == "cpu" else "chunkwise"
+    if backend not in ("reference", *BACKENDS):
+        names = ", ".join(repr(x) for x in ("auto", "reference", *BACKENDS))
+        raise ValueError(f"backend: expected one of {names}, got {backend!r}")
+    if backend == "numba" and (not HAS_NUMBA or q.device.type != "cpu"):
+        problem = f"tensors on {q.device}" if HAS_NUMBA else "no numba (pip install 'osdn[cpu]')"
+        raise ValueError(f"backend: 'numba' needs CPU tensors and numba installed, got {problem}")
+    return backend

@@ -1,0 +1,137 @@
+"""Each backend as torch.library custom operators, so that torch.compile sees it without a graph break.
+
+A backend is a module with four functions over plain tensors (shapes as in osdn.ops.interface; the
+gates, initial_state [N, H, K, V] and initial_precond [N, H, K] contiguous and in the accumulation
+dtype, float32, or float64 for float64 input):
+
+    forward(q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens, rule, save)
+        -> (o, final_state, final_precond, saved)     saved: what backward wants; used if save
+    saved_like(q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens, save)
+        -> empty tensors of the shapes and dtypes of saved, of no data-dependent size
+    backward(do, dfinal_state, dfinal_precond, *the eight tensors above*, saved, rule)
+        -> [dq, dk, dv, dbeta, dinitial_state, dinitial_precond] + [dlog_gamma] if it was given
+    step(q, k, v, beta, log_gamma, state, precond, rule) -> o, with state and precond updated in place
+
+No output may alias an input. `register` is all there is to adding one; its module is imported at
+the first call, so that a backend's dependencies (numba, Triton) cost nothing until then.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from osdn.ops.rule import Rule
+
+
+class Backend(NamedTuple):
+    """The operators of one backend; see the interface for what they compute."""
+
+    rule: Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]
+    step: Callable[..., Tensor]
+
+
+def register(name: str, module_name: str) -> Backend:
+    """Define osdn::{name}, osdn::{name}_backward and osdn::{name}_step over the module's functions."""
+
+    def module() -> Any:
+        return import_module(module_name)
+
+    def rule_op(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        log_gamma: Tensor | None,
+        initial_state: Tensor,
+        initial_precond: Tensor,
+        cu_seqlens: Tensor | None,
+        eta: float,
+        beta_aware: bool,
+        precond_min: float | None,
+        precond_max: float | None,
+        scale: float,
+        save: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        tensors = (q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
+        rule = Rule(eta, beta_aware, precond_min, precond_max, scale)
+        return module().forward(*tensors, rule, save)
+
+    def backward_op(
+        do: Tensor,
+        dfinal_state: Tensor,
+        dfinal_precond: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        log_gamma: Tensor | None,
+        initial_state: Tensor,
+        initial_precond: Tensor,
+        cu_seqlens: Tensor | None,
+        saved: list[Tensor],
+        eta: float,
+        beta_aware: bool,
+        precond_min: float | None,
+        precond_max: float | None,
+        scale: float,
+    ) -> list[Tensor]:
+        tensors = (q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
+        rule = Rule(eta, beta_aware, precond_min, precond_max, scale)
+        return module().backward(do, dfinal_state, dfinal_precond, *tensors, saved, rule)
+
+    def step_op(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        log_gamma: Tensor | None,
+        state: Tensor,
+        precond: Tensor,
+        eta: float,
+        beta_aware: bool,
+        precond_min: float | None,
+        precond_max: float | None,
+        scale: float,
+    ) -> Tensor:
+        rule = Rule(eta, beta_aware, precond_min, precond_max, scale)
+        return module().step(q, k, v, beta, log_gamma, state, precond, rule)
+
+    rule = torch.library.custom_op(f"osdn::{name}", rule_op, mutates_args=())
+    backward = torch.library.custom_op(f"osdn::{name}_backward", backward_op, mutates_args=())
+    step = torch.library.custom_op(f"osdn::{name}_step", step_op, mutates_args=("state", "precond"))
+
+    @rule.register_fake
+    def _(q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens, *rest):
+        tensors = (q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
+        saved = module().saved_like(*tensors, rest[-1])
+        final_states = torch.empty_like(initial_state), torch.empty_like(initial_precond)
+        return v.new_empty(v.shape), *final_states, saved
+
+    @backward.register_fake
+    def _(do, dS, dd, q, k, v, beta, log_gamma, initial_state, initial_precond, *rest):
+        wanted = [q, k, v, beta, initial_state, initial_precond]
+        wanted += [] if log_gamma is None else [log_gamma]
+        return [x.new_empty(x.shape) for x in wanted]
+
+    @step.register_fake
+    def _(q, k, v, *rest):
+        return v.new_empty(v.shape)
+
+    def setup_context(ctx, inputs, output):
+        ctx.has_gamma = inputs[4] is not None
+        ctx.rule, ctx.tensors_given = inputs[8:13], [x is not None for x in inputs[:8]]
+        ctx.save_for_backward(*(x for x in inputs[:8] if x is not None), *output[3])
+
+    def differentiate(ctx, do, dfinal_state, dfinal_precond, _):
+        kept = iter(ctx.saved_tensors)
+        tensors = [next(kept) if given else None for given in ctx.tensors_given]
+        gradients = backward(do, dfinal_state, dfinal_precond, *tensors, list(kept), *ctx.rule)
+        dq, dk, dv, dbeta, dstate, dprecond, *dlog_gamma = gradients
+        dgamma = dlog_gamma[0] if ctx.has_gamma else None
+        return dq, dk, dv, dbeta, dgamma, dstate, dprecond, None, *[None] * 6
+
+    rule.register_autograd(differentiate, setup_context=setup_context)
+    return Backend(rule, step)

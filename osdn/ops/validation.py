@@ -1,0 +1,123 @@
+"""What the front door refuses, and how it says so: the argument, what was expected, what came."""
+
+import torch
+from torch import Tensor
+
+_last_checked: tuple[Tensor, int, int] | None = None
+
+
+def check_tensors(**tensors: Tensor | None) -> None:
+    """All floating point, on the device of q; q, k and v of one dtype."""
+    q = tensors["q"]
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise ValueError(f"{name}: expected a floating-point tensor, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(
+                f"{name}: expected a tensor on {q.device} like q, got one on {x.device}"
+            )
+        if name in ("k", "v") and x.dtype != q.dtype:
+            raise ValueError(f"{name}: expected dtype {q.dtype} like q, got {x.dtype}")
+
+
+def check_shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_gamma: Tensor | None,
+    state: Tensor | None,
+    precond: Tensor | None,
+    cu_seqlens: Tensor | None,
+    names: tuple[str, str] = ("initial_state", "initial_precond"),
+) -> int:
+    """The number of sequences N, once every shape fits."""
+    for name, x in (("q", q), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(
+                f"{name}: expected 4 dimensions [B, T, H, {'K' if name == 'q' else 'V'}], "
+                f"got shape {tuple(x.shape)}"
+            )
+    B, T, H, K = q.shape
+    if min(B, T, H, K) < 1:
+        raise ValueError(f"q: expected B, T, H and K of at least 1, got shape {tuple(q.shape)}")
+    V = v.shape[-1]
+    if V < 1:
+        raise ValueError(f"v: expected V of at least 1, got shape {tuple(v.shape)}")
+    N = B
+    if cu_seqlens is not None:
+        if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
+            raise ValueError(
+                f"cu_seqlens: expected a vector of N + 1 offsets, got shape {tuple(cu_seqlens.shape)}"
+            )
+        if B != 1:
+            raise ValueError(
+                f"q: expected B = 1 with cu_seqlens, got B = {B}; pack along T instead"
+            )
+        N = cu_seqlens.numel() - 1
+    _expect("k", k, (B, T, H, K), "like q")
+    _expect("v", v, (B, T, H, V), "[B, T, H, V]")
+    _expect("beta", beta, (B, T, H), "[B, T, H]")
+    if log_gamma is not None:
+        _expect("log_gamma", log_gamma, (B, T, H), "[B, T, H]")
+    if state is not None:
+        _expect(names[0], state, (N, H, K, V), "[N, H, K, V]")
+    if precond is not None and tuple(precond.shape) != (H, K):
+        _expect(names[1], precond, (N, H, K), "[N, H, K]")
+    return N
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
+    """Offsets from 0 to T, strictly increasing, on q's device.
+
+    Reading them costs a synchronisation on a GPU, so each tensor is read once, however many layers
+    are handed it; inside torch.compile they are not read at all.
+    """
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens: expected int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.device != q.device:
+        raise ValueError(
+            f"cu_seqlens: expected a tensor on {q.device} like q, got one on {cu_seqlens.device}"
+        )
+    if torch.compiler.is_compiling():
+        return
+    T = q.shape[1]
+    global _last_checked
+    known = _last_checked
+    if known is not None and known[0] is cu_seqlens and known[1:] == (cu_seqlens._version, T):
+        return
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0 or offsets[-1] != T:
+        raise ValueError(
+            f"cu_seqlens: expected offsets from 0 to T = {T}, got {offsets[0]} to {offsets[-1]}"
+        )
+    for n, (start, end) in enumerate(zip(offsets[:-1], offsets[1:])):
+        if end <= start:
+            raise ValueError(
+                f"cu_seqlens: expected increasing offsets, got {start} then {end} at index {n}; "
+                "drop empty sequences"
+            )
+    _last_checked = (cu_seqlens, cu_seqlens._version, T)
+
+
+def check_rule(eta: float, precond_min: float | None, precond_max: float | None) -> None:
+    """η in [0, 2]; both bounds or neither, in order."""
+    if not 0 <= eta <= 2:
+        raise ValueError(f"eta: expected a step size in [0, 2], got {eta}")
+    if (precond_min is None) != (precond_max is None):
+        raise ValueError(
+            f"precond_min, precond_max: expected both or neither, got {precond_min} and {precond_max}"
+        )
+    if precond_min is not None and precond_max is not None and not precond_min <= precond_max:
+        raise ValueError(
+            f"precond_min: expected at most precond_max = {precond_max}, got {precond_min}"
+        )
+
+
+def _expect(name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape} ({meaning}), got {tuple(x.shape)}")

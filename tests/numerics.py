@@ -1,0 +1,56 @@
+"""The one place where results are compared, and where test inputs are made."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid, normalize
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖ in float64 (the absolute norm where expected is zero)."""
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
+    norm = expected.norm().item()
+    return ((actual - expected).norm() / (norm if norm > 0 else 1.0)).item()
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float, name: str = "result") -> None:
+    """Fail, with the figure, where the relative error is above tolerance or anything is not finite."""
+    error = relative_error(actual, expected)
+    assert error <= tolerance, f"{name}: relative error {error:.3e} > {tolerance:.1e}"
+
+
+def make_inputs(
+    B: int,
+    T: int,
+    H: int,
+    K: int,
+    V: int,
+    *,
+    sequences: int | None = None,
+    gamma: bool = True,
+    unit_keys: bool = True,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> dict[str, Tensor | None]:
+    """Random tensor arguments of online_scaled_delta_rule, by name, with every gradient asked for.
+
+    γ is near 0.98, d_1 near 1, β in (0, 1); states and gates are float32 unless dtype is float64.
+    """
+    g = torch.Generator().manual_seed(seed)
+    N = B if sequences is None else sequences
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    k = normal(B, T, H, K)
+    inputs = {
+        "q": normalize(normal(B, T, H, K), dim=-1).to(dtype),
+        "k": (normalize(k, dim=-1) if unit_keys else 0.5 * k * K**-0.5).to(dtype),
+        "v": normal(B, T, H, V).to(dtype),
+        "beta": normal(B, T, H).sigmoid().to(accumulate),
+        "log_gamma": logsigmoid(normal(B, T, H) + 4).to(accumulate) if gamma else None,
+        "initial_state": (0.3 * normal(N, H, K, V)).to(accumulate),
+        "initial_precond": (1 + 0.3 * normal(N, H, K)).to(accumulate),
+    }
+    return {name: x if x is None else x.requires_grad_() for name, x in inputs.items()}
