@@ -1,0 +1,49 @@
+"""The command `osdn`: a table of subcommands, each a module that is imported only when it is named.
+
+A command's module has `add_arguments(parser)` and `run(args)`; its first docstring line is its
+help. `UserError` ends a command with one line and exit code 1.
+"""
+
+import argparse
+import sys
+from importlib import import_module
+
+from osdn import __version__
+from osdn.errors import UserError
+
+COMMANDS = {
+    "theory": ("osdn.theory.command", "run the theory's experiments and draw their plots"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="osdn",
+        description="Online Scaled DeltaNet: train, generate, measure.",
+        epilog="osdn COMMAND --help tells more about a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"osdn {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    named = next((word for word in argv if not word.startswith("-")), None)
+    for name, (module_name, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name == named:
+            module = import_module(module_name)
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except UserError as error:
+        print(f"osdn {args.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"osdn {args.command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
