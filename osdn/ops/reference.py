@@ -64,7 +64,7 @@ def forward(
 
 
 def _scan(inputs: list[Tensor], S: Tensor, d: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
-    """The recurrence over one stretch of time: inputs [B, T, H, ...], S [B, H, K, V], d [B, H, K]."""
+    """The recurrence over one stretch: inputs [B, T, H, ...], S [B, H, K, V], d [B, H, K]."""
     outputs = []
     for q, k, v, beta, *gates in zip(*(x.unbind(1) for x in inputs)):
         S = write(S, d, k, v, beta)

@@ -1,4 +1,4 @@
-"""Each backend as torch.library custom operators, so that torch.compile sees it without a graph break.
+"""Each backend as torch.library custom operators, which torch.compile sees without a graph break.
 
 A backend is a module with four functions over plain tensors (shapes as in osdn.ops.interface; the
 gates, initial_state [N, H, K, V] and initial_precond [N, H, K] contiguous and in the accumulation
@@ -10,7 +10,7 @@ dtype, float32, or float64 for float64 input):
         -> empty tensors of the shapes and dtypes of saved, of no data-dependent size
     backward(do, dfinal_state, dfinal_precond, *the eight tensors above*, saved, rule)
         -> [dq, dk, dv, dbeta, dinitial_state, dinitial_precond] + [dlog_gamma] if it was given
-    step(q, k, v, beta, log_gamma, state, precond, rule) -> o, with state and precond updated in place
+    step(q, k, v, beta, log_gamma, state, precond, rule) -> o; state and precond change in place
 
 No output may alias an input. `register` is all there is to adding one; its module is imported at
 the first call, so that a backend's dependencies (numba, Triton) cost nothing until then.
@@ -34,7 +34,7 @@ class Backend(NamedTuple):
 
 
 def register(name: str, module_name: str) -> Backend:
-    """Define osdn::{name}, osdn::{name}_backward and osdn::{name}_step over the module's functions."""
+    """Define osdn::{name}, its _backward and its _step over the module's functions."""
 
     def module() -> Any:
         return import_module(module_name)

@@ -1,4 +1,4 @@
-"""The numbers that fix one online scaled delta rule, handed from the front door to every backend."""
+"""The numbers that fix one online scaled delta rule, as the front door hands them on."""
 
 from typing import NamedTuple
 
