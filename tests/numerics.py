@@ -14,7 +14,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float, name: str = "result") -> None:
-    """Fail, with the figure, where the relative error is above tolerance or anything is not finite."""
+    """Fail, with the figure, where the relative error is above tolerance or not finite."""
     error = relative_error(actual, expected)
     assert error <= tolerance, f"{name}: relative error {error:.3e} > {tolerance:.1e}"
 

@@ -1,5 +1,7 @@
 """What the front door refuses, and how it says so: the argument, what was expected, what came."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -52,7 +54,7 @@ def check_shapes(
     if cu_seqlens is not None:
         if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
             raise ValueError(
-                f"cu_seqlens: expected a vector of N + 1 offsets, got shape {tuple(cu_seqlens.shape)}"
+                f"cu_seqlens: expected N + 1 offsets in a vector, got {tuple(cu_seqlens.shape)}"
             )
         if B != 1:
             raise ValueError(
@@ -95,7 +97,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
         raise ValueError(
             f"cu_seqlens: expected offsets from 0 to T = {T}, got {offsets[0]} to {offsets[-1]}"
         )
-    for n, (start, end) in enumerate(zip(offsets[:-1], offsets[1:])):
+    for n, (start, end) in enumerate(pairwise(offsets)):
         if end <= start:
             raise ValueError(
                 f"cu_seqlens: expected increasing offsets, got {start} then {end} at index {n}; "
@@ -110,7 +112,7 @@ def check_rule(eta: float, precond_min: float | None, precond_max: float | None)
         raise ValueError(f"eta: expected a step size in [0, 2], got {eta}")
     if (precond_min is None) != (precond_max is None):
         raise ValueError(
-            f"precond_min, precond_max: expected both or neither, got {precond_min} and {precond_max}"
+            f"precond_min, precond_max: expected both or neither, got {precond_min}, {precond_max}"
         )
     if precond_min is not None and precond_max is not None and not precond_min <= precond_max:
         raise ValueError(
