@@ -1,0 +1,101 @@
+"""Causal softmax attention as a token mixer: the baseline, and the other half of a hybrid."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from osdn.layers import Mixed, head_size
+
+
+class Attention(nn.Module):
+    """Causal softmax attention with rotary positions, the baseline and the hybrid's other half.
+
+    o = softmax(q kᵀ / sqrt(K)) v per head (PyTorch's scaled_dot_product_attention), y = W_o o.
+    Rotary positions only enter as differences, so padding and packing need no offsets of their own.
+
+    Args:
+        hidden_size, num_heads, head_dim, layer_idx: as in OSDN.
+        rope_theta: base of the rotary frequencies (arXiv 2104.09864).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        head_dim: int | None = None,
+        rope_theta: float = 10000.0,
+        layer_idx: int | None = None,
+    ):
+        super().__init__()
+        self.num_heads, self.layer_idx, self.rope_theta = num_heads, layer_idx, rope_theta
+        self.head_dim = head_size(hidden_size, num_heads, head_dim)
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim: expected an even number for rotary, got {self.head_dim}")
+        size = num_heads * self.head_dim
+        self.q_proj = nn.Linear(hidden_size, size, bias=False)
+        self.k_proj = nn.Linear(hidden_size, size, bias=False)
+        self.v_proj = nn.Linear(hidden_size, size, bias=False)
+        self.o_proj = nn.Linear(size, hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> Mixed:
+        """As OSDN.forward; attention_mask covers the cached tokens too, [B, past + T]."""
+        if cu_seqlens is not None and past_key_values is not None:
+            raise ValueError("cu_seqlens: expected none with a cache; pack or decode, not both")
+        past = 0
+        if past_key_values is not None:
+            if self.layer_idx is None:
+                raise ValueError("past_key_values: this layer was built without a layer_idx")
+            past = past_key_values.get_seq_length(self.layer_idx)
+        q, k, v = (
+            projection(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, past, self.rope_theta), rotate(k, past, self.rope_theta)
+        if past_key_values is not None and self.layer_idx is not None and use_cache:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        mask = attention_pattern(q, k, attention_mask, cu_seqlens)
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.o_proj(o.transpose(1, 2).flatten(-2)), None, past_key_values
+
+
+def rotate(x: Tensor, start: int, theta: float) -> Tensor:
+    """Rotary embedding of x [B, H, T, K] at positions start..start+T−1: pairs (i, i + K/2)."""
+    T, K = x.shape[-2:]
+    frequency = theta ** (-torch.arange(0, K, 2, device=x.device, dtype=torch.float32) / K)
+    time = torch.arange(start, start + T, device=x.device, dtype=torch.float32)
+    angle = torch.outer(time, frequency)
+    cos, sin = angle.cos(), angle.sin()
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def attention_pattern(
+    q: Tensor, k: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor | None:
+    """What each query may see, a boolean mask [B or 1, 1, T, S], or None for plain causal."""
+    T, S = q.shape[-2], k.shape[-2]
+    if attention_mask is None and cu_seqlens is None and T == S:
+        return None
+    row = torch.arange(S - T, S, device=q.device)[:, None]
+    column = torch.arange(S, device=q.device)
+    seen = (column <= row)[None, None]
+    if cu_seqlens is not None:
+        document = torch.searchsorted(cu_seqlens[1:], column, right=True)
+        seen = seen & (document[:, None] == document)
+    if attention_mask is not None:
+        if attention_mask.shape != (len(q), S):
+            raise ValueError(
+                f"attention_mask: expected [B, past + T] = {[len(q), S]}, "
+                f"got shape {list(attention_mask.shape)}"
+            )
+        seen = seen & attention_mask[:, None, None].bool() | (column == row)  # no empty row
+    return seen

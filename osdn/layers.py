@@ -1,0 +1,302 @@
+"""The OSDN token mixer and the pieces around it: short convolution, SwiGLU, the cache's slots.
+
+A mixer maps hidden states [B, T, D] to [B, T, D] and keeps what it must remember between calls in a
+transformers `Cache`: forward(hidden_states, attention_mask, past_key_values, use_cache, cu_seqlens)
+-> (output, None, past_key_values), the signature of flash-linear-attention's layers.
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, LinearAttentionLayer
+
+from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step
+from osdn.ops.validation import check_rule
+
+Forgetting = Literal["none", "data"]
+Mixed = tuple[Tensor, None, Cache | None]
+
+APF_BIAS = 6.9  # γ = sigmoid(6.9) ≈ 0.999 at the start
+L2_EPS = 1e-6
+
+
+def l2_normalize(x: Tensor) -> Tensor:
+    """x / sqrt(Σ x² + 1e-6) over the last dimension, in float32, returned in x's dtype."""
+    y = x.float()
+    return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + L2_EPS)).to(x.dtype)
+
+
+def token_mask(attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:
+    """The last T columns of a padding mask [B, ≥T], or None where nothing in this call is padding.
+
+    A single token is a decoding step and never padding, so the mask need not be read there.
+    """
+    B, T, _ = hidden_states.shape
+    if attention_mask is None or (T == 1 and attention_mask.shape[-1] > 1):
+        return None
+    if attention_mask.ndim != 2 or len(attention_mask) != B or attention_mask.shape[1] < T:
+        raise ValueError(
+            f"attention_mask: expected [B, T] = [{B}, {T}] of zeros and ones (or longer, with a "
+            f"cache), got shape {tuple(attention_mask.shape)}"
+        )
+    return attention_mask[:, -T:].bool()
+
+
+def head_size(hidden_size: int, num_heads: int, head_dim: int | None) -> int:
+    """K: head_dim where it is given, else hidden_size // num_heads."""
+    if head_dim is None and hidden_size % num_heads:
+        raise ValueError(
+            f"num_heads: expected a divisor of hidden_size = {hidden_size}, got {num_heads}; "
+            "or give head_dim"
+        )
+    return hidden_size // num_heads if head_dim is None else head_dim
+
+
+class ShortConvolution(nn.Conv1d):
+    """Causal depthwise convolution over time, then SiLU: y_t = silu(Σ_j w_j ⊙ x_{t−W+1+j}).
+
+    Weight [D, 1, W], no bias; what lies before a sequence's start counts as zero.
+    """
+
+    def __init__(self, channels: int, width: int):
+        super().__init__(channels, channels, width, groups=channels, bias=False)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, history: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x [B, T, D] with the W−1 inputs before it, history [B, D, W−1] -> (y, next history).
+
+        With cu_seqlens, W−1 zeros are put before every sequence, so that none sees its neighbour;
+        the history returned is then of no use.
+        """
+        gap = self.kernel_size[0] - 1
+        if cu_seqlens is not None:
+            T = x.shape[1]
+            time = torch.arange(T, device=x.device)
+            slot = time + gap * torch.searchsorted(cu_seqlens[1:], time, right=True)
+            padded = x.new_zeros(1, T + gap * len(cu_seqlens[1:]), x.shape[2])
+            padded = padded.index_copy(1, slot + gap, x).transpose(1, 2)
+        elif history is None:
+            padded = F.pad(x.transpose(1, 2), (gap, 0))
+        else:
+            padded = torch.cat([history, x.transpose(1, 2)], dim=-1)
+        y = F.silu(F.conv1d(padded, self.weight, groups=self.groups)).transpose(1, 2)
+        return (y if cu_seqlens is None else y[:, slot]), padded[..., padded.shape[-1] - gap :]
+
+
+class OSDN(nn.Module):
+    """Online Scaled DeltaNet as a token mixer (arXiv 2605.13473); DeltaNet with adaptive=False.
+
+    q, k, v = short convolutions of linear projections, q and k of unit length per head;
+    β = sigmoid(W_b x); log γ = logsigmoid(W_a x) with forgetting="data" (APF), else 0;
+    o = rmsnorm(online_scaled_delta_rule(q, k, v, β, log γ)) per head, optionally ⊙ silu(W_g x);
+    y = W_o o.
+
+    Args:
+        hidden_size: D.  num_heads: H.
+        head_dim: K, features of a key; None means hidden_size // num_heads.
+        head_v_dim: V, features of a value; None means K.
+        adaptive: learn the preconditioner online; False fixes it at 1, which is DeltaNet.
+        forgetting: "none" (γ = 1) or "data" (Adaptive Preconditioner Forgetting).
+        eta: step size η of the preconditioner, in [0, 2].
+        beta_aware: let the hypergradient see the token's own β.
+        precond_min, precond_max: the box for d; both or neither.
+        learn_initial_precond: d_1 is a parameter [H, K] starting at 1, else fixed at 1.
+        allow_neg_eigval: β = 2 sigmoid(·), so that a write may overshoot.
+        use_output_gate: multiply the normed output by silu(W_g x).
+        conv_size: width of the short convolutions.  norm_eps: of the output norm.
+        layer_idx: this layer's place in a cache; needed only with past_key_values.
+
+    The parameters shared with flash-linear-attention's DeltaNet have its names. Attribute
+    `backend` ("auto") picks the operator's backend.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        head_dim: int | None = None,
+        head_v_dim: int | None = None,
+        adaptive: bool = True,
+        forgetting: Forgetting = "none",
+        eta: float = 1.0,
+        beta_aware: bool = False,
+        precond_min: float | None = None,
+        precond_max: float | None = None,
+        learn_initial_precond: bool = True,
+        allow_neg_eigval: bool = False,
+        use_output_gate: bool = False,
+        conv_size: int = 4,
+        norm_eps: float = 1e-6,
+        layer_idx: int | None = None,
+    ):
+        super().__init__()
+        if forgetting not in ("none", "data"):
+            raise ValueError(f"forgetting: expected 'none' or 'data', got {forgetting!r}")
+        check_rule(eta, precond_min, precond_max)
+        self.num_heads, self.layer_idx, self.backend = num_heads, layer_idx, "auto"
+        self.head_dim = head_size(hidden_size, num_heads, head_dim)
+        self.head_v_dim = self.head_dim if head_v_dim is None else head_v_dim
+        self.adaptive, self.allow_neg_eigval = adaptive, allow_neg_eigval
+        self.rule: dict[str, Any] = {"eta": 0.0}
+        if adaptive:
+            self.rule = {"eta": eta, "beta_aware": beta_aware}
+            self.rule |= {"precond_min": precond_min, "precond_max": precond_max}
+
+        key_size, value_size = num_heads * self.head_dim, num_heads * self.head_v_dim
+        self.q_proj = nn.Linear(hidden_size, key_size, bias=False)
+        self.k_proj = nn.Linear(hidden_size, key_size, bias=False)
+        self.v_proj = nn.Linear(hidden_size, value_size, bias=False)
+        self.b_proj = nn.Linear(hidden_size, num_heads, bias=False)
+        self.q_conv1d = ShortConvolution(key_size, conv_size)
+        self.k_conv1d = ShortConvolution(key_size, conv_size)
+        self.v_conv1d = ShortConvolution(value_size, conv_size)
+        self.a_proj = self.g_proj = self.initial_precond = None
+        if adaptive and forgetting == "data":
+            self.a_proj = nn.Linear(hidden_size, num_heads)
+        if adaptive and learn_initial_precond:
+            self.initial_precond = nn.Parameter(torch.empty(num_heads, self.head_dim))
+        if use_output_gate:
+            self.g_proj = nn.Linear(hidden_size, value_size, bias=False)
+        self.o_norm = nn.RMSNorm(self.head_v_dim, eps=norm_eps)
+        self.o_proj = nn.Linear(value_size, hidden_size, bias=False)
+        self.reset_special_parameters()
+
+    def reset_special_parameters(self) -> None:
+        """The initial values that are not a matter of taste: d_1 = 1 and γ ≈ 0.999 everywhere."""
+        if self.initial_precond is not None:
+            nn.init.ones_(self.initial_precond)
+        if self.a_proj is not None:
+            nn.init.zeros_(self.a_proj.weight)
+            nn.init.constant_(self.a_proj.bias, APF_BIAS)
+
+    @property
+    def state_size(self) -> int:
+        """Numbers that a sequence's memory holds: H (K V + K)."""
+        return self.num_heads * self.head_dim * (self.head_v_dim + 1)
+
+    def gates(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(β, log γ), each [B, T, H] in float32; log γ is None without forgetting."""
+        beta = self.b_proj(hidden_states).float().sigmoid()
+        beta = 2 * beta if self.allow_neg_eigval else beta
+        log_gamma = (
+            None if self.a_proj is None else F.logsigmoid(self.a_proj(hidden_states).float())
+        )
+        return beta, log_gamma
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> Mixed:
+        """hidden_states [B, T, D] -> (output [B, T, D], None, past_key_values).
+
+        attention_mask: [B, T] (or longer, its last T columns count), 0 where a token is padding.
+        past_key_values: a transformers cache whose layer `layer_idx` is a linear-attention one
+            with two state slots; read if it holds a past, written if use_cache.
+        cu_seqlens: [N + 1] offsets of sequences packed along T; B must be 1.
+        """
+        cache = linear_cache(past_key_values, self.layer_idx, cu_seqlens)
+        past = cache if cache is not None and cache.has_previous_state[0] else None
+        mask = token_mask(attention_mask, hidden_states)
+        if mask is not None:
+            hidden_states = hidden_states * mask[..., None]
+        convolved, history = self._convolve(hidden_states, past, cu_seqlens)
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in convolved)
+        q, k = l2_normalize(q), l2_normalize(k)
+        beta, log_gamma = self.gates(hidden_states)
+        if mask is not None:
+            k, beta = k * mask[..., None, None], beta * mask[..., None]
+            log_gamma = None if log_gamma is None else log_gamma * mask[..., None]
+
+        state: Tensor | None = None
+        precond: Tensor | None = self.initial_precond
+        if past is not None:
+            state, precond = past.recurrent_states[0], past.recurrent_states[1]
+        decode = use_cache and q.shape[1] == 1 and not torch.is_grad_enabled()
+        if decode and state is not None and precond is not None:
+            q, k, v, beta = (x.squeeze(1) for x in (q, k, v, beta))
+            log_gamma = None if log_gamma is None else log_gamma.squeeze(1)
+            o, state, precond = online_scaled_delta_step(  # in place, in the cache's own tensors
+                q, k, v, beta, log_gamma, state=state, precond=precond, backend=self.backend,
+                **self.rule,
+            )  # fmt: skip
+            o = o.unsqueeze(1)
+        else:
+            o, state, precond = online_scaled_delta_rule(
+                q, k, v, beta, log_gamma, initial_state=state, initial_precond=precond,
+                output_final_state=use_cache, cu_seqlens=cu_seqlens, backend=self.backend,
+                **self.rule,
+            )  # fmt: skip
+            if cache is not None and state is not None and precond is not None:
+                cache.update_recurrent_state(state, state_idx=0)
+                cache.update_recurrent_state(precond, state_idx=1)
+        if use_cache and cache is not None:
+            cache.update_conv_state(torch.cat(history[:2], dim=1), state_idx=0)
+            cache.update_conv_state(history[2], state_idx=1)
+
+        o = self.o_norm(o).flatten(-2)
+        if self.g_proj is not None:
+            o = o * F.silu(self.g_proj(hidden_states))
+        return self.o_proj(o), None, past_key_values
+
+    def _convolve(
+        self, hidden_states: Tensor, cache: LinearAttentionLayer | None, cu_seqlens: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """q, k and v after their convolutions, [B, T, H·K or H·V], and the next history of each.
+
+        Slot 0 of the cache holds the history of q and k, slot 1 that of v.
+        """
+        before: list[Tensor | None] = [None] * 3
+        if cache is not None:
+            qk, value = cache.conv_states[0], cache.conv_states[1]
+            assert qk is not None
+            before = [*qk.chunk(2, dim=1), value]
+        pairs = [
+            convolution(projection(hidden_states), history, cu_seqlens)
+            for projection, convolution, history in zip(
+                (self.q_proj, self.k_proj, self.v_proj),
+                (self.q_conv1d, self.k_conv1d, self.v_conv1d),
+                before,
+            )
+        ]
+        return [y for y, _ in pairs], [history for _, history in pairs]
+
+
+class SwiGLU(nn.Module):
+    """y = W_down (silu(W_gate x) ⊙ W_up x)  (arXiv 2002.05202); intermediate_size is the width."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def linear_cache(
+    past_key_values: Cache | None, layer_idx: int | None, cu_seqlens: Tensor | None
+) -> LinearAttentionLayer | None:
+    """This layer's part of a transformers cache, with its two slots, or None without a cache."""
+    if past_key_values is None:
+        return None
+    if layer_idx is None:
+        raise ValueError("past_key_values: this layer has no layer_idx; give one when building it")
+    if cu_seqlens is not None:
+        raise ValueError("cu_seqlens: expected none with a cache; pack or decode, not both")
+    layers = past_key_values.layers
+    cache = layers[layer_idx] if layer_idx < len(layers) else None
+    if not isinstance(cache, LinearAttentionLayer) or cache.number_of_states < 2:
+        raise ValueError(
+            f"past_key_values: expected a linear-attention layer with 2 state slots at index "
+            f"{layer_idx}, got {cache}; build the cache as DynamicCache(config=model.config)"
+        )
+    return cache

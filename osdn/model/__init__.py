@@ -1,0 +1,1 @@
+"""The language model: configuration, modules, conversion of DeltaNet checkpoints."""

@@ -1,0 +1,126 @@
+"""The configuration of an OSDN language model, in Hugging Face's form."""
+
+from difflib import get_close_matches
+from typing import ClassVar, get_args
+
+from transformers import PretrainedConfig
+
+from osdn.layers import Forgetting
+from osdn.ops.validation import check_rule
+
+MIXERS = ("osdn", "delta_net", "attention")
+
+
+class OSDNConfig(PretrainedConfig):
+    """Sizes and method of an OSDN model; the defaults are the paper's 340M model.
+
+    Args:
+        vocab_size: rows of the embedding.
+        hidden_size: D, width of the residual stream.
+        num_hidden_layers: number of blocks (mixer, then SwiGLU).
+        num_heads: H, heads of every mixer.
+        head_dim: K, features of a key; None means hidden_size // num_heads.
+        head_v_dim: V, features of a value in osdn and delta_net layers; None means K.
+        intermediate_size: width of the SwiGLU; None means 8/3 of hidden_size, rounded up to a
+            multiple of 256.
+        mixer: "osdn", "delta_net" (osdn with the preconditioner fixed at 1) or "attention", for
+            all layers, or a list with one name a layer.
+        forgetting: "none" or "data" (Adaptive Preconditioner Forgetting).
+        eta: step size of the preconditioner's hypergradient descent, in [0, 2].
+        beta_aware: let the hypergradient see the token's own write strength β.
+        precond_min, precond_max: the box the preconditioner is kept in; both or neither.
+        learn_initial_precond: d_1 is learned, from 1; else it stays 1.
+        allow_neg_eigval: β in (0, 2) instead of (0, 1).
+        use_output_gate: gate each osdn and delta_net layer's output by silu(W_g x).
+        conv_size: width of the short convolutions, in tokens.
+        rope_theta: base of the rotary frequencies in attention layers.
+        norm_eps: of every RMSNorm.
+        initializer_range: standard deviation of the initial weights.
+        tie_word_embeddings: share the embedding with the output layer.
+        max_position_embeddings: length in tokens the model was trained at; information for
+            evaluation, not a limit.
+        use_cache: keep a cache in generation by default.
+
+    Raises:
+        ValueError: a field outside its range, or one that this class does not have.
+    """
+
+    model_type = "osdn"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads"}
+    number_of_conv_states: ClassVar[int] = 2  # slots a cache layer gets: S and d
+
+    vocab_size: int = 32000
+    hidden_size: int = 1024
+    num_hidden_layers: int = 24
+    num_heads: int = 8
+    head_dim: int | None = None
+    head_v_dim: int | None = None
+    intermediate_size: int | None = None
+    mixer: str | list[str] = "osdn"
+    forgetting: Forgetting = "none"
+    eta: float = 1.0
+    beta_aware: bool = False
+    precond_min: float | None = None
+    precond_max: float | None = None
+    learn_initial_precond: bool = True
+    allow_neg_eigval: bool = False
+    use_output_gate: bool = False
+    conv_size: int = 4
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 2048
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        fields = [name for name in type(self).__annotations__ if name not in vars(PretrainedConfig)]
+        for name in kwargs:
+            if close := get_close_matches(name, fields, n=1, cutoff=0.75):
+                raise ValueError(f"{name}: OSDNConfig has no such field; did you mean {close[0]}?")
+        super().__post_init__(**kwargs)
+        self._validate()
+
+    def _validate(self) -> None:
+        if self.intermediate_size is None:
+            self.intermediate_size = 256 * -(-int(self.hidden_size * 8 / 3) // 256)
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "conv_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"num_heads: expected a divisor of hidden_size = {self.hidden_size}, "
+                f"got {self.num_heads}; or give head_dim"
+            )
+        if self.forgetting not in get_args(Forgetting):
+            raise ValueError(
+                f"forgetting: expected one of {get_args(Forgetting)}, got {self.forgetting!r}"
+            )
+        for name in self.mixers:
+            if name not in MIXERS:
+                raise ValueError(f"mixer: expected one of {MIXERS}, got {name!r}")
+        if len(self.mixers) != self.num_hidden_layers:
+            raise ValueError(
+                f"mixer: expected {self.num_hidden_layers} names, one a layer, "
+                f"got {len(self.mixers)}"
+            )
+        check_rule(self.eta, self.precond_min, self.precond_max)
+
+    @property
+    def mixers(self) -> list[str]:
+        """The mixer of every layer."""
+        if isinstance(self.mixer, str):
+            return [self.mixer] * self.num_hidden_layers
+        return list(self.mixer)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What transformers' caches and masks call the layers."""
+        return [
+            "full_attention" if name == "attention" else "linear_attention" for name in self.mixers
+        ]

@@ -1,0 +1,241 @@
+"""The OSDN language model: blocks of (norm, mixer) and (norm, SwiGLU), in Hugging Face's form.
+
+Importing this module registers the classes with AutoConfig, AutoModel and AutoModelForCausalLM.
+Parameter names are those of flash-linear-attention's DeltaNet.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from osdn.attention import Attention
+from osdn.layers import OSDN, SwiGLU
+from osdn.model.configuration import OSDNConfig
+from osdn.model.loss import linear_cross_entropy, next_token_labels
+
+
+def build_mixer(config: OSDNConfig, layer_idx: int) -> OSDN | Attention:
+    """The token mixer that the configuration names for one layer."""
+    if config.mixers[layer_idx] == "attention":
+        return Attention(
+            config.hidden_size,
+            config.num_heads,
+            head_dim=config.head_dim,
+            rope_theta=config.rope_theta,
+            layer_idx=layer_idx,
+        )
+    return OSDN(
+        config.hidden_size,
+        config.num_heads,
+        head_dim=config.head_dim,
+        head_v_dim=config.head_v_dim,
+        adaptive=config.mixers[layer_idx] == "osdn",
+        forgetting=config.forgetting,
+        eta=config.eta,
+        beta_aware=config.beta_aware,
+        precond_min=config.precond_min,
+        precond_max=config.precond_max,
+        learn_initial_precond=config.learn_initial_precond,
+        allow_neg_eigval=config.allow_neg_eigval,
+        use_output_gate=config.use_output_gate,
+        conv_size=config.conv_size,
+        norm_eps=config.norm_eps,
+        layer_idx=layer_idx,
+    )
+
+
+class OSDNBlock(GradientCheckpointingLayer):
+    """x ← x + mixer(norm(x)); x ← x + mlp(norm(x))."""
+
+    def __init__(self, config: OSDNConfig, layer_idx: int):
+        super().__init__()
+        assert config.intermediate_size is not None  # set by the configuration
+        self.attn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.attn = build_mixer(config, layer_idx)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        mixed, _, _ = self.attn(
+            self.attn_norm(hidden_states), attention_mask, past_key_values, use_cache, cu_seqlens
+        )
+        hidden_states = hidden_states + mixed
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+
+
+class OSDNPreTrainedModel(PreTrainedModel):
+    """What the two models share: initial values, gradient checkpointing, the names FSDP needs."""
+
+    config_class = OSDNConfig
+    config: OSDNConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["OSDNBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Called by transformers for every module, children first; loaded weights are left alone."""
+        super()._init_weights(module)
+        if isinstance(module, OSDN):
+            module.reset_special_parameters()
+
+
+class OSDNModel(OSDNPreTrainedModel):
+    """Embedding, blocks and final norm: token ids [B, T] -> hidden states [B, T, D]."""
+
+    def __init__(self, config: OSDNConfig):
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(OSDNBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        assert isinstance(value, nn.Embedding)
+        self.embeddings = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states after the final norm.
+
+        Args:
+            input_ids: [B, T] int64, or inputs_embeds: [B, T, D].
+            attention_mask: [B, T] (past and new tokens with a cache), 0 where a token is padding,
+                on the left or on the right.
+            past_key_values: a cache to go on from, DynamicCache(config=model.config).
+            use_cache: keep and return a cache; None means config.use_cache outside training.
+            output_hidden_states: also return the input of every block and the final result.
+            cu_seqlens: [N + 1] offsets of sequences packed along T; B must be 1.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids, inputs_embeds: expected exactly one of the two")
+        hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and cu_seqlens is None
+        if self.gradient_checkpointing and self.training:
+            use_cache = False
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if attention_mask is not None and not torch.compiler.is_compiling():
+            attention_mask = None if bool(attention_mask.all()) else attention_mask
+
+        seen = []
+        for block in self.layers:
+            seen.append(hidden_states)
+            hidden_states = block(
+                hidden_states,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                cu_seqlens=cu_seqlens,
+            )
+        hidden_states = self.norm(hidden_states)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            hidden_states=(*seen, hidden_states) if output_hidden_states else None,
+        )
+
+
+class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
+    """The language model: OSDNModel and an output layer onto the vocabulary."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012
+
+    def __init__(self, config: OSDNConfig):
+        super().__init__(config)
+        self.model = OSDNModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int = 0,
+        cu_seqlens: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, T, vocabulary] in the weights' dtype and, given labels, the mean loss.
+
+        Args as in OSDNModel.forward, and:
+            labels: [B, T] token ids, shifted here; −100 where nothing is to be predicted. Position
+                t is scored on label t+1, within its own packed sequence. In training mode the
+                loss is taken in chunks and logits is None; in evaluation logits are always there.
+            logits_to_keep: logits of only the last so many positions; 0 means all.
+            cu_seq_lens_q: transformers' name for cu_seqlens.
+            num_items_in_batch: what the summed loss is divided by, from transformers' Trainer.
+        """
+        if cu_seqlens is None:
+            cu_seqlens = cu_seq_lens_q
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            cu_seqlens=cu_seqlens,
+        )
+        hidden_states = outputs.last_hidden_state
+        loss = logits = None
+        if labels is not None:
+            loss = linear_cross_entropy(
+                hidden_states.flatten(0, 1),
+                self.lm_head.weight,
+                next_token_labels(labels, cu_seqlens).flatten(),
+                num_items_in_batch,
+            )
+        if labels is None or not self.training:
+            logits = self.lm_head(hidden_states[:, -logits_to_keep:])
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+
+AutoConfig.register(OSDNConfig.model_type, OSDNConfig)
+AutoModel.register(OSDNConfig, OSDNModel)
+AutoModelForCausalLM.register(OSDNConfig, OSDNForCausalLM)
