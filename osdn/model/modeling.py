@@ -94,7 +94,7 @@ class OSDNPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Called by transformers for every module, children first; loaded weights are left alone."""
+        """Called by transformers for every module, children first; loaded weights stay."""
         super()._init_weights(module)
         if isinstance(module, OSDN):
             module.reset_special_parameters()

@@ -131,7 +131,8 @@ def online_scaled_delta_step(
 
     Args:
         q, k: [B, H, K].  v: [B, H, V].  beta, log_gamma: [B, H]; None means γ = 1.
-        state: [B, H, K, V], contiguous, float32 (float64 for float64 input); updated in place.
+        state: [B, H, K, V], contiguous, as the rule returned it: float32 (float64 for float64 input
+            and in the reference); updated in place.
         precond: [B, H, K], likewise.
         eta, beta_aware, precond_min, precond_max, scale, backend: as in the rule.
 
@@ -150,7 +151,8 @@ def online_scaled_delta_step(
     backend = _choose(backend, q)
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     for name, x in (("state", state), ("precond", precond)):
-        if x.dtype != accumulate or not x.is_contiguous():
+        kept = x.dtype == accumulate or (backend == "reference" and x.dtype == torch.float64)
+        if not kept or not x.is_contiguous():
             raise ValueError(
                 f"{name}: expected a contiguous {accumulate} tensor, got {x.dtype} with strides "
                 f"{x.stride()}; keep it as the rule returned it"
