@@ -12,6 +12,8 @@ from osdn import __version__
 from osdn.errors import UserError
 
 COMMANDS = {
+    "generate": ("osdn.generate", "continue a prompt with a trained model"),
+    "convert": ("osdn.model.convert", "turn a DeltaNet checkpoint into an OSDN one"),
     "theory": ("osdn.theory.command", "run the theory's experiments and draw their plots"),
 }
 

@@ -1,0 +1,84 @@
+"""Conversion of flash-linear-attention DeltaNet checkpoints."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from osdn import OSDNConfig, OSDNForCausalLM
+from osdn.errors import UserError
+from osdn.model.convert import convert
+from tests.numerics import assert_close
+
+SIZES = {"hidden_size": 64, "num_heads": 2, "num_hidden_layers": 2, "vocab_size": 97}
+
+
+@pytest.fixture
+def fla_checkpoint(tmp_path):
+    """A checkpoint written by FLA's own classes, with keys long enough to be of unit length."""
+    models = pytest.importorskip("fla.models", reason="needs flash-linear-attention")
+    torch.manual_seed(0)
+    model = models.DeltaNetForCausalLM(models.DeltaNetConfig(**SIZES, allow_neg_eigval=True))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=1.0 if "conv1d" in name else 0.3)
+    model.save_pretrained(tmp_path / "fla")
+    return tmp_path / "fla"
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model.eval()(ids).logits
+
+
+def test_converted_model_is_the_delta_net_it_came_from(fla_checkpoint, tmp_path):
+    converted = convert(fla_checkpoint, tmp_path / "osdn")
+    config = converted.config
+    assert (config.head_dim, config.intermediate_size, config.allow_neg_eigval) == (32, 256, True)
+    delta_net = OSDNForCausalLM.from_pretrained(
+        fla_checkpoint, config=OSDNConfig(**SIZES, mixer="delta_net", allow_neg_eigval=True)
+    )
+    ids = torch.randint(0, 97, (2, 130), generator=torch.Generator().manual_seed(1))
+    expected = logits(delta_net, ids)
+    # ‖k‖² = 1 − 1e-6/Σk², so d leaves 1 by about that much; float32 rounding is of the same size.
+    assert_close(logits(converted, ids), expected, 2e-5)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "osdn")
+    assert isinstance(reloaded, OSDNForCausalLM)
+    assert torch.equal(logits(reloaded, ids), logits(converted, ids))
+    # ... and it is OSDN all the same: another start of d changes the function.
+    with torch.no_grad():
+        converted.model.layers[0].attn.initial_precond.fill_(0.5)
+    assert (logits(converted, ids) - expected).abs().max() > 1e-2
+
+
+def test_forgetting_starts_near_one(fla_checkpoint, tmp_path):
+    layer = convert(fla_checkpoint, tmp_path / "osdn", "data").model.layers[1].attn
+    assert torch.equal(layer.a_proj.bias, torch.full((2,), 6.9))
+    assert not layer.a_proj.weight.any()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("qk_norm", "sum"), ("use_short_conv", False), ("attn", {"layers": [0]})]
+)
+def test_other_layers_are_refused(fla_checkpoint, tmp_path, field, value):
+    path = fla_checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(UserError, match=field):
+        convert(fla_checkpoint, tmp_path / "osdn")
+
+
+def test_pickled_weights_are_refused(fla_checkpoint, tmp_path):
+    weights = fla_checkpoint / "model.safetensors"
+    torch.save({}, fla_checkpoint / "pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(UserError, match="pickle"):
+        convert(fla_checkpoint, tmp_path / "osdn")
+
+
+def test_existing_destination_is_left_alone(fla_checkpoint, tmp_path):
+    with pytest.raises(UserError, match="not empty"):
+        convert(fla_checkpoint, fla_checkpoint)
+    with pytest.raises(UserError, match=r"config\.json"):
+        convert(tmp_path / "nowhere", tmp_path / "osdn")

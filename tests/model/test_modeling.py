@@ -1,0 +1,276 @@
+"""The language model: sizes, initial values, loss, padding, packing, caches, generation."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
+
+from osdn import OSDNConfig, OSDNForCausalLM, OSDNModel
+from osdn.model import loss as loss_module
+from tests.numerics import assert_close
+
+SIZES = {"hidden_size": 32, "num_heads": 2, "num_hidden_layers": 2, "vocab_size": 61}
+MIXERS = ["osdn", "delta_net", "attention", ["osdn", "attention"], ["attention", "delta_net"]]
+
+
+def build(mixer="osdn", **fields):
+    torch.manual_seed(0)
+    model = OSDNForCausalLM(OSDNConfig(**SIZES | {"mixer": mixer} | fields)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "precond" not in name:
+                parameter.normal_(std=0.3)
+    return model
+
+
+def tokens(B=2, T=21, seed=1):
+    return torch.randint(0, 61, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("fields", "count"),
+    [
+        ({"mixer": "delta_net"}, 374_362_112),
+        ({}, 374_386_688),
+        ({"mixer": "delta_net", "hidden_size": 2048, "num_heads": 16}, 1_365_677_056),
+    ],
+)
+def test_parameter_counts_of_the_published_sizes(fields, count):
+    with torch.device("meta"):
+        model = OSDNForCausalLM(OSDNConfig(**fields))
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+def assert_special_values(model):
+    for block in model.model.layers:
+        assert torch.equal(block.attn.initial_precond, torch.ones(2, 16))
+        assert torch.equal(block.attn.a_proj.bias, torch.full((2,), 6.9))
+        assert not block.attn.a_proj.weight.any()
+        assert block.attn.q_proj.weight.std() > 0.01  # the others are initialised as usual
+        assert torch.equal(block.attn.o_norm.weight, torch.ones(16))
+
+
+def test_special_initial_values_survive_every_way_to_build(tmp_path):
+    config = OSDNConfig(**SIZES, forgetting="data")
+    assert_special_values(AutoModelForCausalLM.from_config(config))
+    with torch.device("meta"):
+        model = OSDNForCausalLM(config)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.fill_(float("nan"))
+    model.init_weights()
+    assert_special_values(model)
+    OSDNForCausalLM(OSDNConfig(**SIZES, mixer="delta_net")).save_pretrained(tmp_path)
+    assert_special_values(OSDNForCausalLM.from_pretrained(tmp_path, config=config))
+
+
+def test_loaded_special_values_are_kept(tmp_path):
+    model = build(forgetting="data")
+    with torch.no_grad():
+        model.model.layers[0].attn.initial_precond.fill_(0.5)
+        model.model.layers[1].attn.a_proj.bias.fill_(2.0)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+
+
+def test_registered_by_importing_osdn(tmp_path):
+    OSDNForCausalLM(OSDNConfig(**SIZES)).save_pretrained(tmp_path)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), OSDNConfig)
+    assert isinstance(AutoModel.from_pretrained(tmp_path), OSDNModel)
+    assert not list(tmp_path.glob("*.bin")) and list(tmp_path.glob("*.safetensors"))
+
+
+def test_import_is_light():
+    code = (
+        "import osdn, sys; print(*[m for m in ('triton','datasets','lm_eval') if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == ""
+
+
+def plain_loss(logits, ids):
+    return cross_entropy(logits[:, :-1].flatten(0, 1).double(), ids[:, 1:].flatten())
+
+
+def test_loss_is_next_token_cross_entropy(monkeypatch):
+    model, ids = build(), tokens()
+    result = model(ids, labels=ids)
+    expected = plain_loss(result.logits, ids)
+    assert_close(result.loss, expected, 1e-6)
+    model.train()
+    assert model(ids, labels=ids).logits is None
+    whole = torch.autograd.grad(model(ids, labels=ids).loss, model.lm_head.weight)[0]
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 61 * 5)
+    chunked = model(ids, labels=ids).loss
+    assert_close(chunked, expected, 1e-6)
+    assert_close(torch.autograd.grad(chunked, model.lm_head.weight)[0], whole, 1e-5)
+
+
+def test_ignored_labels_and_num_items():
+    model, ids = build(), tokens(1)
+    labels = ids.clone()
+    labels[:, 5:9] = -100
+    logits = model(ids).logits[0]
+    kept = [t for t in range(20) if labels[0, t + 1] >= 0]
+    expected = cross_entropy(logits[kept], ids[0, [t + 1 for t in kept]])
+    assert_close(model(ids, labels=labels).loss, expected, 1e-6)
+    scaled = model(ids, labels=labels, num_items_in_batch=32).loss
+    assert_close(scaled, expected * len(kept) / 32, 1e-6)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("name", ["cu_seqlens", "cu_seq_lens_q"])
+def test_packing_equals_separate_documents(mixer, name):
+    model, ids = build(mixer), tokens(1)
+    offsets = [0, 4, 5, 21]
+    packed = model(ids, labels=ids, **{name: torch.tensor(offsets, dtype=torch.int32)})
+    losses, count = 0.0, 0
+    for start, end in itertools.pairwise(offsets):
+        document = ids[:, start:end]
+        logits = model(document).logits
+        assert_close(packed.logits[:, start:end], logits, 2e-5)
+        if end - start > 1:
+            losses = losses + plain_loss(logits, document) * (end - start - 1)
+            count += end - start - 1
+    assert_close(packed.loss, losses / count, 1e-5)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_gives_the_same_logits(mixer, side):
+    model, ids = build(mixer), tokens(1, 9)
+    padding = torch.zeros(1, 5, dtype=torch.long)
+    parts = (padding, ids) if side == "left" else (ids, padding)
+    masks = (padding, ids * 0 + 1) if side == "left" else (ids * 0 + 1, padding)
+    mask = torch.cat(masks, 1)
+    padded = model(torch.cat(parts, 1), attention_mask=mask).logits
+    assert_close(padded[mask.bool()], model(ids).logits[0], 2e-5)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_pieces_then_tokens_equal_one_forward(mixer):
+    model, ids = build(mixer, forgetting="data"), tokens()
+    cache, logits = DynamicCache(config=model.config), []
+    with torch.no_grad():
+        for piece in ids.split([6, 2, 9, 1, 1, 1, 1], dim=1):
+            result = model(piece, past_key_values=cache, use_cache=True)
+            logits.append(result.logits)
+        assert_close(torch.cat(logits, 1), model(ids).logits, 2e-5)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_greedy_generation_is_repeated_forward(mixer):
+    model, ids = build(mixer), tokens()
+    generated = model.generate(ids, max_new_tokens=6, do_sample=False)
+    for _ in range(6):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(generated, ids)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_beam_search_reorders_the_states(mixer):
+    """With and without a cache the beams must be the same ones."""
+    model, ids = build(mixer), tokens()
+    options = {"max_new_tokens": 6, "num_beams": 4, "do_sample": False}
+    with_cache = model.generate(ids, use_cache=True, **options)
+    assert torch.equal(with_cache, model.generate(ids, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("mixer", ["osdn", ["osdn", "attention"]])
+def test_left_padded_batch_generates_as_one_by_one(mixer):
+    model = build(mixer, pad_token_id=0)
+    prompts = [tokens(1, n, seed=n) + 0 for n in (3, 11, 7)]
+    width = max(p.shape[1] for p in prompts)
+    ids, mask = torch.zeros(3, width, dtype=torch.long), torch.zeros(3, width, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - prompt.shape[1] :] = prompt
+        mask[row, width - prompt.shape[1] :] = 1
+    options = {"max_new_tokens": 5, "do_sample": False}
+    together = model.generate(ids, attention_mask=mask, **options)[:, width:]
+    for row, prompt in enumerate(prompts):
+        alone = model.generate(prompt, **options)[0, prompt.shape[1] :]
+        assert torch.equal(together[row], alone)
+
+
+def test_sampling_is_seeded():
+    model, ids = build(), tokens()
+    torch.manual_seed(3)
+    first = model.generate(ids, max_new_tokens=8, do_sample=True)
+    torch.manual_seed(3)
+    assert torch.equal(first, model.generate(ids, max_new_tokens=8, do_sample=True))
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model, ids = build(["osdn", "attention"]).train(), tokens()
+    model(ids, labels=ids).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    model(ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.grad, expected[name], 1e-6, name)
+
+
+def test_tied_embeddings(tmp_path):
+    model = build(tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embeddings.weight
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embeddings.weight
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+
+
+def test_hidden_states_and_logits_to_keep():
+    model, ids = build(), tokens()
+    result = model(ids, output_hidden_states=True, logits_to_keep=2)
+    assert torch.equal(result.hidden_states[0], model.model.embeddings(ids))
+    assert torch.equal(model.lm_head(result.hidden_states[-1]), model(ids).logits)
+    assert torch.equal(result.logits, model(ids).logits[:, -2:])
+    assert torch.equal(model(ids, return_dict=False)[0], model(ids).logits)
+
+
+@pytest.mark.parametrize("mixer", ["osdn", "attention"])
+def test_compiled_model_gives_the_same_loss_and_gradient(mixer):
+    model, ids = build(mixer, forgetting="data").train(), tokens()
+    expected = model(ids, labels=ids).loss
+    expected_gradient = torch.autograd.grad(expected, model.model.embeddings.weight)[0]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss = compiled(ids, labels=ids).loss
+    assert_close(loss, expected, 1e-6)
+    gradient = torch.autograd.grad(loss, model.model.embeddings.weight)[0]
+    assert_close(gradient, expected_gradient, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ({"mixer": "mamba"}, "mixer"),
+        ({"mixer": ["osdn"]}, "one a layer"),
+        ({"eta": -1}, "eta"),
+        ({"precond_min": 0.0}, "both or neither"),
+        ({"precond_min": 2.0, "precond_max": 1.0}, "precond_min"),
+        ({"forgetting": "x"}, "forgetting"),
+        ({"num_heads": 5}, "num_heads"),
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"num_head": 2}, "did you mean num_heads"),
+    ],
+)
+def test_configuration_is_checked_when_it_is_made(fields, word):
+    with pytest.raises(ValueError, match=word):
+        OSDNConfig(**SIZES | fields)
+
+
+def test_input_ids_and_embeddings_exclude_each_other():
+    with pytest.raises(ValueError, match="exactly one"):
+        build()()
