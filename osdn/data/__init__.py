@@ -1,0 +1,21 @@
+"""Corpora, tokenizers and packing: text to fixed-length rows with document boundaries."""
+
+from osdn.data.corpora import Document, open_corpus
+from osdn.data.packing import Batch, Row, TrainingRows, collate, pack
+from osdn.data.split import TrainingDocuments, held_out_texts
+from osdn.data.tokenizers import byte_tokenizer, encode_document, load_tokenizer
+
+__all__ = [
+    "Batch",
+    "Document",
+    "Row",
+    "TrainingDocuments",
+    "TrainingRows",
+    "byte_tokenizer",
+    "collate",
+    "encode_document",
+    "held_out_texts",
+    "load_tokenizer",
+    "open_corpus",
+    "pack",
+]

@@ -1,0 +1,199 @@
+"""Where documents come from: files, a streamed Hugging Face dataset, or Python's own library.
+
+A corpus has a `fingerprint` (a string that changes when its files do) and
+
+    read(order=..., position=...) -> iterator of (Document, position after it)
+
+`order` seeds the permutation of the files (None: sorted by name); `position` is what an earlier
+reading with the same order gave, and the reading goes on behind it. A position is a list or
+dictionary of plain numbers and strings. Nothing is held in memory but the document being read.
+"""
+
+from collections.abc import Iterator, Sequence
+from glob import glob
+from hashlib import blake2b
+from pathlib import Path
+from random import Random
+from sysconfig import get_path
+from typing import Any, NamedTuple, Protocol
+
+from osdn.data.files import READERS, read_text
+from osdn.data.hub import hub_is_reachable
+from osdn.errors import UserError
+
+HUB = "hf:"
+
+
+class Document(NamedTuple):
+    """One text, and the 64-bit hash of its content, which decides its side of the split."""
+
+    text: str
+    key: int
+
+
+class Corpus(Protocol):
+    """See the module's docstring."""
+
+    fingerprint: str
+
+    def read(
+        self, *, order: str | None = None, position: Any = None
+    ) -> Iterator[tuple[Document, Any]]: ...
+
+
+def open_corpus(
+    names: str | Sequence[str],
+    *,
+    text_field: str = "text",
+    separator: str | None = None,
+    subset: str | None = None,
+    split: str = "train",
+) -> Corpus:
+    """The corpus that a recipe names.
+
+    Args:
+        names: "stdlib" (the Python standard library's source on this machine), "hf:NAME" (a
+            Hugging Face dataset, streamed), or one or several paths, globs or directories of
+            text, .jsonl and .parquet files.
+        text_field: the column of .jsonl, .parquet and hub records that holds the text.
+        separator: in text files, the string between documents; None: a file is a document.
+        subset, split: of a hub dataset.
+
+    Raises:
+        UserError: nothing there, nothing in it, or no network for a hub name.
+    """
+    if names == "stdlib":
+        return FileCorpus(standard_library(), text_field=text_field, separator=separator)
+    if isinstance(names, str) and names.startswith(HUB):
+        return HubCorpus(names[len(HUB) :], subset=subset, split=split, text_field=text_field)
+    patterns = [names] if isinstance(names, str) else names
+    return FileCorpus(expand(patterns), text_field=text_field, separator=separator)
+
+
+def standard_library() -> list[Path]:
+    """The standard library's .py files, sorted.
+
+    Without site-packages and dist-packages, which are not the library; and without its tests,
+    which some distributions do not install and which hold files that are deliberately not UTF-8.
+    """
+    root = Path(get_path("stdlib"))
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    files = (p for p in root.rglob("*.py") if left_out.isdisjoint(p.relative_to(root).parts))
+    found = sorted(files)
+    if not found:
+        raise UserError(
+            f"data.corpus: the Python standard library has no source in {root} on this machine; "
+            "name text files of your own (data.corpus='texts/*.txt')"
+        )
+    return found
+
+
+def expand(patterns: Sequence[str]) -> list[Path]:
+    """The files that paths, globs (** included) and directories name, sorted, each once."""
+    files: set[Path] = set()
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        inside = str(path / "**" / "*") if path.is_dir() else str(path)
+        found = {Path(name) for name in glob(inside, recursive=True) if Path(name).is_file()}
+        if not found:
+            raise UserError(
+                f"data.corpus: no file matches {pattern!r} (seen from {Path.cwd()}); give a path, "
+                f"a glob or a directory of text, .jsonl or .parquet files, 'stdlib', or "
+                f"'{HUB}NAME' for a Hugging Face dataset"
+            )
+        files |= found
+    return sorted(files)
+
+
+class FileCorpus:
+    """Documents of local files; a position is [file number in this order, offset, key or None]."""
+
+    def __init__(self, files: list[Path], *, text_field: str, separator: str | None) -> None:
+        sizes = [path.stat().st_size for path in files]
+        if not any(sizes):
+            more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+            raise UserError(f"data.corpus: {files[0]}{more}: empty; give files that hold text")
+        self.files, self.text_field, self.separator = files, text_field, separator
+        names = [str(path) for path in files]
+        listing = repr([names, sizes, text_field, separator]).encode()
+        self.fingerprint = blake2b(listing, digest_size=16).hexdigest()
+
+    def read(
+        self, *, order: str | None = None, position: Any = None
+    ) -> Iterator[tuple[Document, Any]]:
+        files = list(self.files)
+        if order is not None:
+            Random(order).shuffle(files)
+        first, offset, key = position or (0, 0, None)
+        for number, path in enumerate(files[first:], start=first):
+            reader = READERS.get(path.suffix.lower())
+            try:
+                found = (
+                    read_text(path, offset, self.separator)
+                    if reader is None
+                    else reader(path, offset, self.text_field)
+                )
+                for text, where, after, goes_on in found:
+                    own = Document(text, content_key(text, f"{path}, {where}"))
+                    document = own if key is None else Document(text, key)
+                    key = document.key if goes_on else None
+                    if text:
+                        yield document, [number, after, key]
+            except OSError as error:
+                raise UserError(f"data.corpus: cannot read {path}: {error.strerror}") from error
+            offset, key = 0, None
+
+
+class HubCorpus:
+    """A streamed Hugging Face dataset; a position is the stream's own state dictionary."""
+
+    def __init__(self, name: str, *, subset: str | None, split: str, text_field: str) -> None:
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise UserError(
+                f"data.corpus: '{HUB}{name}' needs the datasets package: pip install 'osdn[data]'"
+            ) from error
+        if not Path(name).is_dir() and not hub_is_reachable():
+            raise UserError(
+                f"data.corpus: no network to stream '{HUB}{name}' from the Hugging Face Hub; "
+                "connect, or name local files or 'stdlib'"
+            )
+        try:
+            self.dataset = load_dataset(name, subset, split=split, streaming=True)
+        except (OSError, ValueError, RuntimeError) as error:  # its errors derive from these
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"data.corpus: cannot open '{HUB}{name}': {reason}") from error
+        self.name, self.text_field = name, text_field
+        self.fingerprint = repr([name, subset, split, text_field])
+
+    def read(
+        self, *, order: str | None = None, position: Any = None
+    ) -> Iterator[tuple[Document, Any]]:
+        """The records in the dataset's order (`order` permutes files, and there are none)."""
+        from copy import copy
+
+        dataset = copy(self.dataset)
+        if position is not None:
+            dataset.load_state_dict(position)
+        for number, record in enumerate(dataset):
+            text = record.get(self.text_field)
+            if not isinstance(text, str):
+                raise UserError(
+                    f"data.text_field: the records of '{HUB}{self.name}' have no text in "
+                    f"{self.text_field!r}; they have {', '.join(record)}"
+                )
+            if text:
+                key = content_key(text, f"{HUB}{self.name}, record {number} of this reading")
+                yield Document(text, key), dataset.state_dict()
+
+
+def content_key(text: str, where: str) -> int:
+    """64 bits of a hash of the text: equal texts have equal keys, in every corpus and order."""
+    try:
+        data = text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        raise UserError(
+            f"data.corpus: {where}: not Unicode text: a lone surrogate at character {error.start}"
+        ) from error
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "big")

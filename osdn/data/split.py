@@ -1,0 +1,127 @@
+"""The split into training and held-out documents, and the shuffled order of the former."""
+
+from collections.abc import Generator, Iterator
+from random import Random
+from typing import Any
+
+from osdn.data.corpora import Corpus, Document
+from osdn.errors import UserError
+
+
+def is_held_out(document: Document, fraction: float) -> bool:
+    """Whether a document is for validation: its content's hash decides, so copies stay together."""
+    return document.key < fraction * 2**64
+
+
+def held_out_texts(corpus: Corpus, *, fraction: float, limit: int) -> list[str]:
+    """The first held-out texts of the corpus, cut after `limit` bytes of UTF-8 in all.
+
+    Files are read in a fixed random order, so that the texts are no more alike than any others.
+
+    Raises:
+        UserError: no document is held out.
+    """
+    texts: list[str] = []
+    left = limit
+    for document, _ in corpus.read(order="validation"):
+        if is_held_out(document, fraction):
+            text = document.text.encode()[:left].decode(errors="ignore")
+            left -= len(text.encode())
+            texts.append(text)
+            if left < 4:  # less than any character may need
+                break
+    if not any(texts):
+        raise UserError(
+            f"data.validation: no document falls in the held-out {fraction:.2%} of the corpus; "
+            "raise the fraction, name a corpus of its own, divide text files into documents "
+            "(data.separator), or set 0 for no validation"
+        )
+    return texts
+
+
+class TrainingDocuments:
+    """The training documents for ever, epoch after epoch, each block of them shuffled.
+
+    A block is as many documents as reach `shuffle_bytes`; it is what is held in memory. Files
+    come in another order each epoch. The state is where the block began and how many of its
+    documents are done, so it is small, and restoring it reads one block again.
+
+    Args:
+        corpus: where the documents come from.
+        fraction: share of held-out documents, which are passed over.
+        shuffle_bytes: size of a block, UTF-8 bytes.
+        seed: of the order.
+    """
+
+    def __init__(self, corpus: Corpus, *, fraction: float, shuffle_bytes: int, seed: int) -> None:
+        self.corpus, self.fraction = corpus, fraction
+        self.shuffle_bytes, self.seed = shuffle_bytes, seed
+        self.state: dict[str, Any] = {"epoch": 0, "block": 0, "position": None, "done": 0}
+        self._documents = self._read()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._documents)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next document is: plain numbers and strings."""
+        return {"fingerprint": self.corpus.fingerprint, **self.state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was called.
+
+        Raises:
+            UserError: the corpus is not the one that the state belongs to.
+        """
+        state = dict(state)
+        if state.pop("fingerprint") != self.corpus.fingerprint:
+            raise UserError(
+                "data.corpus: its files changed (names or sizes) since the checkpoint was saved; "
+                "restore them, or start a run in a new directory"
+            )
+        self._documents.close()
+        self.state = state
+        self._documents = self._read()
+
+    def close(self) -> None:
+        """Let go of open files."""
+        self._documents.close()
+
+    def _read(self) -> Generator[str, None, None]:
+        state = self.state
+        while True:
+            source = self.corpus.read(
+                order=f"{self.seed}-{state['epoch']}", position=state["position"]
+            )
+            after, found = state["position"], state["block"] > 0
+            while True:
+                block, after = self._block(source, after)
+                if not block:
+                    break
+                found = True
+                Random(f"{self.seed}-{state['epoch']}-{state['block']}").shuffle(block)
+                for text in block[state["done"] :]:
+                    state["done"] += 1
+                    yield text
+                state.update(block=state["block"] + 1, position=after, done=0)
+            if not found:
+                raise UserError(
+                    "data.corpus: no training document in it; give more text or hold out less "
+                    "(data.validation)"
+                )
+            state.update(epoch=state["epoch"] + 1, block=0, position=None, done=0)
+
+    def _block(self, source: Iterator[tuple[Document, Any]], after: Any) -> tuple[list[str], Any]:
+        """The next block's texts and the position behind them."""
+        block: list[str] = []
+        size = 0
+        for document, position in source:
+            after = position
+            if not is_held_out(document, self.fraction):
+                block.append(document.text)
+                size += len(document.text.encode())
+                if size >= self.shuffle_bytes:
+                    break
+        return block, after
