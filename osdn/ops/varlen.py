@@ -1,0 +1,163 @@
+"""Sequences cut into chunks of C tokens, ordered by step: one layout for batches and cu_seqlens.
+
+Step j holds chunk j of every sequence that has one. Sequences are taken longest first, so that the
+ones still running at a step are the first rows of the recurrent state. A row is one sequence and
+head; a chunk of a row is a [C, D] matrix. The last chunk of a sequence is filled up with padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+LARGEST_CHUNK, SMALLEST_CHUNK = 32, 8
+
+_last_ragged: tuple[Tensor, int, RaggedLayout] | None = None
+
+
+class Layout:
+    """Where the chunks of equal-length sequences lie; see the module.
+
+    Tokens are [B, T, H, D] (or [B, T, H], as D = 1 squeezed); rows of chunks are [R, C, D].
+    active[j] is the number of sequences at step j. No gather: a chunk is a slice of the time axis.
+    """
+
+    def __init__(self, B: int, T: int, H: int) -> None:
+        self.T, self.H, self.C = T, H, chunk_size(T)
+        self.active = [B] * -(-T // self.C)
+
+    def groups(self, rows: int) -> list[tuple[int, int]]:
+        """Ranges of steps [i, j) that together hold at most `rows` rows, or one step."""
+        bounds, held = [0], 0
+        for j, n in enumerate(self.active):
+            if held and held + n * self.H > rows:
+                bounds.append(j)
+                held = 0
+            held += n * self.H
+        return list(zip(bounds, [*bounds[1:], len(self.active)]))
+
+    def spans(self, i: int, j: int) -> list[tuple[int, int]]:
+        """For each step of [i, j): its rows [a, b), counted from the first row of step i."""
+        spans, a = [], 0
+        for n in self.active[i:j]:
+            spans.append((a, a + n * self.H))
+            a += n * self.H
+        return spans
+
+    def load(self, x: Tensor, i: int, j: int, dtype: torch.dtype, fill: float = 0.0) -> Tensor:
+        """The chunks of steps [i, j) of tokens x, contiguous, in dtype; padding becomes `fill`."""
+        B, C, H, rest = self.active[0], self.C, self.H, x.shape[3:]
+        out = x.new_empty(j - i, B, H, C, *rest, dtype=dtype)
+        for steps, tokens, width in self._pieces(i, j):
+            if width < C:
+                out[steps].fill_(fill)
+            chunks = (
+                x[:, tokens].unflatten(1, (-1, width)).permute(1, 0, 3, 2, *range(4, x.ndim + 1))
+            )
+            out[steps][:, :, :, :width].copy_(chunks)
+        return out.view(-1, C, *rest)
+
+    def store(self, chunks: Tensor, x: Tensor, i: int, j: int) -> None:
+        """The converse of load: write the tokens of steps [i, j) into x."""
+        B, C, H, rest = self.active[0], self.C, self.H, x.shape[3:]
+        chunks = chunks.view(j - i, B, H, C, *rest)
+        for steps, tokens, width in self._pieces(i, j):
+            into = x[:, tokens].unflatten(1, (-1, width))
+            into.copy_(chunks[steps][:, :, :, :width].permute(1, 0, 3, 2, *range(4, x.ndim + 1)))
+
+    def _pieces(self, i: int, j: int) -> Iterator[tuple[slice, slice, int]]:
+        """Steps (from i), their tokens and tokens a chunk: the whole chunks, then a part of one."""
+        whole = min(j, self.T // self.C)
+        if whole > i:
+            yield slice(0, whole - i), slice(i * self.C, whole * self.C), self.C
+        if j > whole:
+            yield slice(whole - i, None), slice(whole * self.C, None), self.T - whole * self.C
+
+    def sort(self, per_sequence: Tensor) -> Tensor:
+        """[N, H, ...] in the order of the rows, as a new tensor [N·H, ...]."""
+        return per_sequence.flatten(0, 1).clone()
+
+    def unsort(self, rows: Tensor) -> Tensor:
+        """The converse of sort."""
+        return rows.unflatten(0, (-1, self.H))
+
+
+class RaggedLayout(Layout):
+    """Where the chunks of the sequences between cu_seqlens lie; tokens are [1, T, H, ...]."""
+
+    def __init__(self, cu_seqlens: Tensor, T: int, H: int) -> None:
+        self.T, self.H, self.C = T, H, chunk_size(T)
+        device, C = cu_seqlens.device, self.C
+        offsets = cu_seqlens.cpu().long()
+        lengths = offsets.diff()
+        order = lengths.argsort(descending=True, stable=True)
+        chunks = (lengths[order] + C - 1) // C
+        steps = torch.arange(int(chunks[0]))
+        active = len(chunks) - torch.searchsorted(chunks.flip(0), steps, right=True)
+        first = active.cumsum(0) - active
+        step = steps.repeat_interleave(active)
+        rank = torch.arange(len(step)) - first[step]
+        token = (offsets[order][rank] + C * step)[:, None] + torch.arange(C)
+        real = token < offsets[order + 1][rank][:, None]
+        slots = real.flatten().nonzero()[:, 0]
+
+        self.active: list[int] = active.tolist()
+        self.first = [*first.tolist(), len(step)]
+        self.first_slot = [0, *real.sum(1).cumsum(0).tolist()]
+        self.order, self.inverse = order.to(device), order.argsort().to(device)
+        self.token, self.padding = token.clamp(max=T - 1).to(device), ~real.to(device)
+        self.slots, self.real_token = slots.to(device), token.flatten()[slots].to(device)
+
+    def load(self, x: Tensor, i: int, j: int, dtype: torch.dtype, fill: float = 0.0) -> Tensor:
+        a, b, rest = self.first[i], self.first[j], x.shape[3:]
+        tokens = x.reshape(self.T, -1).index_select(0, self.token[a:b].flatten())
+        chunks = tokens.view(b - a, self.C, self.H, *rest).transpose(1, 2)
+        out = chunks.to(dtype, memory_format=torch.contiguous_format)
+        if self.first_slot[b] - self.first_slot[a] < (b - a) * self.C:
+            padding = self.padding[a:b].view(b - a, 1, self.C, *[1] * len(rest))
+            out = out.contiguous().masked_fill_(padding, fill)
+        return out.contiguous().view(-1, self.C, *rest)
+
+    def store(self, chunks: Tensor, x: Tensor, i: int, j: int) -> None:
+        a, b, rest = self.first[i], self.first[j], x.shape[3:]
+        start, stop = self.first_slot[a], self.first_slot[b]
+        slots = self.slots[start:stop] - a * self.C
+        tokens = chunks.view(b - a, self.H, self.C, *rest).transpose(1, 2).to(x.dtype)
+        tokens = tokens.reshape((b - a) * self.C, -1).index_select(0, slots)
+        x.view(self.T, -1).index_copy_(0, self.real_token[start:stop], tokens)
+
+    def sort(self, per_sequence: Tensor) -> Tensor:
+        return per_sequence.index_select(0, self.order).flatten(0, 1)
+
+    def unsort(self, rows: Tensor) -> Tensor:
+        return rows.unflatten(0, (-1, self.H)).index_select(0, self.inverse)
+
+
+def chunk_size(T: int) -> int:
+    """Tokens a chunk: LARGEST_CHUNK, or for short sequences the next power of two."""
+    C = SMALLEST_CHUNK
+    while min(T, LARGEST_CHUNK) > C:
+        C *= 2
+    return C
+
+
+def layout_of(tokens: Tensor, cu_seqlens: Tensor | None) -> Layout:
+    """The layout of tokens [B, T, H, ...]; that of the last cu_seqlens is kept.
+
+    Reading cu_seqlens synchronises with a GPU, so all layers and the backward share one layout as
+    long as they are handed the same tensor, unchanged.
+    """
+    B, T, H = tokens.shape[:3]
+    if cu_seqlens is None:
+        return Layout(B, T, H)
+    global _last_ragged
+    version = -1 if cu_seqlens.is_inference() else cu_seqlens._version
+    if _last_ragged is not None and version >= 0:
+        last, last_version, layout = _last_ragged
+        if last is cu_seqlens and last_version == version and (layout.T, layout.H) == (T, H):
+            return layout
+    layout = RaggedLayout(cu_seqlens, T, H)
+    _last_ragged = (cu_seqlens, version, layout)
+    return layout
