@@ -4,6 +4,8 @@ Importing this module registers the classes with AutoConfig, AutoModel and AutoM
 Parameter names are those of flash-linear-attention's DeltaNet.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -13,13 +15,15 @@ from transformers import (
     GenerationMixin,
     PreTrainedModel,
 )
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from osdn.attention import Attention
 from osdn.layers import OSDN, SwiGLU
+from osdn.model.cache import OSDNCache
 from osdn.model.configuration import OSDNConfig
 from osdn.model.loss import linear_cross_entropy, next_token_labels
 
@@ -135,7 +139,8 @@ class OSDNModel(OSDNPreTrainedModel):
             input_ids: [B, T] int64, or inputs_embeds: [B, T, D].
             attention_mask: [B, T] (past and new tokens with a cache), 0 where a token is padding,
                 on the left or on the right.
-            past_key_values: a cache to go on from, DynamicCache(config=model.config).
+            past_key_values: a cache to go on from, an OSDNCache(config) or transformers' own
+                DynamicCache(config=config).
             use_cache: keep and return a cache; None means config.use_cache outside training.
             output_hidden_states: also return the input of every block and the final result.
             cu_seqlens: [N + 1] offsets of sequences packed along T; B must be 1.
@@ -148,7 +153,7 @@ class OSDNModel(OSDNPreTrainedModel):
         if self.gradient_checkpointing and self.training:
             use_cache = False
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = OSDNCache(self.config)
         if attention_mask is not None and not torch.compiler.is_compiling():
             attention_mask = None if bool(attention_mask.all()) else attention_mask
 
@@ -163,6 +168,8 @@ class OSDNModel(OSDNPreTrainedModel):
                 cu_seqlens=cu_seqlens,
             )
         hidden_states = self.norm(hidden_states)
+        if use_cache and isinstance(past_key_values, OSDNCache):
+            past_key_values.tokens_seen += hidden_states.shape[1]
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values,
@@ -180,6 +187,18 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         self.model = OSDNModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: GenerationConfig, model_kwargs: dict, *rest: Any
+    ) -> None:
+        """Start `generate` from an OSDNCache where transformers would make a DynamicCache."""
+        implementation = generation_config.cache_implementation
+        given = model_kwargs.get("past_key_values") is not None
+        if not given and generation_config.use_cache and implementation in (None, "dynamic"):
+            model_kwargs["past_key_values"] = OSDNCache(self.config)
+        else:
+            prepare: Any = GenerationMixin._prepare_cache_for_generation
+            prepare(self, generation_config, model_kwargs, *rest)
 
     @can_return_tuple
     def forward(

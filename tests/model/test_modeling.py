@@ -89,9 +89,15 @@ def test_registered_by_importing_osdn(tmp_path):
 
 
 def test_import_is_light():
-    code = (
-        "import osdn, sys; print(*[m for m in ('triton','datasets','lm_eval') if m in sys.modules])"
-    )
+    """osdn brings in none of these; transformers alone may bring in an installed Triton."""
+    code = """
+import sys
+from transformers import GenerationMixin, PreTrainedModel
+before = set(sys.modules)
+import osdn
+heavy = {"triton", "datasets", "lm_eval", "numba", "matplotlib", "pydantic"}
+print(*sorted(heavy & {name.split(".")[0] for name in set(sys.modules) - before}))
+"""
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
@@ -176,6 +182,20 @@ def test_greedy_generation_is_repeated_forward(mixer):
         with torch.no_grad():
             ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(generated, ids)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_generation_goes_on_from_a_cache(mixer):
+    """Two turns with one cache equal one call on everything, on transformers' sampling loop."""
+    model, ids = build(mixer), tokens(1)
+    options = {"do_sample": False, "return_dict_in_generate": True}
+    first = model.generate(ids, max_new_tokens=4, **options)
+    turn = torch.cat([first.sequences, tokens(1, 5, seed=7)], 1)
+    assert first.past_key_values.get_seq_length() == first.sequences.shape[1] - 1
+    second = model.generate(
+        turn, max_new_tokens=4, past_key_values=first.past_key_values, **options
+    )
+    assert torch.equal(second.sequences, model.generate(turn, max_new_tokens=4, do_sample=False))
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
