@@ -1,5 +1,6 @@
 """The front door of the operator: documentation, validation and the choice of a backend."""
 
+import os
 from importlib.util import find_spec
 
 import torch
@@ -13,8 +14,11 @@ from osdn.ops.validation import check_cu_seqlens, check_rule, check_shapes, chec
 BACKENDS = {
     "chunkwise": register("chunkwise", "osdn.ops.chunkwise"),
     "numba": register("numba", "osdn.ops.compiled"),
+    "triton": register("triton", "osdn.ops.triton"),
 }
 HAS_NUMBA = find_spec("numba") is not None
+HAS_TRITON = find_spec("triton") is not None
+TRITON_LARGEST_HEAD = 256
 
 
 def online_scaled_delta_rule(
@@ -64,8 +68,9 @@ def online_scaled_delta_rule(
         output_final_state: also return the memory and the preconditioner after the last token.
         cu_seqlens: [N + 1] int32 or int64 offsets of sequences packed along T; B must be 1.
             0 = cu_seqlens[0] < ... < cu_seqlens[N] = T. Not looked at under torch.compile.
-        backend: "auto" (triton for CUDA tensors, numba for CPU tensors where it is installed,
-            else chunkwise), "reference", "chunkwise", "numba" or "triton".
+        backend: "auto" (triton for CUDA tensors of at most 32 bits with K and V ≤ 256, numba for
+            CPU tensors where it is installed, else chunkwise), "reference", "chunkwise", "numba"
+            or "triton".
 
     Returns:
         o: [B, T, H, V] in v's dtype; final_state: [N, H, K, V] and final_precond: [N, H, K] in
@@ -86,7 +91,7 @@ def online_scaled_delta_rule(
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, q)
     check_rule(eta, precond_min, precond_max)
-    backend = _choose(backend, q)
+    backend = _choose(backend, q, v)
 
     (H, K), V = q.shape[2:], v.shape[-1]
     rule = Rule(eta, beta_aware, precond_min, precond_max, K**-0.5 if scale is None else scale)
@@ -148,7 +153,7 @@ def online_scaled_delta_step(
     time = (x if x is None else x.unsqueeze(1) for x in (q, k, v, beta, log_gamma))
     check_shapes(*time, state, precond, None, names=("state", "precond"))
     check_rule(eta, precond_min, precond_max)
-    backend = _choose(backend, q)
+    backend = _choose(backend, q, v)
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     for name, x in (("state", state), ("precond", precond)):
         kept = x.dtype == accumulate or (backend == "reference" and x.dtype == torch.float64)
@@ -186,9 +191,9 @@ def _autocast(*tensors: Tensor) -> list[Tensor]:
     ]
 
 
-def _choose(backend: str, q: Tensor) -> str:
+def _choose(backend: str, q: Tensor, v: Tensor) -> str:
     if backend == "auto":
-        if q.is_cuda and "triton" in BACKENDS:
+        if q.is_cuda and not _triton_lacks(q, v):
             return "triton"
         return "numba" if HAS_NUMBA and q.device.type == "cpu" else "chunkwise"
     if backend not in ("reference", *BACKENDS):
@@ -197,4 +202,31 @@ def _choose(backend: str, q: Tensor) -> str:
     if backend == "numba" and (not HAS_NUMBA or q.device.type != "cpu"):
         problem = f"tensors on {q.device}" if HAS_NUMBA else "no numba (pip install 'osdn[cpu]')"
         raise ValueError(f"backend: 'numba' needs CPU tensors and numba installed, got {problem}")
+    if backend == "triton" and (problem := _triton_lacks(q, v)):
+        raise ValueError(f"backend: 'triton' {problem}; use backend='auto' or 'chunkwise'")
     return backend
+
+
+def _triton_lacks(q: Tensor, v: Tensor) -> str:
+    """Why the Triton kernels cannot run on these tensors, or an empty string."""
+    if not HAS_TRITON:
+        return "needs Triton, which PyTorch's CUDA builds bring and this installation lacks"
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if not (q.is_cuda or (interpreted and q.device.type == "cpu")):
+        return (
+            f"compiles for GPUs and needs CUDA tensors, got tensors on {q.device} (with "
+            "TRITON_INTERPRET=1 set before the first call, its interpreter takes CPU tensors)"
+        )
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"needs bfloat16, float16 or float32 tensors, got {q.dtype}"
+    if interpreted and q.dtype == torch.bfloat16:
+        return (
+            "under TRITON_INTERPRET=1 needs float16 or float32 tensors, got torch.bfloat16, whose "
+            "products Triton's interpreter gets wrong (it multiplies the bits as integers)"
+        )
+    if max(q.shape[-1], v.shape[-1]) > TRITON_LARGEST_HEAD:
+        return (
+            f"needs K and V of at most {TRITON_LARGEST_HEAD}, got K = {q.shape[-1]} and "
+            f"V = {v.shape[-1]}"
+        )
+    return ""

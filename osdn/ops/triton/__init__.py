@@ -1,0 +1,140 @@
+"""The online scaled delta rule on a GPU, in Triton: the backend "triton" of osdn.ops.interface.
+
+Phase 1 makes the preconditioner's path from the keys alone: in chunks (`precond_forward`,
+`precond_backward`), or token by token where a box clips it (`precond_tokens`). `write_keys` turns
+it into the operands of phase 2, which walks the memory (`memory_forward`, `memory_backward`).
+`decode` is one token. docs/kernels.md says what each kernel reads, writes and costs.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from osdn.ops.rule import Rule
+from osdn.ops.triton.chunks import CHUNK, Chunks, chunk_bound, cut
+from osdn.ops.triton.decode import decode
+from osdn.ops.triton.memory_backward import gradients, memory_reverse, states
+from osdn.ops.triton.memory_forward import memory
+from osdn.ops.triton.precond_backward import chunk_scan_reverse
+from osdn.ops.triton.precond_forward import chunk_scan
+from osdn.ops.triton.precond_tokens import token_scan, token_scan_reverse
+from osdn.ops.triton.write_keys import write_keys
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_gamma: Tensor | None,
+    initial_state: Tensor,
+    initial_precond: Tensor,
+    cu_seqlens: Tensor | None,
+    rule: Rule,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """(o, final_state, final_precond, saved); the contract is osdn.ops.registration's."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    with _on(q):
+        chunks = cut(q.shape[0], q.shape[1], cu_seqlens)
+        tensors = (q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
+        w, ka, A, e, x, starts = saved_like(*tensors, True)
+        gates = (k, beta, log_gamma)
+        if rule.precond_min is not None:
+            precond = token_scan(*gates, initial_precond, w, x, starts, chunks, rule)
+        elif rule.constant_precond(log_gamma is not None):
+            precond = initial_precond.clone()
+            starts.copy_(_at_chunks(initial_precond, chunks))
+        else:
+            precond = chunk_scan(*gates, initial_precond, x, starts, chunks, rule)
+        write_keys(*gates, x, starts, w, A, ka, chunks, rule)
+        o, state = memory(q, w, ka, v, A, initial_state, e if save else None, chunks, rule)
+    return o, state, precond, [w, ka, A, e, x, starts] if save else []
+
+
+def saved_like(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_gamma: Tensor | None,
+    initial_state: Tensor,
+    initial_precond: Tensor,
+    cu_seqlens: Tensor | None,
+    save: bool,
+) -> list[Tensor]:
+    """Empty w and A k like k, A [B, T, H, CHUNK], e like v, x [B, T, H], d [chunks, H, K]."""
+    if not save:
+        return []
+    B, T, H, K = k.shape
+    return [
+        k.new_empty(k.shape),
+        k.new_empty(k.shape),
+        k.new_empty(B, T, H, CHUNK),
+        v.new_empty(v.shape),
+        beta.new_empty(beta.shape),
+        beta.new_empty(chunk_bound(B, T, cu_seqlens), H, K),
+    ]
+
+
+def backward(
+    do: Tensor,
+    dfinal_state: Tensor,
+    dfinal_precond: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_gamma: Tensor | None,
+    initial_state: Tensor,
+    initial_precond: Tensor,
+    cu_seqlens: Tensor | None,
+    saved: list[Tensor],
+    rule: Rule,
+) -> list[Tensor]:
+    """[dq, dk, dv, dβ, dinitial_state, dinitial_precond] and dlog γ, as the contract has them."""
+    w, ka, A, e, x, starts = saved
+    q, k, do = q.contiguous(), k.contiguous(), do.contiguous()
+    dfinal_state, dfinal_precond = dfinal_state.contiguous(), dfinal_precond.contiguous()
+    with _on(q):
+        chunks = cut(q.shape[0], q.shape[1], cu_seqlens)
+        dv, dS, dstate = memory_reverse(q, w, ka, A, do, dfinal_state, chunks, rule)
+        S = states(w, e, initial_state, chunks)
+        dq, dk, dw = gradients(q, k, w, e, do, dv, S, dS, chunks, rule)
+        del S, dS
+        reverse = chunk_scan_reverse if rule.precond_min is None else token_scan_reverse
+        dbeta, dlog_gamma, dprecond = reverse(
+            k, beta, log_gamma, x, starts, dw, dfinal_precond, dk, chunks, rule
+        )
+    gradient = [dq, dk, dv, dbeta, dstate, dprecond]
+    return gradient if dlog_gamma is None else [*gradient, dlog_gamma]
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_gamma: Tensor | None,
+    state: Tensor,
+    precond: Tensor,
+    rule: Rule,
+    slots: Tensor | None = None,
+) -> Tensor:
+    """o [B, H, V]; state and precond are updated in place. `slots` as in `decode.decode`."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    with _on(q):
+        return decode(q, k, v, beta, log_gamma, state, precond, rule, slots)
+
+
+def _on(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _at_chunks(precond: Tensor, chunks: Chunks) -> Tensor:
+    """precond [N, H, K] at every chunk's start, where it does not move."""
+    if chunks.indices is not None:
+        return precond[chunks.indices[:, 0].clamp(min=0)]
+    return precond.repeat_interleave(chunks.bound // chunks.sequences, 0)

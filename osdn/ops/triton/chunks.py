@@ -1,0 +1,122 @@
+"""How sequences are cut into chunks, and how a program finds its chunk.
+
+A chunk is `CHUNK` consecutive tokens of one sequence. Chunks are numbered through all sequences in
+order; per-chunk tensors (states, preconditioners) have that number as their first dimension. With
+cu_seqlens the number of chunks depends on data that lives on the GPU, so buffers and grids use the
+bound T // CHUNK + N, and programs past the last chunk return at once: no host synchronisation.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 64
+SUB = 16  # rows of a sub-block: the size of the triangular solves, and the smallest dot
+
+
+class Chunks(NamedTuple):
+    """The cut of one call. Without cu_seqlens, offsets and indices are None.
+
+    bound: at least the number of chunks.  cu_seqlens [N + 1] int64.
+    offsets: [N] int32, number of each sequence's first chunk.
+    indices: [bound, 2] int32, (sequence, chunk within it), or (−1, 0) past the last chunk.
+    """
+
+    sequences: int
+    bound: int
+    cu_seqlens: Tensor | None
+    offsets: Tensor | None
+    indices: Tensor | None
+
+
+_last: tuple[Tensor, int, Chunks] | None = None
+
+
+def chunk_bound(B: int, T: int, cu_seqlens: Tensor | None) -> int:
+    """The first dimension of a per-chunk tensor."""
+    if cu_seqlens is None:
+        return B * ((T + CHUNK - 1) // CHUNK)
+    return T // CHUNK + cu_seqlens.shape[0] - 1
+
+
+def cut(B: int, T: int, cu_seqlens: Tensor | None) -> Chunks:
+    """The chunks of [B, T] tokens; built on the device, once for each cu_seqlens tensor.
+
+    Every layer of a model is handed the same cu_seqlens, so the last one is remembered; not while
+    a CUDA graph is captured, whose memory must not outlive it.
+    """
+    bound = chunk_bound(B, T, cu_seqlens)
+    if cu_seqlens is None:
+        return Chunks(B, bound, None, None, None)
+    global _last
+    if _last is not None and _last[0] is cu_seqlens and _last[1] == cu_seqlens._version:
+        return _last[2]
+    lengths = cu_seqlens.diff()
+    ends = ((lengths + CHUNK - 1) // CHUNK).cumsum(0)
+    starts = torch.cat([ends.new_zeros(1), ends])
+    number = torch.arange(bound, device=cu_seqlens.device)
+    sequence = torch.searchsorted(ends, number, right=True)
+    local = number - starts[sequence]
+    used = sequence < lengths.numel()
+    pairs = torch.stack([torch.where(used, sequence, -1), torch.where(used, local, 0)], 1)
+    chunks = Chunks(lengths.numel(), bound, cu_seqlens.long(), starts[:-1].int(), pairs.int())
+    if not (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
+        _last = (cu_seqlens, cu_seqlens._version, chunks)
+    return chunks
+
+
+def tile(size: int) -> int:
+    """The power of two, at least SUB, that holds a dimension."""
+    return max(SUB, triton.next_power_of_2(size))
+
+
+@triton.jit
+def locate_chunk(i_c, cu_seqlens, indices, T, BT: tl.constexpr, IS_VARLEN: tl.constexpr):
+    """Of chunk number i_c: its first token's row in [0, B·T), int64, and the tokens from there to
+    its sequence's end; none if there is no such chunk.
+    """
+    if IS_VARLEN:
+        i_n = tl.load(indices + 2 * i_c)
+        i_t = tl.load(indices + 2 * i_c + 1)
+        begin = tl.load(cu_seqlens + tl.maximum(i_n, 0)) + i_t.to(tl.int64) * BT
+        end = tl.load(cu_seqlens + tl.maximum(i_n, 0) + 1)
+        left = tl.where(i_n < 0, 0, end - begin)
+    else:
+        NT = tl.cdiv(T, BT)
+        i_n = i_c // NT
+        i_t = i_c % NT
+        begin = i_n.to(tl.int64) * T + i_t * BT
+        left = (T - i_t * BT).to(tl.int64)
+    return begin, left.to(tl.int32)
+
+
+@triton.jit
+def locate_sequence(i_n, cu_seqlens, offsets, T, BT: tl.constexpr, IS_VARLEN: tl.constexpr):
+    """Of sequence i_n: its first token's row (int64), its length, its first chunk (int64)."""
+    if IS_VARLEN:
+        begin = tl.load(cu_seqlens + i_n)
+        length = (tl.load(cu_seqlens + i_n + 1) - begin).to(tl.int32)
+        first = tl.load(offsets + i_n).to(tl.int64)
+    else:
+        begin = i_n.to(tl.int64) * T
+        length = T.to(tl.int32)
+        first = i_n.to(tl.int64) * tl.cdiv(T, BT)
+    return begin, length, first
+
+
+@triton.jit
+def load_tile(p, o_r, rows, stride, o_c, cols):
+    """The tile p[o_r · stride + o_c], zero where o_r ≥ rows or o_c ≥ cols."""
+    mask = (o_r[:, None] < rows) & (o_c[None, :] < cols)
+    return tl.load(p + o_r[:, None] * stride + o_c[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(p, value, o_r, rows, stride, o_c, cols):
+    """Write a tile as `load_tile` reads one, in the pointer's dtype."""
+    mask = (o_r[:, None] < rows) & (o_c[None, :] < cols)
+    value = value.to(p.dtype.element_ty)
+    tl.store(p + o_r[:, None] * stride + o_c[None, :], value, mask=mask)

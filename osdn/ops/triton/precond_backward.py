@@ -1,0 +1,265 @@
+"""Phase 1 backward without a box: the gradient of the preconditioner's path, in chunks.
+
+With dd = β dw ⊙ k the direct gradient of d, λ_{t+1} = dL/dd_{t+1}, and (I + L)⁻¹, pre, post of
+`precond_forward`:
+
+    a = (I + L)⁻ᵀ (b ⊙ r)
+    r_t = Σ_{i>t} exp(pre_i − post_t) ⟨dd_i, s_t⟩ + exp(post_C − post_t) ⟨λ_end, s_t⟩
+    λ_start = Σ_i exp(pre_i) (dd_i − η b_i a_i s_i) + exp(post_C) λ_end
+    λ_{t+1} = Σ_{i>t} exp(pre_i − post_t) (dd_i − η b_i a_i s_i) + exp(post_C − post_t) λ_end
+
+`couple_kernel` makes the sums over dd in parallel, `scan_reverse_kernel` walks the chunks from the
+last, and `precond_gradients_kernel` makes λ within every chunk and from it, in parallel,
+
+    ds_t = η b x λ_{t+1} − η a b d,   dk += β dw ⊙ d + 2 k ⊙ ds,   dlog γ_t = γ ⟨λ_{t+1}, d_t⟩,
+    dβ_t = ⟨dw_t, d_t ⊙ k_t⟩ (+ η x ⟨λ_{t+1}, s_t⟩ − η a ⟨d_t, s_t⟩ when beta_aware).
+
+Where d is constant (MOVES off) only dd counts. Float32 but for the dots' operands.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from osdn.ops.rule import Rule
+from osdn.ops.triton.chunks import (
+    CHUNK,
+    Chunks,
+    load_tile,
+    locate_chunk,
+    locate_sequence,
+    store_tile,
+    tile,
+)
+from osdn.ops.triton.config import CONFIG, precision
+from osdn.ops.triton.precond_forward import chunk_inverse, load_gate, load_retention
+from osdn.ops.triton.solve import mul
+
+
+@triton.jit(do_not_specialize=["T"])
+def couple_kernel(
+    k, beta, log_gamma, dw, r, dd, cu_seqlens, indices, T,
+    H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    HAS_GAMMA: tl.constexpr, IS_VARLEN: tl.constexpr, MOVES: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """r [B, T, H] without λ_end's part; dd [chunks, H, K], Σ exp(pre_i) dd_i. Grid: chunks · H."""
+    i_h = tl.program_id(0) % H
+    i_c = tl.program_id(0) // H
+    begin, left = locate_chunk(i_c, cu_seqlens, indices, T, BT, IS_VARLEN)
+    if left <= 0:
+        return
+    o_t = tl.arange(0, BT)
+    row = begin * H + i_h
+    dd += (i_c.to(tl.int64) * H + i_h) * K
+    b_beta = load_gate(beta + row, o_t, left, H)
+    pre, post, _ = load_retention(log_gamma + row, o_t, left, 0.0, H, HAS_GAMMA)
+    b_G = tl.zeros([BT, BT], tl.float32)
+    for i_k in range(tl.cdiv(K, BK)):
+        o_k = i_k * BK + tl.arange(0, BK)
+        b_k = load_tile(k + row * K, o_t, left, H * K, o_k, K).to(tl.float32)
+        b_dd = load_tile(dw + row * K, o_t, left, H * K, o_k, K).to(tl.float32)
+        b_dd *= b_beta[:, None] * b_k
+        if MOVES:
+            b_G += mul(b_k * b_k, tl.trans(b_dd), PREC)
+        if HAS_GAMMA:
+            b_dd *= tl.exp(pre)[:, None]
+        tl.store(dd + o_k, tl.sum(b_dd, 0), mask=o_k < K)
+    if MOVES:
+        if HAS_GAMMA:
+            b_G *= tl.exp(tl.minimum(pre[None, :] - post[:, None], 0.0))
+        b_r = tl.sum(tl.where(o_t[None, :] > o_t[:, None], b_G, 0.0), 1)
+        tl.store(r + row + o_t * H, b_r, mask=o_t < left)
+
+
+@triton.jit(do_not_specialize=["T"])
+def scan_reverse_kernel(
+    k, beta, log_gamma, inverse, r, dd, dfinal, a, ends, dinitial, cu_seqlens, offsets, eta, T,
+    H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, IS_VARLEN: tl.constexpr,
+    MOVES: tl.constexpr,
+):  # fmt: skip
+    """a [B, T, H], ends [chunks, H, K] (λ after each chunk), dinitial [N, H, K]. Grid: N · H."""
+    i_h = tl.program_id(0) % H
+    i_n = tl.program_id(0) // H
+    begin, length, first = locate_sequence(i_n, cu_seqlens, offsets, T, BT, IS_VARLEN)
+    NT = tl.cdiv(length, BT)
+    o_t = tl.arange(0, BT)
+    o_k = tl.arange(0, BK)
+    m_k = o_k < K
+    lower = o_t[:, None] >= o_t[None, :]
+    row = (begin + (NT - 1).to(tl.int64) * BT) * H + i_h
+    k += row * K
+    inverse += row * BT
+    beta += row
+    log_gamma += row
+    r += row
+    a += row
+    chunk = ((first + NT - 1) * H + i_h) * K
+    dd += chunk
+    ends += chunk
+    state = (i_n.to(tl.int64) * H + i_h) * K
+
+    lam = tl.load(dfinal + state + o_k, mask=m_k, other=0.0)
+    left = length - (NT - 1) * BT
+    b_k = load_tile(k, o_t, left, H * K, o_k, K)
+    m_X = lower & (o_t[:, None] < left)
+    b_X = tl.load(inverse + o_t[:, None] * (H * BT) + o_t[None, :], mask=m_X & MOVES, other=0.0)
+    b_dd = tl.load(dd + o_k, mask=m_k, other=0.0)
+    for i_t in range(NT - 1, -1, -1):
+        left = length - i_t * BT
+        # The chunk before is whole, if there is one: its loads run ahead of this one's arithmetic.
+        before = tl.where(i_t > 0, BT, 0)
+        k -= BT * H * K
+        inverse -= BT * H * BT
+        dd -= H * K
+        next_dd = tl.load(dd + o_k, mask=m_k & (i_t > 0), other=0.0)
+        if MOVES:
+            next_k = load_tile(k, o_t, before, H * K, o_k, K)
+            m_X = lower & (o_t[:, None] < before)
+            next_X = tl.load(inverse + o_t[:, None] * (H * BT) + o_t[None, :], mask=m_X, other=0.0)
+            tl.store(ends + o_k, lam, mask=m_k)
+            pre, post, end = load_retention(log_gamma, o_t, left, 0.0, H, HAS_GAMMA)
+            b_s = b_k.to(tl.float32)
+            b_s = b_s * b_s
+            b_r = tl.sum(b_s * lam[None, :], 1)
+            if HAS_GAMMA:
+                b_r *= tl.exp(end - post)
+            b_r += load_gate(r, o_t, left, H)
+            if BETA_AWARE:
+                b_b = load_gate(beta, o_t, left, H)
+                b_r *= b_b
+            b_a = tl.sum(b_X * b_r[:, None], 0)
+            tl.store(a + o_t * H, b_a, mask=o_t < left)
+            b_y = eta * b_a
+            if BETA_AWARE:
+                b_y *= b_b
+            if HAS_GAMMA:
+                b_y *= tl.exp(pre)
+                lam *= tl.exp(end)
+            lam -= tl.sum(b_s * b_y[:, None], 0)
+            b_k = next_k
+            b_X = next_X
+        lam += b_dd
+        b_dd = next_dd
+        beta -= BT * H
+        log_gamma -= BT * H
+        r -= BT * H
+        a -= BT * H
+        ends -= H * K
+    tl.store(dinitial + state + o_k, lam, mask=m_k)
+
+
+@triton.jit(do_not_specialize=["T"])
+def precond_gradients_kernel(
+    k, beta, log_gamma, x, a, starts, ends, dw, dk, dbeta, dlog_gamma, cu_seqlens, indices, eta, T,
+    H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, IS_VARLEN: tl.constexpr,
+    MOVES: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Completes dk [B, T, H, K]; writes dbeta and dlog_gamma [B, T, H]. Grid: chunks · H."""
+    i_h = tl.program_id(0) % H
+    i_c = tl.program_id(0) // H
+    begin, left = locate_chunk(i_c, cu_seqlens, indices, T, BT, IS_VARLEN)
+    if left <= 0:
+        return
+    o_t = tl.arange(0, BT)
+    row = begin * H + i_h
+    k += row * K
+    dw += row * K
+    dk += row * K
+    chunk = (i_c.to(tl.int64) * H + i_h) * K
+    b_beta = load_gate(beta + row, o_t, left, H)
+    b_db = tl.zeros([BT], tl.float32)
+    if MOVES:
+        b_b = tl.full([BT], 1.0, tl.float32)
+        if BETA_AWARE:
+            b_b = b_beta
+        b_x = eta * load_gate(x + row, o_t, left, H)
+        b_a = eta * load_gate(a + row, o_t, left, H)
+        pre, post, end = load_retention(log_gamma + row, o_t, left, 0.0, H, HAS_GAMMA)
+        later = o_t[None, :] > o_t[:, None]
+        earlier = o_t[None, :] < o_t[:, None]
+        W = tl.where(earlier, tl.exp(tl.minimum(pre[:, None] - post[None, :], 0.0)), 0.0)
+        Wt = tl.where(later, tl.exp(tl.minimum(pre[None, :] - post[:, None], 0.0)), 0.0)
+        b_dg = tl.zeros([BT], tl.float32)
+        b_ls = tl.zeros([BT], tl.float32)
+        b_ds = tl.zeros([BT], tl.float32)
+    for i_k in range(tl.cdiv(K, BK)):
+        o_k = i_k * BK + tl.arange(0, BK)
+        m_k = o_k < K
+        b_k = load_tile(k, o_t, left, H * K, o_k, K).to(tl.float32)
+        b_dw = load_tile(dw, o_t, left, H * K, o_k, K).to(tl.float32)
+        b_dk = load_tile(dk, o_t, left, H * K, o_k, K).to(tl.float32)
+        d = tl.zeros([BT, BK], tl.float32)
+        d += tl.load(starts + chunk + o_k, mask=m_k, other=0.0)[None, :]
+        if MOVES:
+            b_s = b_k * b_k
+            lam = tl.zeros([BT, BK], tl.float32)
+            lam += tl.load(ends + chunk + o_k, mask=m_k, other=0.0)[None, :]
+            if HAS_GAMMA:
+                d *= tl.exp(pre)[:, None]
+                lam *= tl.exp(end - post)[:, None]
+            d += mul(W, (b_b * b_x)[:, None] * b_s, PREC)
+            y = b_beta[:, None] * b_dw * b_k - (b_b * b_a)[:, None] * b_s
+            lam += mul(Wt, y, PREC)
+            ds = b_b[:, None] * (b_x[:, None] * lam - b_a[:, None] * d)
+            b_dk += 2.0 * b_k * ds
+            if HAS_GAMMA:
+                b_dg += tl.sum(lam * d, 1)
+            if BETA_AWARE:
+                b_ls += tl.sum(lam * b_s, 1)
+                b_ds += tl.sum(d * b_s, 1)
+        b_dk += b_beta[:, None] * b_dw * d
+        b_db += tl.sum(b_dw * d * b_k, 1)
+        store_tile(dk, b_dk, o_t, left, H * K, o_k, K)
+    if MOVES and BETA_AWARE:
+        b_db += b_x * b_ls - b_a * b_ds
+    tl.store(dbeta + row + o_t * H, b_db, mask=o_t < left)
+    if MOVES and HAS_GAMMA:
+        b_dg *= tl.exp(post - pre)
+        tl.store(dlog_gamma + row + o_t * H, b_dg, mask=o_t < left)
+
+
+def chunk_scan_reverse(
+    k: Tensor,
+    beta: Tensor,
+    log_gamma: Tensor | None,
+    x: Tensor,
+    starts: Tensor,
+    dw: Tensor,
+    dfinal_precond: Tensor,
+    dk: Tensor,
+    chunks: Chunks,
+    rule: Rule,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(dβ, dlog γ, dinitial_precond); completes dk in place."""
+    T, H, K = k.shape[1:]
+    moves = not rule.constant_precond(log_gamma is not None)
+    gate = beta if log_gamma is None else log_gamma
+    inverse = chunk_inverse(k, beta, log_gamma, chunks, rule) if moves else beta
+    r, a, dbeta = (torch.empty_like(beta) for _ in range(3))
+    dlog_gamma = None if log_gamma is None else torch.empty_like(beta)
+    dd, ends, dinitial = (torch.empty_like(x) for x in (starts, starts, dfinal_precond))
+    shape = {"H": H, "K": K, "BT": CHUNK, "HAS_GAMMA": log_gamma is not None, "MOVES": moves}
+    shape["IS_VARLEN"] = chunks.indices is not None
+    couple_kernel[(chunks.bound * H,)](
+        k, beta, gate, dw, r, dd, chunks.cu_seqlens, chunks.indices, T,
+        **shape, **_blocks("couple", K), PREC=precision(k),
+    )  # fmt: skip
+    scan_reverse_kernel[(chunks.sequences * H,)](
+        k, beta, gate, inverse, r, dd, dfinal_precond, a, ends, dinitial,
+        chunks.cu_seqlens, chunks.offsets, rule.eta, T,
+        **shape, BK=tile(K), BETA_AWARE=rule.beta_aware, **CONFIG["scan_reverse"],
+    )  # fmt: skip
+    precond_gradients_kernel[(chunks.bound * H,)](
+        k, beta, gate, x, a, starts, ends, dw, dk, dbeta,
+        dbeta if dlog_gamma is None else dlog_gamma, chunks.cu_seqlens, chunks.indices, rule.eta, T,
+        **shape, **_blocks("precond_gradients", K), BETA_AWARE=rule.beta_aware, PREC=precision(k),
+    )  # fmt: skip
+    return dbeta, dlog_gamma, dinitial
+
+
+def _blocks(name: str, K: int) -> dict[str, int]:
+    config = dict(CONFIG[name])
+    return config | {"BK": min(tile(K), config["BK"])}

@@ -1,0 +1,237 @@
+"""Phase 1 without a box: the preconditioner's path, in chunks.
+
+With s_t = k_t ⊙ k_t, Γ_t = exp(pre_t) the retention from the chunk's start up to before token t,
+post_t = pre_t + log γ_t, W_tj = exp(pre_t − post_j) η b_j for j < t, and L = diag(b) (W ⊙ s sᵀ):
+
+    (I + L) x = 1 − b ⊙ Γ ⊙ (s d_start)
+    d_next    = exp(post_C) d_start + Σ_j exp(post_C − post_j) η b_j x_j s_j
+
+`inverse_kernel` makes (I + L)⁻¹, one program a chunk and head; `scan_kernel` walks the chunks of a
+sequence and head in order, two matrix-vector products and one weighted sum each. What leaves is x
+of every token and d at every chunk's start; d within a chunk follows from those in parallel.
+All in float32; the inverse and its Gram matrix in three tf32 products each, never in one.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from osdn.ops.rule import Rule
+from osdn.ops.triton.chunks import CHUNK, Chunks, load_tile, locate_chunk, locate_sequence, tile
+from osdn.ops.triton.config import CONFIG
+from osdn.ops.triton.solve import invert, mul, store_blocks
+
+
+@triton.jit
+def load_gate(p, o_t, left, H: tl.constexpr):
+    """A gate [B, T, H] at local tokens o_t, zero past the sequence's end."""
+    return tl.load(p + o_t * H, mask=o_t < left, other=0.0)
+
+
+@triton.jit
+def load_retention(p, o_t, left, before, H: tl.constexpr, HAS_GAMMA: tl.constexpr):
+    """(pre, post, post at the end) of a run of tokens, `before` being post just before it."""
+    if HAS_GAMMA:
+        log_gamma = load_gate(p, o_t, left, H)
+        post = before + tl.cumsum(log_gamma, 0)
+        pre = post - log_gamma
+        end = before + tl.sum(log_gamma, 0)
+    else:
+        post = tl.zeros([o_t.shape[0]], tl.float32)
+        pre = post
+        end = before
+    return pre, post, end
+
+
+@triton.jit
+def _load_squares(p, o_t, left, o_k, K: tl.constexpr, H: tl.constexpr):
+    k = load_tile(p, o_t, left, H * K, o_k, K).to(tl.float32)
+    return k * k
+
+
+@triton.jit
+def _couple(G, b_i, pre_i, b_j, post_j):
+    """A block of L below the diagonal from s sᵀ; b_j holds η b_j."""
+    return (b_i[:, None] * b_j[None, :]) * tl.exp(pre_i[:, None] - post_j[None, :]) * G
+
+
+@triton.jit
+def _diagonal(G, b, pre, post, eta):
+    """The same for a block on the diagonal, above which the exponent is positive: cut at 0."""
+    decay = tl.exp(tl.minimum(pre[:, None] - post[None, :], 0.0))
+    return (b[:, None] * (b * eta)[None, :]) * decay * G
+
+
+@triton.jit(do_not_specialize=["T"])
+def inverse_kernel(
+    k, beta, log_gamma, inverse, cu_seqlens, indices, eta, T,
+    H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, IS_VARLEN: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """(I + L)⁻¹ [B, T, H, BT] float32, its upper part left unwritten. Grid: chunks · H."""
+    i_h = tl.program_id(0) % H
+    i_c = tl.program_id(0) // H
+    begin, left = locate_chunk(i_c, cu_seqlens, indices, T, BT, IS_VARLEN)
+    if left <= 0:
+        return
+    o_s = tl.arange(0, 16)
+    row = begin * H + i_h
+    k += row * K
+    beta += row
+    log_gamma += row
+
+    G00 = tl.zeros([16, 16], tl.float32)
+    G10, G11, G20, G21, G22 = G00, G00, G00, G00, G00
+    G30, G31, G32, G33 = G00, G00, G00, G00
+    for i_k in range(tl.cdiv(K, BK)):
+        o_k = i_k * BK + tl.arange(0, BK)
+        s0 = _load_squares(k, o_s, left, o_k, K, H)
+        s1 = _load_squares(k, o_s + 16, left, o_k, K, H)
+        s2 = _load_squares(k, o_s + 32, left, o_k, K, H)
+        s3 = _load_squares(k, o_s + 48, left, o_k, K, H)
+        G00 += mul(s0, tl.trans(s0), PREC)
+        G10 += mul(s1, tl.trans(s0), PREC)
+        G11 += mul(s1, tl.trans(s1), PREC)
+        G20 += mul(s2, tl.trans(s0), PREC)
+        G21 += mul(s2, tl.trans(s1), PREC)
+        G22 += mul(s2, tl.trans(s2), PREC)
+        G30 += mul(s3, tl.trans(s0), PREC)
+        G31 += mul(s3, tl.trans(s1), PREC)
+        G32 += mul(s3, tl.trans(s2), PREC)
+        G33 += mul(s3, tl.trans(s3), PREC)
+
+    pre0, post0, end = load_retention(log_gamma, o_s, left, 0.0, H, HAS_GAMMA)
+    pre1, post1, end = load_retention(log_gamma, o_s + 16, left, end, H, HAS_GAMMA)
+    pre2, post2, end = load_retention(log_gamma, o_s + 32, left, end, H, HAS_GAMMA)
+    pre3, post3, end = load_retention(log_gamma, o_s + 48, left, end, H, HAS_GAMMA)
+    if BETA_AWARE:
+        b0 = load_gate(beta, o_s, left, H)
+        b1 = load_gate(beta, o_s + 16, left, H)
+        b2 = load_gate(beta, o_s + 32, left, H)
+        b3 = load_gate(beta, o_s + 48, left, H)
+    else:
+        b0 = tl.full([16], 1.0, tl.float32)
+        b1, b2, b3 = b0, b0, b0
+
+    X = invert(
+        _diagonal(G00, b0, pre0, post0, eta),
+        _couple(G10, b1, pre1, b0 * eta, post0),
+        _diagonal(G11, b1, pre1, post1, eta),
+        _couple(G20, b2, pre2, b0 * eta, post0),
+        _couple(G21, b2, pre2, b1 * eta, post1),
+        _diagonal(G22, b2, pre2, post2, eta),
+        _couple(G30, b3, pre3, b0 * eta, post0),
+        _couple(G31, b3, pre3, b1 * eta, post1),
+        _couple(G32, b3, pre3, b2 * eta, post2),
+        _diagonal(G33, b3, pre3, post3, eta),
+        PREC,
+    )
+    store_blocks(inverse + row * BT, H * BT, left, *X)
+
+
+@triton.jit(do_not_specialize=["T"])
+def scan_kernel(
+    k, beta, log_gamma, inverse, initial, x, starts, final, cu_seqlens, offsets, eta, T,
+    H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, IS_VARLEN: tl.constexpr,
+):  # fmt: skip
+    """x [B, T, H], starts [chunks, H, K] and final [N, H, K], all float32. Grid: N · H.
+
+    The keys and the inverse of the next chunk are loaded before this chunk's arithmetic.
+    """
+    i_h = tl.program_id(0) % H
+    i_n = tl.program_id(0) // H
+    begin, length, first = locate_sequence(i_n, cu_seqlens, offsets, T, BT, IS_VARLEN)
+    o_t = tl.arange(0, BT)
+    o_k = tl.arange(0, BK)
+    m_k = o_k < K
+    lower = o_t[:, None] >= o_t[None, :]
+    row = begin * H + i_h
+    k += row * K
+    inverse += row * BT
+    beta += row
+    log_gamma += row
+    x += row
+    starts += (first * H + i_h) * K
+    state = (i_n.to(tl.int64) * H + i_h) * K
+
+    b_d = tl.load(initial + state + o_k, mask=m_k, other=0.0)
+    b_k = load_tile(k, o_t, length, H * K, o_k, K)
+    m_X = lower & (o_t[:, None] < length)
+    b_X = tl.load(inverse + o_t[:, None] * (H * BT) + o_t[None, :], mask=m_X, other=0.0)
+    for i_t in range(tl.cdiv(length, BT)):
+        left = length - i_t * BT
+        k += BT * H * K
+        inverse += BT * H * BT
+        next_k = load_tile(k, o_t, left - BT, H * K, o_k, K)
+        m_X = lower & (o_t[:, None] < left - BT)
+        next_X = tl.load(inverse + o_t[:, None] * (H * BT) + o_t[None, :], mask=m_X, other=0.0)
+
+        tl.store(starts + o_k, b_d, mask=m_k)
+        pre, post, end = load_retention(log_gamma, o_t, left, 0.0, H, HAS_GAMMA)
+        b_s = b_k.to(tl.float32)
+        b_s = b_s * b_s
+        b_r = tl.sum(b_s * b_d[None, :], 1)
+        if HAS_GAMMA:
+            b_r *= tl.exp(pre)
+        if BETA_AWARE:
+            b_b = load_gate(beta, o_t, left, H)
+            b_r *= b_b
+        b_x = tl.sum(b_X * (1.0 - b_r)[None, :], 1)
+        tl.store(x + o_t * H, b_x, mask=o_t < left)
+        b_y = eta * b_x
+        if BETA_AWARE:
+            b_y *= b_b
+        if HAS_GAMMA:
+            b_y *= tl.exp(end - post)
+            b_d *= tl.exp(end)
+        b_d += tl.sum(b_s * b_y[:, None], 0)
+
+        b_k = next_k
+        b_X = next_X
+        beta += BT * H
+        log_gamma += BT * H
+        x += BT * H
+        starts += H * K
+    tl.store(final + state + o_k, b_d, mask=m_k)
+
+
+def chunk_inverse(
+    k: Tensor, beta: Tensor, log_gamma: Tensor | None, chunks: Chunks, rule: Rule
+) -> Tensor:
+    """(I + L)⁻¹ of phase 1: [B, T, H, CHUNK] float32, of which only the lower part is written."""
+    B, T, H, K = k.shape
+    inverse = torch.empty(B, T, H, CHUNK, dtype=torch.float32, device=k.device)
+    inverse_kernel[(chunks.bound * H,)](
+        k, beta, beta if log_gamma is None else log_gamma, inverse,
+        chunks.cu_seqlens, chunks.indices, rule.eta, T,
+        H=H, K=K, BT=CHUNK, BK=min(tile(K), 64), HAS_GAMMA=log_gamma is not None,
+        BETA_AWARE=rule.beta_aware, IS_VARLEN=chunks.indices is not None, PREC="tf32x3",
+        **CONFIG["inverse"],
+    )  # fmt: skip
+    return inverse
+
+
+def chunk_scan(
+    k: Tensor,
+    beta: Tensor,
+    log_gamma: Tensor | None,
+    initial_precond: Tensor,
+    x: Tensor,
+    starts: Tensor,
+    chunks: Chunks,
+    rule: Rule,
+) -> Tensor:
+    """Fill x [B, T, H] and starts [chunks, H, K]; return d after the last token [N, H, K]."""
+    T, H, K = k.shape[1:]
+    inverse = chunk_inverse(k, beta, log_gamma, chunks, rule)
+    final = torch.empty_like(initial_precond)
+    scan_kernel[(chunks.sequences * H,)](
+        k, beta, beta if log_gamma is None else log_gamma, inverse, initial_precond,
+        x, starts, final, chunks.cu_seqlens, chunks.offsets, rule.eta, T,
+        H=H, K=K, BT=CHUNK, BK=tile(K), HAS_GAMMA=log_gamma is not None,
+        BETA_AWARE=rule.beta_aware, IS_VARLEN=chunks.offsets is not None,
+        **CONFIG["scan"],
+    )  # fmt: skip
+    return final

@@ -1,0 +1,165 @@
+"""From the preconditioner to phase 2's operands: write keys, the solve, erase keys.
+
+With w_t = β_t d_t ⊙ k_t the memory obeys e_t = v_t − S_{t−1}ᵀ k_t, S_t = S_{t−1} + w_t e_tᵀ, so
+that in a chunk with start state S
+
+    A = (I + tril(k wᵀ, −1))⁻¹,   e = A v − (A k) S.
+
+One program makes a chunk and head's w, A and A k, in sub-blocks of 16 rows. d within the chunk
+comes from its start and x, which phase 1 left: with z_j = η b_j x_j s_j and c the d at a
+sub-block's start, d_t = exp(pre_t) c + Σ_{j<t} exp(pre_t − post_j) z_j. The solve is in float32.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from osdn.ops.rule import Rule
+from osdn.ops.triton.chunks import CHUNK, Chunks, load_tile, locate_chunk, store_tile, tile
+from osdn.ops.triton.config import CONFIG, precision
+from osdn.ops.triton.precond_forward import load_gate, load_retention
+from osdn.ops.triton.solve import invert, mul, store_blocks
+
+
+@triton.jit
+def _load_rule(beta, log_gamma, x, o_t, left, eta, H: tl.constexpr,
+               HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, PATH: tl.constexpr):  # fmt: skip
+    """Of 16 tokens: β, η b x, pre, post, and post at the end, from the sub-block's start."""
+    b_beta = load_gate(beta, o_t, left, H)
+    b_y = b_beta
+    pre, post, end = b_beta, b_beta, 0.0
+    if PATH:
+        b_y = eta * load_gate(x, o_t, left, H)
+        if BETA_AWARE:
+            b_y *= b_beta
+        pre, post, end = load_retention(log_gamma, o_t, left, 0.0, H, HAS_GAMMA)
+    return b_beta, b_y, pre, post, end
+
+
+@triton.jit
+def _write_key(p_k, p_w, o_t, left, o_k, c, gates, K: tl.constexpr, H: tl.constexpr,
+               HAS_GAMMA: tl.constexpr, PATH: tl.constexpr, STORED: tl.constexpr,
+               PREC: tl.constexpr):  # fmt: skip
+    """k and w of 16 rows, w written unless it is STORED, and d after them, from c before them."""
+    b_beta, b_y, pre, post, end = gates
+    k = load_tile(p_k, o_t, left, H * K, o_k, K)
+    if STORED:
+        w = load_tile(p_w, o_t, left, H * K, o_k, K)
+    else:
+        kf = k.to(tl.float32)
+        d = tl.zeros(kf.shape, tl.float32) + c[None, :]
+        if PATH:
+            o_s = tl.arange(0, 16)
+            lower = o_s[:, None] > o_s[None, :]
+            z = b_y[:, None] * kf * kf
+            if HAS_GAMMA:
+                W = tl.where(lower, tl.exp(tl.minimum(pre[:, None] - post[None, :], 0.0)), 0.0)
+                d *= tl.exp(pre)[:, None]
+                c = tl.exp(end) * c + tl.sum(tl.exp(end - post)[:, None] * z, 0)
+            else:
+                W = tl.where(lower, 1.0, 0.0)
+                c += tl.sum(z, 0)
+            d += mul(W, z, PREC)
+        w = (b_beta[:, None] * d * kf).to(k.dtype)
+        store_tile(p_w, w, o_t, left, H * K, o_k, K)
+    return k, w, c
+
+
+@triton.jit(do_not_specialize=["T"])
+def write_keys_kernel(
+    k, beta, log_gamma, x, starts, w, A, ka, cu_seqlens, indices, eta, T,
+    H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, IS_VARLEN: tl.constexpr,
+    PATH: tl.constexpr, STORED: tl.constexpr, PREC: tl.constexpr, SOLVE: tl.constexpr,
+):  # fmt: skip
+    """w, ka [B, T, H, K], A [B, T, H, BT] (upper part unwritten), in k's dtype. Grid: chunks · H.
+
+    starts [chunks, H, K]: d at each chunk's start; PATH: d moves within it. STORED: w is there.
+    """
+    i_h = tl.program_id(0) % H
+    i_c = tl.program_id(0) // H
+    begin, left = locate_chunk(i_c, cu_seqlens, indices, T, BT, IS_VARLEN)
+    if left <= 0:
+        return
+    o_0 = tl.arange(0, 16)
+    o_1, o_2, o_3 = o_0 + 16, o_0 + 32, o_0 + 48
+    row = begin * H + i_h
+    k += row * K
+    w += row * K
+    ka += row * K
+    beta += row
+    log_gamma += row
+    x += row
+    starts += (i_c.to(tl.int64) * H + i_h) * K
+    g0 = _load_rule(beta, log_gamma, x, o_0, left, eta, H, HAS_GAMMA, BETA_AWARE, PATH)
+    g1 = _load_rule(beta, log_gamma, x, o_1, left, eta, H, HAS_GAMMA, BETA_AWARE, PATH)
+    g2 = _load_rule(beta, log_gamma, x, o_2, left, eta, H, HAS_GAMMA, BETA_AWARE, PATH)
+    g3 = _load_rule(beta, log_gamma, x, o_3, left, eta, H, HAS_GAMMA, BETA_AWARE, PATH)
+
+    L00 = tl.zeros([16, 16], tl.float32)
+    L10, L11, L20, L21, L22 = L00, L00, L00, L00, L00
+    L30, L31, L32, L33 = L00, L00, L00, L00
+    for i_k in range(tl.cdiv(K, BK)):
+        o_k = i_k * BK + tl.arange(0, BK)
+        c = tl.load(starts + o_k, mask=o_k < K, other=0.0)
+        k0, w0, c = _write_key(k, w, o_0, left, o_k, c, g0, K, H, HAS_GAMMA, PATH, STORED, PREC)
+        k1, w1, c = _write_key(k, w, o_1, left, o_k, c, g1, K, H, HAS_GAMMA, PATH, STORED, PREC)
+        k2, w2, c = _write_key(k, w, o_2, left, o_k, c, g2, K, H, HAS_GAMMA, PATH, STORED, PREC)
+        k3, w3, c = _write_key(k, w, o_3, left, o_k, c, g3, K, H, HAS_GAMMA, PATH, STORED, PREC)
+        L00 += mul(k0, tl.trans(w0), PREC)
+        L10 += mul(k1, tl.trans(w0), PREC)
+        L11 += mul(k1, tl.trans(w1), PREC)
+        L20 += mul(k2, tl.trans(w0), PREC)
+        L21 += mul(k2, tl.trans(w1), PREC)
+        L22 += mul(k2, tl.trans(w2), PREC)
+        L30 += mul(k3, tl.trans(w0), PREC)
+        L31 += mul(k3, tl.trans(w1), PREC)
+        L32 += mul(k3, tl.trans(w2), PREC)
+        L33 += mul(k3, tl.trans(w3), PREC)
+
+    X00, X10, X11, X20, X21, X22, X30, X31, X32, X33 = invert(
+        L00, L10, L11, L20, L21, L22, L30, L31, L32, L33, SOLVE
+    )
+    store_blocks(A + row * BT, H * BT, left, X00, X10, X11, X20, X21, X22, X30, X31, X32, X33)
+    type = k.dtype.element_ty
+    for i_k in range(tl.cdiv(K, BK)):
+        o_k = i_k * BK + tl.arange(0, BK)
+        k0 = load_tile(k, o_0, left, H * K, o_k, K)
+        k1 = load_tile(k, o_1, left, H * K, o_k, K)
+        k2 = load_tile(k, o_2, left, H * K, o_k, K)
+        k3 = load_tile(k, o_3, left, H * K, o_k, K)
+        r0 = mul(X00.to(type), k0, PREC)
+        r1 = mul(X10.to(type), k0, PREC) + mul(X11.to(type), k1, PREC)
+        r2 = mul(X20.to(type), k0, PREC) + mul(X21.to(type), k1, PREC)
+        r2 += mul(X22.to(type), k2, PREC)
+        r3 = mul(X30.to(type), k0, PREC) + mul(X31.to(type), k1, PREC)
+        r3 += mul(X32.to(type), k2, PREC) + mul(X33.to(type), k3, PREC)
+        store_tile(ka, r0, o_0, left, H * K, o_k, K)
+        store_tile(ka, r1, o_1, left, H * K, o_k, K)
+        store_tile(ka, r2, o_2, left, H * K, o_k, K)
+        store_tile(ka, r3, o_3, left, H * K, o_k, K)
+
+
+def write_keys(
+    k: Tensor,
+    beta: Tensor,
+    log_gamma: Tensor | None,
+    x: Tensor,
+    starts: Tensor,
+    w: Tensor,
+    A: Tensor,
+    ka: Tensor,
+    chunks: Chunks,
+    rule: Rule,
+) -> None:
+    """Fill w (which a box's token scan has filled already), A and ka."""
+    T, H, K = k.shape[1:]
+    boxed = rule.precond_min is not None
+    write_keys_kernel[(chunks.bound * H,)](
+        k, beta, beta if log_gamma is None else log_gamma, x, starts, w, A, ka,
+        chunks.cu_seqlens, chunks.indices, rule.eta, T,
+        H=H, K=K, BT=CHUNK, BK=min(tile(K), 64), HAS_GAMMA=log_gamma is not None,
+        BETA_AWARE=rule.beta_aware, IS_VARLEN=chunks.indices is not None,
+        PATH=not boxed and not rule.constant_precond(log_gamma is not None), STORED=boxed,
+        PREC=precision(k), SOLVE="tf32x3", **CONFIG["write_keys"],
+    )  # fmt: skip
