@@ -12,6 +12,8 @@ from osdn import __version__
 from osdn.errors import UserError
 
 COMMANDS = {
+    "demo": ("osdn.demo", "train a tiny OSDN model beside its DeltaNet twin and show both"),
+    "train": ("osdn.train.command", "train a model as a recipe says, or go on with a run"),
     "generate": ("osdn.generate", "continue a prompt with a trained model"),
     "convert": ("osdn.model.convert", "turn a DeltaNet checkpoint into an OSDN one"),
     "theory": ("osdn.theory.command", "run the theory's experiments and draw their plots"),

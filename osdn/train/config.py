@@ -1,0 +1,234 @@
+"""The recipe: what a training run is, as typed sections read from YAML and overrides."""
+
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from osdn.errors import UserError
+from osdn.model.configuration import OSDNConfig
+
+MODEL_FIELDS = [
+    name for name, kind in OSDNConfig.__annotations__.items() if "ClassVar" not in str(kind)
+]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(Section):
+    """Which text, and how it is cut into tokens.
+
+    corpus: "stdlib" (the Python standard library's own source), "hf:NAME" (a Hugging Face
+        dataset, streamed), or one or several paths, globs or directories of text, .jsonl and
+        .parquet files.
+    text_field: the column of .jsonl, .parquet and hub records that holds the text.
+    separator: in text files, the string between documents; null: each file is a document.
+    subset, split: of a hub dataset.
+    tokenizer: "byte", a directory, or a Hugging Face name.
+    validation: the share of documents held out, chosen by a hash of their content, in [0, 1);
+        0 for no validation; or a corpus of its own, named as in `corpus`.
+    validation_bytes: UTF-8 bytes of held-out text that a validation reads.
+    shuffle_bytes: UTF-8 bytes of training documents that are shuffled together in memory.
+    """
+
+    corpus: str | list[str] = "stdlib"
+    text_field: str = "text"
+    separator: str | None = Field(default=None, min_length=1)
+    subset: str | None = None
+    split: str = "train"
+    tokenizer: str = "byte"
+    validation: float | str = 0.05
+    validation_bytes: int = Field(default=200_000, ge=4)
+    shuffle_bytes: int = Field(default=2**24, ge=1)
+
+    @field_validator("validation")
+    @classmethod
+    def _share(cls, value: float | str) -> float | str:
+        if not isinstance(value, str) and not 0 <= value < 1:
+            raise ValueError(f"expected a share in [0, 1) or the name of a corpus, got {value}")
+        return value
+
+
+class Optimizer(Section):
+    """AdamW. Decay falls on the matrices of linear and convolution layers alone.
+
+    lr: learning rate at the end of the warm-up, per step.
+    beta1, beta2: decay per step of the mean gradient and mean squared gradient.
+    eps: added to the root of the mean squared gradient.
+    weight_decay: per step, times the learning rate.
+    clip: largest norm of the whole gradient; null: unlimited.
+    """
+
+    lr: float = Field(default=1e-3, gt=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip: float | None = Field(default=1.0, gt=0)
+
+
+class Schedule(Section):
+    """The learning rate over the steps: linear warm-up, then a cosine down to min_ratio · lr.
+
+    warmup_steps: optimiser steps up to the full learning rate.
+    min_ratio: the last step's learning rate as a share of the full one, in [0, 1].
+    """
+
+    warmup_steps: int = Field(default=100, ge=0)
+    min_ratio: float = Field(default=0.1, ge=0, le=1)
+
+
+class Train(Section):
+    """The run.
+
+    steps: optimiser steps.
+    seq_len: tokens in a row.
+    rows: rows in a forward pass.
+    accumulate: forward passes in a step; a step sees seq_len · rows · accumulate tokens.
+    seed: of the initial weights and of the order of the documents.
+    precision: "float32", or "bfloat16" for autocast (weights and optimiser stay float32).
+    compile: run the model through torch.compile.
+    device: "auto" (CUDA where there is one), or a PyTorch device name.
+    validate_every: optimiser steps between validations; one is made at the end in any case.
+    checkpoint_every: optimiser steps between checkpoints; one is saved at the end in any case.
+    keep_checkpoints: how many of the newest are kept.
+    """
+
+    steps: int = Field(default=1000, ge=1)
+    seq_len: int = Field(default=512, ge=2)
+    rows: int = Field(default=8, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    device: str = "auto"
+    validate_every: int = Field(default=250, ge=1)
+    checkpoint_every: int = Field(default=250, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+
+
+class Logging(Section):
+    """What is written down; none of it changes the run.
+
+    every: optimiser steps between lines of log.jsonl.
+    tensorboard: also write TensorBoard events.
+    progress: show a progress bar on a terminal.
+    """
+
+    every: int = Field(default=1, ge=1)
+    tensorboard: bool = True
+    progress: bool = True
+
+
+class Recipe(Section):
+    """A whole run: model (fields of OSDNConfig), data, train, logging.
+
+    model: what OSDNConfig takes. vocab_size may be left out: it is then the tokenizer's;
+        max_position_embeddings too: it is then train.seq_len.
+    """
+
+    model: dict[str, Any]
+    data: Data = Data()
+    train: Train = Train()
+    logging: Logging = Logging()
+
+    @field_validator("model")
+    @classmethod
+    def _model(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if name not in MODEL_FIELDS:
+                raise ValueError(_no_field(name, MODEL_FIELDS))
+        try:
+            OSDNConfig(**value)
+        except Exception as error:  # transformers' strict dataclasses raise errors of their own
+            reason = str(error.__cause__ or error).strip().splitlines()[-1].strip()
+            raise ValueError(reason) from error
+        return value
+
+    def resolved(self) -> dict[str, Any]:
+        """Every field, the model's defaults included: plain values, for files and comparisons."""
+        config = OSDNConfig(**self.model)
+        model = {name: getattr(config, name) for name in MODEL_FIELDS}
+        for name in ("vocab_size", "max_position_embeddings"):  # not known from the recipe alone
+            model[name] = self.model.get(name)
+        return {**self.model_dump(mode="json"), "model": model}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a YAML file, with overrides such as "train.optimizer.lr=3e-3" on top.
+
+    Raises:
+        UserError: no such file, not YAML, a key that does not exist, a value of the wrong kind.
+    """
+    try:
+        raw = _yaml(Path(path).read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read the recipe: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected the sections model, data, train and logging")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"{override!r}: expected key=value, such as train.steps=100")
+        *parents, last = key.split(".")
+        section = raw
+        for name in parents:
+            section = section.setdefault(name, {})
+            if not isinstance(section, dict):
+                raise UserError(f"{key}: {name} is no section of the recipe")
+        section[last] = _yaml(text, override)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_first(error)}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number: YAML 1.1 asks for 1.0e-3, which few people write."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader: plain values alone
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{source}: not YAML: {reason}") from error
+
+
+def _no_field(name: Any, known: Sequence[str]) -> str:
+    close = get_close_matches(str(name), known, n=1)
+    more = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+    return f"no field {name!r}; {more}"
+
+
+def _first(error: ValidationError) -> str:
+    """The first of a validation's errors as "section.key: what is wrong"."""
+    first = error.errors()[0]
+    section: Any = Recipe
+    path: list[str] = []
+    for name in first["loc"]:
+        if not isinstance(section, type) or not issubclass(section, Section):
+            break  # within a value, such as the second name of data.corpus
+        if name not in section.model_fields:
+            where = ".".join(path) or "recipe"
+            return f"{where}: {_no_field(name, list(section.model_fields))}"
+        path.append(str(name))
+        section = section.model_fields[str(name)].annotation
+    got = "" if first["type"] in ("value_error", "missing") else f", got {first['input']!r}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{'.'.join(path)}: {message[:1].lower()}{message[1:]}{got}"

@@ -1,0 +1,149 @@
+"""The run's log: one JSON object a line, TensorBoard beside it, and the result read from it."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to.
+
+    out: its directory; out/model holds the model and tokenizer.
+    parameters: trained numbers.
+    steps: optimiser steps made, skipped ones included.
+    loss: (step, nats per token) of every logged step; None where the step was skipped.
+    validation: (step, bits per byte of held-out text).
+    tokens_per_s: median over the logged steps, validation and saving apart.
+    nonfinite: steps skipped because the loss or its gradient was not finite.
+    """
+
+    out: Path
+    parameters: int
+    steps: int
+    loss: list[tuple[int, float | None]]
+    validation: list[tuple[int, float]]
+    tokens_per_s: float
+    nonfinite: int
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Of the last validation; None where there was none."""
+        return self.validation[-1][1] if self.validation else None
+
+
+class RunLog:
+    """Appends to log.jsonl and to TensorBoard; a full disk delays lines until there is room.
+
+    Args:
+        out: the run's directory.
+        step: of the checkpoint that the run goes on from. Later lines, and the validation at that
+            step, which will be made again, are cut off.
+        tensorboard: also write TensorBoard events.
+        tell: shows a message to the user.
+    """
+
+    def __init__(
+        self, out: Path, *, step: int, tensorboard: bool, tell: Callable[[str], None]
+    ) -> None:
+        self.path, self.tell = out / "log.jsonl", tell
+        self._file = self.path.open("ab", buffering=0)
+        self._size = _kept(self.path, step)
+        self._file.truncate(self._size)
+        self._pending = b""
+        self._told = False
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+
+    def write(self, kind: str, step: int, **values: float | None) -> None:
+        """One line, at once; None stands for a number that is not finite."""
+        line = json.dumps({"kind": kind, "step": step, **values}, allow_nan=False)
+        self._pending += line.encode() + b"\n"
+        try:
+            self._flush()
+        except OSError as error:
+            if not self._told:
+                self.tell(f"{self.path}: {error.strerror}; its lines wait in memory")
+                self._told = True
+        if self._board is not None:
+            try:
+                for name, value in values.items():
+                    if value is not None:
+                        self._board.add_scalar(f"{kind}/{name}", value, step)
+            except OSError as error:
+                self.tell(f"TensorBoard events stop here: {error.strerror}")
+                self._board = None
+
+    def _flush(self) -> None:
+        data = self._pending
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError:
+            self._file.truncate(self._size)
+            raise
+        self._size += len(self._pending)
+        self._pending, self._told = b"", False
+
+    def sync(self) -> None:
+        """Wait until every line is on the disk, so that no checkpoint is ahead of the log.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        self._flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Write what waits, if it can be written, and close."""
+        try:
+            self._flush()
+        except OSError as error:
+            lines = self._pending.count(b"\n")
+            self.tell(f"{self.path}: {error.strerror}; its last {lines} lines are lost")
+        self._file.close()
+        if self._board is not None:
+            try:
+                self._board.close()
+            except OSError as error:
+                self.tell(f"TensorBoard's last events are lost: {error.strerror}")
+
+
+def _kept(path: Path, step: int) -> int:
+    """Bytes of the log that a run going on from `step` keeps."""
+    kept = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+                late = record["step"] + (record["kind"] != "train") > step
+            except (ValueError, KeyError):  # a line that a kill cut off
+                break
+            if late or not line.endswith(b"\n"):
+                break
+            kept += len(line)
+    return kept
+
+
+def read_result(out: Path, *, parameters: int, steps: int, nonfinite: int) -> TrainResult:
+    """The result of a finished run, from its log."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if line["kind"] == "train"]
+    return TrainResult(
+        out=out,
+        parameters=parameters,
+        steps=steps,
+        loss=[(line["step"], line["loss"]) for line in trained],
+        validation=[
+            (line["step"], line["bits_per_byte"]) for line in lines if line["kind"] == "validation"
+        ],
+        tokens_per_s=median(line["tokens_per_s"] for line in trained) if trained else 0.0,
+        nonfinite=nonfinite,
+    )
