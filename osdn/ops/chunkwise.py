@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from osdn.ops import phase1
-from osdn.ops.phase1 import Spans, unit_upper_inverse
+from osdn.ops.phase1 import unit_upper_inverse
 from osdn.ops.rule import Rule
 from osdn.ops.varlen import Layout, layout_of
 
@@ -40,17 +40,17 @@ GROUP_FLOATS_ELSEWHERE = 1 << 24
 
 
 class Group(NamedTuple):
-    """A range of steps [i, j) and the rows of each, relative to the first."""
+    """A range of steps [i, j) and the number of rows of each."""
 
     i: int
     j: int
-    spans: Spans
+    sizes: list[int]
 
 
 def _groups(layout: Layout, device: torch.device, width: int) -> list[Group]:
     floats = GROUP_FLOATS.get(device.type, GROUP_FLOATS_ELSEWHERE)
     ranges = layout.groups(floats // (layout.C * width))
-    return [Group(i, j, layout.spans(i, j)) for i, j in ranges]
+    return [Group(i, j, layout.sizes(i, j)) for i, j in ranges]
 
 
 @contextmanager
@@ -68,23 +68,23 @@ def _exactly(device: torch.device) -> Iterator[None]:
 
 
 def _residuals(
-    k: Tensor, v: Tensor, w: Tensor, S: Tensor, spans: Spans, reads: Tensor, q: Tensor
-) -> Tensor:
-    """e [R, C, V], with reads ← q S of every chunk and S [N·H, K, V] moved to the group's end."""
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, S: Tensor, sizes: list[int]
+) -> tuple[Tensor, Tensor]:
+    """(e, q S), both [R, C, V], of a group; S [N·H, K, V] moves to its end. q, k, w: [R, C, K]."""
     inverse = unit_upper_inverse(torch.bmm(w, k.mT).triu_(1)).mT
-    e = torch.empty_like(v)
-    for i, j in spans:
-        now = S[: j - i]
-        torch.bmm(q[i:j], now, out=reads[i:j])
-        r = torch.baddbmm(v[i:j], k[i:j], now, alpha=-1)
-        torch.bmm(inverse[i:j], r, out=e[i:j])
-        now.baddbmm_(w[i:j].mT, e[i:j])
-    return e
+    e, reads = torch.empty_like(v), torch.empty_like(v)
+    steps = zip(*(x.split(sizes) for x in (q, k, v, w.mT, inverse, e, reads)))
+    for q_n, k_n, v_n, w_n, inverse_n, e_n, reads_n in steps:
+        now = S[: len(q_n)]
+        torch.bmm(q_n, now, out=reads_n)
+        torch.bmm(inverse_n, torch.baddbmm(v_n, k_n, now, alpha=-1), out=e_n)
+        now.baddbmm_(w_n, e_n)
+    return e, reads
 
 
-def _hand_out(d: Tensor, spans: Spans) -> Tensor:
+def _hand_out(d: Tensor, sizes: list[int]) -> Tensor:
     """d [N·H, K] for every chunk of a group, where it never moves: [R, 1, K]."""
-    return torch.cat([d[: j - i] for i, j in spans]).unsqueeze(1)
+    return torch.cat([d[:n] for n in sizes]).unsqueeze(1)
 
 
 def _learning_target(k: Tensor, beta: Tensor, rule: Rule) -> Tensor:
@@ -100,14 +100,15 @@ def _states(
     """S at the start of every chunk, a tensor [R, K, V] a group, from the saved residuals."""
     k, beta = tensors
     starts = []
-    for i, j, spans in groups:
+    for i, j, sizes in groups:
         kc, e = (layout.load(x, i, j, S.dtype) for x in (k, saved[0]))
-        d = _hand_out(d0, spans) if constant else layout.load(saved[1], i, j, S.dtype)
+        d = _hand_out(d0, sizes) if constant else layout.load(saved[1], i, j, S.dtype)
         w = kc.mul_(d).mul_(layout.load(beta, i, j, S.dtype).unsqueeze(-1))
         states = S.new_empty(len(kc), *S.shape[1:])
-        for a, b in spans:
-            states[a:b] = S[: b - a]
-            S[: b - a].baddbmm_(w[a:b].mT, e[a:b])
+        for state_n, w_n, e_n in zip(*(x.split(sizes) for x in (states, w.mT, e))):
+            now = S[: len(w_n)]
+            state_n.copy_(now)
+            now.baddbmm_(w_n, e_n)
         starts.append(states)
     return starts
 
@@ -122,7 +123,7 @@ class Gradients(NamedTuple):
 
 
 def _memory_backward(
-    q: Tensor, k: Tensor, w: Tensor, e: Tensor, do: Tensor, S: Tensor, dS: Tensor, spans: Spans
+    q: Tensor, k: Tensor, w: Tensor, e: Tensor, do: Tensor, S: Tensor, dS: Tensor, sizes: list[int]
 ) -> Gradients:
     """Backward of the memory over a group, see the module; dS [N·H, K, V] moves to its start.
 
@@ -132,12 +133,12 @@ def _memory_backward(
     Pt = torch.bmm(w, q.mT).triu_()
     de = torch.bmm(Pt, do)
     ends, minus_z = torch.empty_like(S), torch.empty_like(e)
-    for i, j in reversed(spans):
-        now = dS[: j - i]
-        ends[i:j] = now
-        r = de[i:j].baddbmm_(w[i:j], now)
-        torch.bmm(inverse[i:j], r, out=minus_z[i:j])
-        now.baddbmm_(q[i:j].mT, do[i:j]).baddbmm_(k[i:j].mT, minus_z[i:j])
+    steps = zip(*(x.split(sizes) for x in (q.mT, k.mT, w, do, de, inverse, ends, minus_z)))
+    for q_n, k_n, w_n, do_n, de_n, inverse_n, end_n, minus_z_n in reversed(list(steps)):
+        now = dS[: len(w_n)]
+        end_n.copy_(now)
+        torch.bmm(inverse_n, de_n.baddbmm_(w_n, now), out=minus_z_n)
+        now.baddbmm_(q_n, do_n).baddbmm_(k_n, minus_z_n)
     dP = torch.bmm(do, e.mT).tril_()
     dA = torch.bmm(minus_z, e.mT).tril_(-1)
     dq = torch.bmm(do, S.mT).baddbmm_(dP, w)
@@ -165,17 +166,16 @@ def forward(
         S, d = layout.sort(initial_state), layout.sort(initial_precond)
         o = v.new_empty(v.shape)
         saved = saved_like(q, k, v, beta, log_gamma, initial_state, None, cu_seqlens, save)
-        for i, j, spans in _groups(layout, q.device, max(q.shape[-1], v.shape[-1])):
+        for i, j, sizes in _groups(layout, q.device, max(q.shape[-1], v.shape[-1])):
             qc, kc, vc, b = (layout.load(x, i, j, dtype) for x in (q, k, v, beta))
             if constant:
-                path = _hand_out(d, spans)
+                path = _hand_out(d, sizes)
             else:
                 gc = None if log_gamma is None else layout.load(log_gamma, i, j, dtype)
                 p = phase1.prepare(_learning_target(kc, b, rule), gc, rule.eta)
-                path = phase1.forward(p, spans, d, rule)
+                path = phase1.forward(p, sizes, d, rule)
             w = (kc * path).mul_(b.unsqueeze(-1))
-            reads = torch.empty_like(vc)
-            e = _residuals(kc, vc, w, S, spans, reads, qc)
+            e, reads = _residuals(qc, kc, vc, w, S, sizes)
             P = torch.bmm(qc, w.mT).tril_()
             layout.store(reads.baddbmm_(P, e, beta=rule.scale, alpha=rule.scale), o, i, j)
             if save:
@@ -226,26 +226,26 @@ def backward(
         dS, lam = layout.sort(dfinal_state), layout.sort(dfinal_precond)
         out = [x.new_empty(x.shape) for x in (q, k, v, beta)]
         out += [] if log_gamma is None else [log_gamma.new_empty(log_gamma.shape)]
-        for i, j, spans in reversed(groups):
+        for i, j, sizes in reversed(groups):
             qc, kc, e, b = (layout.load(x, i, j, dtype) for x in (q, k, saved[0], beta))
             doc = layout.load(do, i, j, dtype).mul_(rule.scale)
-            path = _hand_out(d0, spans) if constant else layout.load(saved[1], i, j, dtype, inside)
+            path = _hand_out(d0, sizes) if constant else layout.load(saved[1], i, j, dtype, inside)
             b = b.unsqueeze(-1)
             scaled = path * kc
             w = scaled * b
-            g = _memory_backward(qc, kc, w, e, doc, states.pop(), dS, spans)
+            g = _memory_backward(qc, kc, w, e, doc, states.pop(), dS, sizes)
             db = torch.linalg.vecdot(g.dw, scaled)
             dwb = g.dw.mul_(b)
             g.dk.addcmul_(dwb, path)
             dd = dwb.mul_(kc)
             if constant:
-                for (start, stop), total in zip(spans, dd.sum(1).split([y - x for x, y in spans])):
-                    lam[: stop - start] += total
+                for total in dd.sum(1).split(sizes):
+                    lam[: len(total)] += total
                 dlog_gamma = None
             else:
                 gc = None if log_gamma is None else layout.load(log_gamma, i, j, dtype)
                 p = phase1.prepare(_learning_target(kc, b[..., 0], rule), gc, rule.eta)
-                dz, dlog_gamma = phase1.backward(p, path, dd, spans, lam, rule)
+                dz, dlog_gamma = phase1.backward(p, path, dd, sizes, lam, rule)
                 if rule.beta_aware:
                     db += torch.linalg.vecdot(dz, kc * kc)
                     dz.mul_(b)

@@ -38,13 +38,9 @@ class Layout:
             held += n * self.H
         return list(zip(bounds, [*bounds[1:], len(self.active)]))
 
-    def spans(self, i: int, j: int) -> list[tuple[int, int]]:
-        """For each step of [i, j): its rows [a, b), counted from the first row of step i."""
-        spans, a = [], 0
-        for n in self.active[i:j]:
-            spans.append((a, a + n * self.H))
-            a += n * self.H
-        return spans
+    def sizes(self, i: int, j: int) -> list[int]:
+        """The number of rows of each step of [i, j)."""
+        return [n * self.H for n in self.active[i:j]]
 
     def load(self, x: Tensor, i: int, j: int, dtype: torch.dtype, fill: float = 0.0) -> Tensor:
         """The chunks of steps [i, j) of tokens x, contiguous, in dtype; padding becomes `fill`."""
