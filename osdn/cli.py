@@ -16,6 +16,8 @@ COMMANDS = {
     "train": ("osdn.train.command", "train a model as a recipe says, or go on with a run"),
     "generate": ("osdn.generate", "continue a prompt with a trained model"),
     "convert": ("osdn.model.convert", "turn a DeltaNet checkpoint into an OSDN one"),
+    "selfcheck": ("osdn.selfcheck", "compare this machine's GPU kernels with the definition"),
+    "mqar": ("osdn.evals.mqar_grid", "compare mixers on multi-query associative recall"),
     "theory": ("osdn.theory.command", "run the theory's experiments and draw their plots"),
 }
 

@@ -1,0 +1,29 @@
+# Everything from a bare machine with Python 3.11 to 3.13 and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+# One thread per library and passive waiting: two test processes share two cores.
+QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+
+.PHONY: demo test lint clean
+
+demo: $(READY)
+	$(BIN)/osdn demo $(ARGS)
+
+test: $(READY)
+	$(QUIET) $(BIN)/pytest -n 2 $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"Python 3.11 to 3.13 is needed, this is {v[0]}.{v[1]}; name one: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,data,test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

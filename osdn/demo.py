@@ -1,0 +1,123 @@
+"""`osdn demo`: an OSDN language model beside its DeltaNet twin, in minutes, from nothing.
+
+Both are trained on the same text in the same order from the same initial weights. It prints a
+table, draws both loss curves and the preconditioner that OSDN learned, and lets OSDN write.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from osdn.data import collate
+from osdn.errors import UserError
+from osdn.generate import load
+from osdn.train import Recipe, TrainResult, load_recipe, train
+from osdn.train.setup import make_rows
+
+NAMES = {"osdn": "OSDN", "delta_net": "DeltaNet"}
+PROMPT = "def "
+PASSAGE_TOKENS = 300
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="change the recipe, such as train.steps=9"
+    )
+    parser.add_argument("--recipe", type=Path, default=Path("recipes/tiny.yaml"))
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where all of it goes")
+
+
+def run(args: argparse.Namespace) -> None:
+    results = {}
+    for mixer, name in NAMES.items():
+        print(f"\nTraining {name}", flush=True)
+        recipe = load_recipe(args.recipe, [*args.overrides, f"model.mixer={mixer}"])
+        results[mixer] = train(recipe, args.out / mixer)
+    print("\n" + table(results))
+
+    model, tokenizer = load(args.out / "osdn" / "model")
+    preconds = final_preconds(model, held_out_ids(recipe, tokenizer))
+    path = args.out / "demo.png"
+    draw(results, preconds, path)
+    print(f"\nOSDN goes on from {PROMPT!r} (temperature 0.7):\n")
+    torch.manual_seed(recipe.train.seed)
+    model.generate(
+        tokenizer(PROMPT, return_tensors="pt").input_ids.long(),
+        max_new_tokens=PASSAGE_TOKENS,
+        do_sample=True,
+        temperature=0.7,
+        pad_token_id=tokenizer.pad_token_id,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+    )
+    print(f"\nThe loss curves and the learned preconditioner: {path}")
+
+
+def table(results: dict[str, TrainResult]) -> str:
+    """One line a model, in Markdown."""
+    lines = [
+        "| model | parameters | validation bits per byte | tokens/s | non-finite steps |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for mixer, r in results.items():
+        bits = "–" if r.bits_per_byte is None else f"{r.bits_per_byte:.4f}"
+        share = 100 * r.nonfinite / r.steps
+        lines.append(
+            f"| {NAMES[mixer]} | {r.parameters:,} | {bits} | {r.tokens_per_s:,.0f} | {share:.1f}% |"
+        )
+    return "\n".join(lines)
+
+
+def held_out_ids(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The first row of the validation text, [1, seq_len]."""
+    _, rows, _ = make_rows(recipe, tokenizer)
+    if not rows:
+        raise UserError("data.validation: the demo needs held-out text, so give it a share")
+    return collate(rows[:1]).input_ids
+
+
+@torch.no_grad()
+def final_preconds(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
+    """d after the last token of ids [1, T], one [H, K] per layer."""
+    cache = model(ids, use_cache=True).past_key_values
+    return [layer.recurrent_states[1][0] for layer in cache.layers]
+
+
+def draw(results: dict[str, TrainResult], preconds: list[Tensor], path: Path) -> None:
+    """Both loss curves on the left; on the right d by layer and feature, heads side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(12, 4.2), layout="constrained", width_ratios=(1, 1.25)
+    )
+    for (mixer, result), color in zip(results.items(), ("#0072B2", "#D55E00")):
+        steps = [step for step, loss in result.loss if loss is not None]
+        losses = torch.tensor([loss for _, loss in result.loss if loss is not None])
+        window = max(1, len(losses) // 40)
+        mean = losses.unfold(0, window, 1).mean(-1)
+        left.plot(steps, losses, color=color, alpha=0.2, linewidth=0.8)
+        left.plot(steps[window - 1 :], mean, color=color, label=NAMES[mixer])
+    left.set(
+        xlabel="optimiser step", ylabel="training loss, nats per byte", title="Same data, same seed"
+    )
+    left.legend()
+    d = torch.stack([x.flatten() for x in preconds])
+    reach = max(0.1, (d - 1).abs().max().item())
+    image = right.imshow(d, aspect="auto", cmap="PuOr", vmin=1 - reach, vmax=1 + reach)
+    heads, features = preconds[0].shape
+    for head in range(1, heads):
+        right.axvline(head * features - 0.5, color="black", linewidth=0.8)
+    right.set(
+        xlabel=f"key feature ({heads} heads of {features}, side by side)",
+        ylabel="layer",
+        title="OSDN's preconditioner d after a held-out text (DeltaNet: 1)",
+        yticks=range(len(preconds)),
+    )
+    figure.colorbar(image, ax=right, label="step size of the feature")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
