@@ -16,6 +16,7 @@ COMMANDS = {
     "train": ("osdn.train.command", "train a model as a recipe says, or go on with a run"),
     "generate": ("osdn.generate", "continue a prompt with a trained model"),
     "convert": ("osdn.model.convert", "turn a DeltaNet checkpoint into an OSDN one"),
+    "bench": ("osdn.bench", "time the operator and decoding on this GPU against their peers"),
     "selfcheck": ("osdn.selfcheck", "compare this machine's GPU kernels with the definition"),
     "mqar": ("osdn.evals.mqar_grid", "compare mixers on multi-query associative recall"),
     "theory": ("osdn.theory.command", "run the theory's experiments and draw their plots"),

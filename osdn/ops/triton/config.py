@@ -4,25 +4,59 @@ Fixed rather than autotuned, so that a first call compiles each kernel once and 
 depend on timings; chosen by benchmarks/op_gpu.py on an H100 at K = V = 128 (docs/kernels.md).
 """
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from osdn.ops.triton.chunks import tile
+
 CONFIG: dict[str, dict[str, Any]] = {
-    "inverse": {"num_warps": 4},
+    "inverse": {"num_warps": 2, "BK": 32},
     "scan": {"num_warps": 4},
     "token_scan": {"num_warps": 1},
-    "write_keys": {"num_warps": 4},
+    "write_keys": {"num_warps": 2, "BK": 64},
     "memory": {"num_warps": 4, "num_stages": 2, "BV": 64},
     "states": {"num_warps": 4, "num_stages": 3, "BK": 64, "BV": 64},
     "memory_reverse": {"num_warps": 4, "num_stages": 2, "BV": 64},
-    "gradients": {"num_warps": 4, "num_stages": 2, "BK": 64, "BV": 64},
+    "gradients": {"num_warps": 8, "num_stages": 2, "BK": 64, "BV": 64},
     "couple": {"num_warps": 4, "BK": 64},
     "scan_reverse": {"num_warps": 4},
-    "precond_gradients": {"num_warps": 4, "BK": 64},
+    "precond_gradients": {"num_warps": 8, "BK": 64},
     "step": {"num_warps": 8, "BV": 128},
 }
+# Where tiles are wider (K > 128, or 32-bit operands) they must fit registers and shared memory.
+WIDE: dict[str, dict[str, Any]] = {
+    "scan": {"num_warps": 8},
+    "memory": {"num_warps": 8, "num_stages": 1, "BV": 32},
+    "states": {"num_warps": 4, "num_stages": 1, "BK": 64, "BV": 64},
+    "memory_reverse": {"num_warps": 8, "num_stages": 1, "BV": 32},
+    "gradients": {"num_warps": 8, "num_stages": 1, "BK": 32, "BV": 32},
+    "scan_reverse": {"num_warps": 8},
+    "couple": {"num_warps": 8, "BK": 32},
+    "precond_gradients": {"num_warps": 8, "BK": 32},
+    "step": {"num_warps": 8, "BV": 64},
+}
+PIPELINE_BYTES = 160 * 1024  # of shared memory a block; with less, loads are not pipelined
+
+
+def launch(name: str, x: Tensor, K: int, V: int = 1) -> dict[str, Any]:
+    """The keyword arguments of one kernel's launch for head sizes K and V and data like x."""
+    wide = name in WIDE and (K > 128 or x.dtype == torch.float32)
+    config = dict((WIDE if wide else CONFIG)[name])
+    for block, size in (("BK", K), ("BV", V)):
+        if block in config:
+            config[block] = min(config[block], tile(size))
+    if "num_stages" in config and x.is_cuda and _shared_bytes(x.device.index) < PIPELINE_BYTES:
+        config["num_stages"] = 1
+    return config
+
+
+@cache
+def _shared_bytes(device: int) -> int:
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
 
 
 def precision(x: Tensor) -> str:

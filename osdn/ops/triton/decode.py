@@ -11,7 +11,7 @@ from torch import Tensor
 
 from osdn.ops.rule import Rule
 from osdn.ops.triton.chunks import load_tile, store_tile, tile
-from osdn.ops.triton.config import CONFIG
+from osdn.ops.triton.config import launch
 
 
 @triton.jit
@@ -83,14 +83,13 @@ def decode(
     place, where nothing is updated and o is of no use. None: slot i.
     """
     (B, H, K), V = q.shape, v.shape[-1]
-    config = dict(CONFIG["step"])
-    BV = min(tile(V), config.pop("BV"), 16384 // tile(K))
     boxed = rule.precond_min is not None
     o = torch.empty_like(v)
     step_kernel[(B * H,)](
         q, k, v, beta, log_gamma, state, precond, o, slots, rule.eta,
         rule.precond_min if boxed else 0.0, rule.precond_max if boxed else 0.0, rule.scale,
-        H=H, K=K, V=V, BK=tile(K), BV=BV, HAS_GAMMA=log_gamma is not None,
-        BETA_AWARE=rule.beta_aware, BOXED=boxed, HAS_SLOTS=slots is not None, **config,
+        H=H, K=K, V=V, BK=tile(K), HAS_GAMMA=log_gamma is not None,
+        BETA_AWARE=rule.beta_aware, BOXED=boxed, HAS_SLOTS=slots is not None,
+        **launch("step", q, K, V),
     )  # fmt: skip
     return o

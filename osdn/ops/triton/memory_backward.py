@@ -27,7 +27,7 @@ from osdn.ops.triton.chunks import (
     store_tile,
     tile,
 )
-from osdn.ops.triton.config import CONFIG, precision
+from osdn.ops.triton.config import launch, precision
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -192,12 +192,12 @@ def gradients_kernel(
 def states(w: Tensor, e: Tensor, initial_state: Tensor, chunks: Chunks) -> Tensor:
     """S [chunks, H, K, V] at every chunk's start, in w's dtype."""
     (T, H, K), V = w.shape[1:], e.shape[-1]
-    config = dict(CONFIG["states"])
-    BK, BV = min(tile(K), config.pop("BK")), min(tile(V), config.pop("BV"))
+    config = launch("states", w, K, V)
+    blocks = triton.cdiv(K, config["BK"]) * triton.cdiv(V, config["BV"])
     S = w.new_empty(chunks.bound, H, K, V)
-    states_kernel[(chunks.sequences * H * triton.cdiv(K, BK) * triton.cdiv(V, BV),)](
+    states_kernel[(chunks.sequences * H * blocks,)](
         w, e, initial_state, S, chunks.cu_seqlens, chunks.offsets, T,
-        H=H, K=K, V=V, BT=CHUNK, BK=BK, BV=BV,
+        H=H, K=K, V=V, BT=CHUNK,
         IS_VARLEN=chunks.offsets is not None, PREC=precision(w), **config,
     )  # fmt: skip
     return S
@@ -215,14 +215,13 @@ def memory_reverse(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dv, dS [chunks, H, K, V] at every chunk's end, dinitial_state)."""
     (T, H, K), V = q.shape[1:], do.shape[-1]
-    config = dict(CONFIG["memory_reverse"])
-    BV = min(tile(V), config.pop("BV"), 4096 * 2 // tile(K))
+    config = launch("memory_reverse", q, K, V)
     dv, dinitial = torch.empty_like(do), torch.empty_like(dfinal_state)
     dS = q.new_empty(chunks.bound, H, K, V)
-    memory_reverse_kernel[(chunks.sequences * H * triton.cdiv(V, BV),)](
+    memory_reverse_kernel[(chunks.sequences * H * triton.cdiv(V, config["BV"]),)](
         q, w, ka, A, do, dfinal_state, dv, dS, dinitial,
         chunks.cu_seqlens, chunks.offsets, rule.scale, T,
-        H=H, K=K, V=V, BT=CHUNK, BK=tile(K), BV=BV,
+        H=H, K=K, V=V, BT=CHUNK, BK=tile(K),
         IS_VARLEN=chunks.offsets is not None, PREC=precision(q), **config,
     )  # fmt: skip
     return dv, dS, dinitial
@@ -242,12 +241,11 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, phase 2's part of dk, dw)."""
     (T, H, K), V = q.shape[1:], e.shape[-1]
-    config = dict(CONFIG["gradients"])
-    BK, BV = min(tile(K), config.pop("BK")), min(tile(V), config.pop("BV"))
+    config = launch("gradients", q, K, V)
     dq, dk, dw = (torch.empty_like(k) for _ in range(3))
-    gradients_kernel[(chunks.bound * H * triton.cdiv(K, BK),)](
+    gradients_kernel[(chunks.bound * H * triton.cdiv(K, config["BK"]),)](
         q, k, w, e, do, dv, S, dS, dq, dk, dw, chunks.cu_seqlens, chunks.indices, rule.scale, T,
-        H=H, K=K, V=V, BT=CHUNK, BK=BK, BV=BV,
+        H=H, K=K, V=V, BT=CHUNK,
         IS_VARLEN=chunks.indices is not None, PREC=precision(q), **config,
     )  # fmt: skip
     return dq, dk, dw

@@ -22,7 +22,7 @@ from osdn.ops.triton.chunks import (
     store_tile,
     tile,
 )
-from osdn.ops.triton.config import CONFIG, precision
+from osdn.ops.triton.config import launch, precision
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -99,13 +99,12 @@ def memory(
 ) -> tuple[Tensor, Tensor]:
     """(o, final_state); the residuals go into e [B, T, H, V] where it is given."""
     (T, H, K), V = q.shape[1:], v.shape[-1]
-    config = dict(CONFIG["memory"])
-    BV = min(tile(V), config.pop("BV"), 4096 * 2 // tile(K))
+    config = launch("memory", q, K, V)
     o, final = torch.empty_like(v), torch.empty_like(initial_state)
-    memory_kernel[(chunks.sequences * H * triton.cdiv(V, BV),)](
+    memory_kernel[(chunks.sequences * H * triton.cdiv(V, config["BV"]),)](
         q, w, ka, v, A, initial_state, o, o if e is None else e, final,
         chunks.cu_seqlens, chunks.offsets, rule.scale, T,
-        H=H, K=K, V=V, BT=CHUNK, BK=tile(K), BV=BV,
+        H=H, K=K, V=V, BT=CHUNK, BK=tile(K),
         IS_VARLEN=chunks.offsets is not None, SAVE=e is not None, PREC=precision(q), **config,
     )  # fmt: skip
     return o, final

@@ -32,7 +32,7 @@ from osdn.ops.triton.chunks import (
     store_tile,
     tile,
 )
-from osdn.ops.triton.config import CONFIG, precision
+from osdn.ops.triton.config import launch, precision
 from osdn.ops.triton.precond_forward import chunk_inverse, load_gate, load_retention
 from osdn.ops.triton.solve import mul
 
@@ -245,21 +245,16 @@ def chunk_scan_reverse(
     shape["IS_VARLEN"] = chunks.indices is not None
     couple_kernel[(chunks.bound * H,)](
         k, beta, gate, dw, r, dd, chunks.cu_seqlens, chunks.indices, T,
-        **shape, **_blocks("couple", K), PREC=precision(k),
+        **shape, **launch("couple", k, K), PREC=precision(k),
     )  # fmt: skip
     scan_reverse_kernel[(chunks.sequences * H,)](
         k, beta, gate, inverse, r, dd, dfinal_precond, a, ends, dinitial,
         chunks.cu_seqlens, chunks.offsets, rule.eta, T,
-        **shape, BK=tile(K), BETA_AWARE=rule.beta_aware, **CONFIG["scan_reverse"],
+        **shape, BK=tile(K), BETA_AWARE=rule.beta_aware, **launch("scan_reverse", k, K),
     )  # fmt: skip
     precond_gradients_kernel[(chunks.bound * H,)](
         k, beta, gate, x, a, starts, ends, dw, dk, dbeta,
         dbeta if dlog_gamma is None else dlog_gamma, chunks.cu_seqlens, chunks.indices, rule.eta, T,
-        **shape, **_blocks("precond_gradients", K), BETA_AWARE=rule.beta_aware, PREC=precision(k),
+        **shape, **launch("precond_gradients", k, K), BETA_AWARE=rule.beta_aware, PREC=precision(k),
     )  # fmt: skip
     return dbeta, dlog_gamma, dinitial
-
-
-def _blocks(name: str, K: int) -> dict[str, int]:
-    config = dict(CONFIG[name])
-    return config | {"BK": min(tile(K), config["BK"])}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from osdn.ops.rule import Rule
 from osdn.ops.triton.chunks import CHUNK, Chunks, load_tile, locate_chunk, locate_sequence, tile
-from osdn.ops.triton.config import CONFIG
+from osdn.ops.triton.config import launch
 from osdn.ops.triton.solve import invert, mul, store_blocks
 
 
@@ -206,9 +206,9 @@ def chunk_inverse(
     inverse_kernel[(chunks.bound * H,)](
         k, beta, beta if log_gamma is None else log_gamma, inverse,
         chunks.cu_seqlens, chunks.indices, rule.eta, T,
-        H=H, K=K, BT=CHUNK, BK=min(tile(K), 64), HAS_GAMMA=log_gamma is not None,
+        H=H, K=K, BT=CHUNK, HAS_GAMMA=log_gamma is not None,
         BETA_AWARE=rule.beta_aware, IS_VARLEN=chunks.indices is not None, PREC="tf32x3",
-        **CONFIG["inverse"],
+        **launch("inverse", k, K),
     )  # fmt: skip
     return inverse
 
@@ -232,6 +232,6 @@ def chunk_scan(
         x, starts, final, chunks.cu_seqlens, chunks.offsets, rule.eta, T,
         H=H, K=K, BT=CHUNK, BK=tile(K), HAS_GAMMA=log_gamma is not None,
         BETA_AWARE=rule.beta_aware, IS_VARLEN=chunks.offsets is not None,
-        **CONFIG["scan"],
+        **launch("scan", k, K),
     )  # fmt: skip
     return final

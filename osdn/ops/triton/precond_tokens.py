@@ -18,7 +18,7 @@ from torch import Tensor
 
 from osdn.ops.rule import Rule
 from osdn.ops.triton.chunks import CHUNK, Chunks, locate_sequence, tile
-from osdn.ops.triton.config import CONFIG
+from osdn.ops.triton.config import launch
 
 
 @triton.jit
@@ -219,7 +219,8 @@ def token_scan(
         k, beta, beta if log_gamma is None else log_gamma, initial_precond, w, x, starts, final,
         chunks.cu_seqlens, chunks.offsets, rule.eta, rule.precond_min, rule.precond_max, T,
         H=H, K=K, BT=CHUNK, BK=tile(K), HAS_GAMMA=log_gamma is not None,
-        BETA_AWARE=rule.beta_aware, IS_VARLEN=chunks.offsets is not None, **CONFIG["token_scan"],
+        BETA_AWARE=rule.beta_aware, IS_VARLEN=chunks.offsets is not None,
+        **launch("token_scan", k, K),
     )  # fmt: skip
     return final
 
@@ -246,6 +247,7 @@ def token_scan_reverse(
         dk, dbeta, dbeta if dlog_gamma is None else dlog_gamma, dinitial,
         chunks.cu_seqlens, chunks.offsets, rule.eta, rule.precond_min, rule.precond_max, T,
         H=H, K=K, BT=CHUNK, BK=tile(K), HAS_GAMMA=log_gamma is not None,
-        BETA_AWARE=rule.beta_aware, IS_VARLEN=chunks.offsets is not None, **CONFIG["token_scan"],
+        BETA_AWARE=rule.beta_aware, IS_VARLEN=chunks.offsets is not None,
+        **launch("token_scan", k, K),
     )  # fmt: skip
     return dbeta, dlog_gamma, dinitial

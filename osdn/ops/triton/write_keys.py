@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from osdn.ops.rule import Rule
-from osdn.ops.triton.chunks import CHUNK, Chunks, load_tile, locate_chunk, store_tile, tile
-from osdn.ops.triton.config import CONFIG, precision
+from osdn.ops.triton.chunks import CHUNK, Chunks, load_tile, locate_chunk, store_tile
+from osdn.ops.triton.config import launch, precision
 from osdn.ops.triton.precond_forward import load_gate, load_retention
 from osdn.ops.triton.solve import invert, mul, store_blocks
 
@@ -158,8 +158,8 @@ def write_keys(
     write_keys_kernel[(chunks.bound * H,)](
         k, beta, beta if log_gamma is None else log_gamma, x, starts, w, A, ka,
         chunks.cu_seqlens, chunks.indices, rule.eta, T,
-        H=H, K=K, BT=CHUNK, BK=min(tile(K), 64), HAS_GAMMA=log_gamma is not None,
+        H=H, K=K, BT=CHUNK, HAS_GAMMA=log_gamma is not None,
         BETA_AWARE=rule.beta_aware, IS_VARLEN=chunks.indices is not None,
         PATH=not boxed and not rule.constant_precond(log_gamma is not None), STORED=boxed,
-        PREC=precision(k), SOLVE="tf32x3", **CONFIG["write_keys"],
+        PREC=precision(k), SOLVE="tf32x3", **launch("write_keys", k, K),
     )  # fmt: skip

@@ -1,0 +1,201 @@
+"""Time every Triton kernel alone under a grid of launch configurations (osdn.ops.triton.config).
+
+    python benchmarks/op_gpu.py                  # both shapes, every stage
+    python benchmarks/op_gpu.py memory states    # only these
+
+Configurations are compiled first, in parallel processes that share Triton's cache; then every stage
+is timed at each shape, and its outputs under each configuration compared with the default's, since
+a compiler error shows in one configuration and not in the next.
+"""
+
+import itertools
+import subprocess
+import sys
+
+import torch
+from torch.nn.functional import normalize
+
+from osdn.ops.rule import Rule
+from osdn.ops.triton import (
+    chunk_scan,
+    chunk_scan_reverse,
+    cut,
+    gradients,
+    memory,
+    memory_reverse,
+    saved_like,
+    states,
+    token_scan,
+    token_scan_reverse,
+    write_keys,
+)
+from osdn.ops.triton.config import CONFIG
+from osdn.ops.triton.decode import decode
+from osdn.ops.triton.precond_forward import chunk_inverse
+
+SHAPES = ((16, 4096, 16), (1, 65536, 16))
+K = 128
+RULE = Rule(1.0, False, None, None, K**-0.5)
+BOX = RULE._replace(precond_min=0.0, precond_max=2.0)
+
+
+def grid(**options):
+    return [dict(zip(options, values)) for values in itertools.product(*options.values())]
+
+
+GRIDS = {
+    "inverse": grid(num_warps=[1, 2, 4], BK=[16, 32, 64]),
+    "scan": grid(num_warps=[2, 4, 8]),
+    "token_scan": grid(num_warps=[1, 2]),
+    "write_keys": grid(num_warps=[1, 2, 4], BK=[32, 64]),
+    "memory": grid(num_warps=[4, 8], num_stages=[1, 2, 3], BV=[32, 64, 128]),
+    "states": grid(num_warps=[4, 8], num_stages=[2, 3], BK=[64, 128], BV=[64, 128]),
+    "memory_reverse": grid(num_warps=[4, 8], num_stages=[1, 2, 3], BV=[32, 64, 128]),
+    "gradients": grid(num_warps=[4, 8], num_stages=[1, 2, 3], BK=[64, 128], BV=[32, 64]),
+    "couple": grid(num_warps=[4, 8], BK=[32, 64, 128]),
+    "scan_reverse": grid(num_warps=[2, 4, 8]),
+    "precond_gradients": grid(num_warps=[4, 8], BK=[32, 64, 128]),
+    "step": grid(num_warps=[4, 8], BV=[32, 64, 128]),
+}
+
+
+def stages(B, T, H):
+    """By name, a call that runs one kernel on real data and returns what it wrote."""
+    torch.manual_seed(0)
+    shape = (B, T, H, K)
+    q, k, v, do = (torch.randn(shape, device="cuda") for _ in range(4))
+    q, k = normalize(q, dim=-1).bfloat16(), normalize(k, dim=-1).bfloat16()
+    v, do = v.bfloat16(), do.bfloat16()
+    beta = torch.rand(B, T, H, device="cuda")
+    S0, d0 = torch.zeros(B, H, K, K, device="cuda"), torch.ones(B, H, K, device="cuda")
+    chunks = cut(B, T, None)
+    w, ka, A, e, x, starts = saved_like(q, k, v, beta, None, S0, d0, None, True)
+    chunk_scan(k, beta, None, d0, x, starts, chunks, RULE)
+    write_keys(k, beta, None, x, starts, w, A, ka, chunks, RULE)
+    memory(q, w, ka, v, A, S0, e, chunks, RULE)
+    dv, dS, _ = memory_reverse(q, w, ka, A, do, S0, chunks, RULE)
+    S = states(w, e, S0, chunks)
+    _, dk, dw = gradients(q, k, w, e, do, dv, S, dS, chunks, RULE)
+    state = torch.randn(64, H, K, K, device="cuda")
+    precond = torch.ones(64, H, K, device="cuda")
+    row = [t.view(-1, H, t.shape[-1])[:64].contiguous() for t in (q, k, v)]
+
+    def solved(A):  # what is above the diagonal is never written
+        return A.view(-1, 64, H, 64).transpose(1, 2)[:256].tril()
+
+    def inverse():
+        return (solved(chunk_inverse(k, beta, None, chunks, RULE)),)
+
+    def keys():
+        write_keys(k, beta, None, x, starts, w, A, ka, chunks, RULE)
+        return w, ka, solved(A)
+
+    def scan():
+        return (chunk_scan(k, beta, None, d0, x, starts, chunks, RULE), x, starts)
+
+    def tokens():
+        w2, x2, starts2 = (torch.empty_like(t) for t in (w, x, starts))
+        token_scan(k, beta, None, d0, w2, x2, starts2, chunks, BOX)
+        return token_scan_reverse(k, beta, None, x2, starts2, dw, d0, dk.clone(), chunks, BOX)[::2]
+
+    def reverse():
+        part = dk.clone()
+        found = chunk_scan_reverse(k, beta, None, x, starts, dw, d0, part, chunks, RULE)
+        return found[0], found[2], part
+
+    return {
+        "inverse": inverse,
+        "scan": scan,
+        "token_scan": tokens,
+        "write_keys": keys,
+        "memory": lambda: memory(q, w, ka, v, A, S0, e, chunks, RULE),
+        "states": lambda: (states(w, e, S0, chunks),),
+        "memory_reverse": lambda: memory_reverse(q, w, ka, A, do, S0, chunks, RULE),
+        "gradients": lambda: gradients(q, k, w, e, do, dv, S, dS, chunks, RULE),
+        "couple": reverse,
+        "scan_reverse": reverse,
+        "precond_gradients": reverse,
+        "step": lambda: (decode(*row, beta.view(-1, H)[:64], None, state, precond, RULE),),
+    }  # fmt: skip
+
+
+def milliseconds(call, stage, calls=5):
+    """Device time of one call's kernels that carry the stage's name, by the profiler."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+    names = {f"{stage}_kernel"} | (
+        {"token_scan_reverse_kernel"} if stage == "token_scan" else set()
+    )
+    return sum(x.device_time_total for x in profile.key_averages() if x.key in names) / calls / 1e3
+
+
+def error(actual, expected):
+    """The largest relative error over a stage's outputs."""
+    pairs = zip(actual, expected)
+    errors = [((a.double() - b.double()).norm() / b.double().norm()).item() for a, b in pairs]
+    return max(x if x == x else float("inf") for x in errors)
+
+
+def compile_all(names):
+    """Run each stage under each configuration at a tiny size, one process a stage."""
+    workers = [
+        subprocess.Popen([sys.executable, __file__, "--compile", f"{name}:{i}:4"])
+        for name in names
+        for i in range(4)
+    ]
+    for worker in workers:
+        worker.wait()
+
+
+def compile_part(part):
+    """Every n-th configuration of one stage, from the i-th on."""
+    name, i, n = part.split(":")
+    call = stages(1, 64, SHAPES[0][2])[name]
+    for config in GRIDS[name][int(i) :: int(n)]:
+        CONFIG[name] = config
+        try:
+            call()
+            torch.cuda.synchronize()
+        except Exception as problem:  # too much shared memory, say: reported when it is timed
+            print(f"{name} {config}: {str(problem).splitlines()[0][:80]}", flush=True)
+
+
+def main(names):
+    """Print, for every stage and shape, its configurations from the fastest."""
+    compile_all(names)
+    defaults = {name: dict(config) for name, config in CONFIG.items()}
+    for shape in SHAPES:
+        calls = stages(*shape)
+        print(
+            f"\nB{shape[0]} T{shape[1]} H{shape[2]} D{K}, milliseconds; error against the default"
+        )
+        for name in names:
+            expected = calls[name]()
+            expected = tuple(x.clone() for x in expected)
+            print(f"{name:18s} default {milliseconds(calls[name], name):.3f} {defaults[name]}")
+            found = []
+            for config in GRIDS[name]:
+                CONFIG[name] = config
+                try:
+                    wrong = error(calls[name](), expected)
+                    found.append((milliseconds(calls[name], name), wrong, config))
+                except Exception:
+                    continue
+            CONFIG[name] = defaults[name]
+            for ms, wrong, config in sorted(found, key=lambda x: x[0])[:6]:
+                flag = "" if wrong < 1e-2 else "  WRONG"
+                print(f"    {ms:8.3f}  {wrong:.1e}{flag}  {config}", flush=True)
+            bad = [config for _, wrong, config in found if not wrong < 1e-2]
+            if bad:
+                print(f"    wrong: {bad}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--compile"]:
+        compile_part(sys.argv[2])
+    else:
+        main(sys.argv[1:] or list(GRIDS))
