@@ -2,6 +2,7 @@
 
 import os
 from importlib.util import find_spec
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -106,10 +107,9 @@ def online_scaled_delta_rule(
         tensors = (q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
         o, state, precond = reference.forward(*tensors, rule)
     else:
-        small = (beta, log_gamma, initial_state, initial_precond)
-        beta, log_gamma, initial_state, initial_precond = (
-            None if x is None else x.to(accumulate).contiguous() for x in small
-        )
+        beta, log_gamma = _cast(beta, accumulate), _cast(log_gamma, accumulate)
+        initial_state = _cast(initial_state, accumulate)
+        initial_precond = _cast(initial_precond, accumulate)
         tensors = (q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
         save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
         o, state, precond, _ = BACKENDS[backend].rule(*tensors, *rule, save)
@@ -150,8 +150,10 @@ def online_scaled_delta_step(
     """
     q, k, v = _autocast(q, k, v)
     check_tensors(q=q, k=k, v=v, beta=beta, log_gamma=log_gamma, state=state, precond=precond)
-    time = (x if x is None else x.unsqueeze(1) for x in (q, k, v, beta, log_gamma))
-    check_shapes(*time, state, precond, None, names=("state", "precond"))
+    one, gamma = [x.unsqueeze(1) for x in (q, k, v, beta)], log_gamma
+    gamma = None if gamma is None else gamma.unsqueeze(1)
+    names = ("state", "precond")
+    check_shapes(one[0], one[1], one[2], one[3], gamma, state, precond, None, names=names)
     check_rule(eta, precond_min, precond_max)
     backend = _choose(backend, q, v)
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -173,11 +175,17 @@ def online_scaled_delta_step(
     )
     if backend == "reference":
         return reference.step(*given, rule), state, precond
-    beta, log_gamma = (
-        None if x is None else x.to(accumulate).contiguous() for x in (beta, log_gamma)
-    )
+    beta, log_gamma = _cast(beta, accumulate), _cast(log_gamma, accumulate)
     o = BACKENDS[backend].step(q, k, v, beta, log_gamma, state, precond, *rule)
     return o, state, precond
+
+
+@overload
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor: ...
+@overload
+def _cast(x: None, dtype: torch.dtype) -> None: ...
+def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype).contiguous()
 
 
 def _autocast(*tensors: Tensor) -> list[Tensor]:

@@ -8,9 +8,9 @@ from torch import Tensor
 _last_checked: tuple[Tensor, int, int] | None = None
 
 
-def check_tensors(**tensors: Tensor | None) -> None:
-    """All floating point, on the device of q; q, k and v of one dtype."""
-    q = tensors["q"]
+def check_tensors(q: Tensor, **others: Tensor | None) -> None:
+    """All floating point, on the device of q; k and v of its dtype."""
+    tensors: dict[str, Tensor | None] = {"q": q, **others}
     for name, x in tensors.items():
         if x is None:
             continue
@@ -68,7 +68,9 @@ def check_shapes(
         _expect("log_gamma", log_gamma, (B, T, H), "[B, T, H]")
     if state is not None:
         _expect(names[0], state, (N, H, K, V), "[N, H, K, V]")
-    if precond is not None and tuple(precond.shape) != (H, K):
+    if precond is not None and precond.ndim == 2 and names[1] == "initial_precond":
+        _expect(names[1], precond, (H, K), "[H, K], or [N, H, K]")
+    elif precond is not None:
         _expect(names[1], precond, (N, H, K), "[N, H, K]")
     return N
 
