@@ -120,17 +120,19 @@ def full_batch_bound(
     """Statement 9: log(φ_{T+1}/φ_1) ≤ T log(X/T), with X the bound of Statement 3 on Σ r_t(d_t).
 
     X = ((√Y + √(Y + cA))/c)², A = L²‖d_1 − u‖²/η, c = 2 − η, Y = Σ r_t(u): with an interpolating
-    comparator (Y = 0) the right side is T log(L²‖d_1 − u‖² / (η(2 − η)T)).
+    comparator (Y = 0) the right side is T log(L²‖d_1 − u‖² / (η(2 − η)T)). A run that reaches
+    φ = 0 stays there and adds nothing to Y: left is −inf.
     """
     smoothness = torch.linalg.eigvalsh(sigma)[..., -1]
     step = torch.full_like(smoothness, eta) / smoothness.square()
     misfit, total, d = torch.zeros_like(smoothness), torch.zeros_like(smoothness), d1
     for _ in range(steps):
-        misfit = misfit + ratio(sigma, error, u).left
+        alive = total > -torch.inf
+        misfit = misfit + torch.where(alive, ratio(sigma, error, u).left, 0.0)
         error, log_ratio, d = hypergradient_step(
             sigma, error, d, step, normalised=False, scalar=False
         )
-        total = total + log_ratio
+        total = torch.where(alive, total + log_ratio, total)
     budget = smoothness.square() * (d1 - u).square().sum(-1) / eta
     bound = solve_budget(budget, misfit, torch.full_like(smoothness, 2 - eta))
     return Sides(total, steps * (bound / steps).log())

@@ -60,16 +60,13 @@ def growth_bound(k: Tensor, d: Tensor, beta: Tensor) -> Sides:
     return Sides(log_growth(k, d, beta), torch.where(claimed, 0.5 * (ends + steps), torch.inf))
 
 
-def driven_growth_bound(
-    k: Tensor, d: Tensor, beta: Tensor, x: Tensor, *, eta: float, floor: float
-) -> Sides:
+def driven_growth_bound(k: Tensor, d: Tensor, beta: Tensor, *, eta: float, floor: float) -> Sides:
     """Statement 17: d driven by the rule itself (b = 1, γ = 1, unit keys) and never below a floor.
 
-        ‖M_T ··· M_1‖₂ ≤ √(max_i d_{T,i} / min_i d_{1,i}) · exp((η / 2a) Σ_{t<T} max(−x_t, 0) m_t)
-                       ≤ √(...) · exp((η / 2a) √(T B)),     B = ‖d_1 − 1‖² / (η(2 − η))
+        ‖M_T ··· M_1‖₂ ≤ √(max_i d_{T,i} / min_i d_{1,i}) · exp((η / 2a) √(T B))
 
-    with m_t = max_i s_{t,i} and the floor a > 0. The function returns the second, weaker form. d
-    and x are those of osdn.theory.bounds.precond_path, d without its last entry.
+    with B = ‖d_1 − 1‖² / (η(2 − η)) and the floor a > 0. d is that of
+    osdn.theory.bounds.precond_path without its last entry, d_1 inside the box if there is one.
     """
     log_d = d.log()
     T = k.shape[-2]
