@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -21,6 +21,9 @@ class Section(BaseModel):
     """A part of a recipe: unknown keys are errors, values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+S = TypeVar("S", bound=Section)
 
 
 class Data(Section):
@@ -100,6 +103,7 @@ class Train(Section):
     validate_every: optimiser steps between validations; one is made at the end in any case.
     checkpoint_every: optimiser steps between checkpoints; one is saved at the end in any case.
     keep_checkpoints: how many of the newest are kept.
+    optimizer, schedule: the sections Optimizer and Schedule.
     """
 
     steps: int = Field(default=1000, ge=1)
@@ -131,10 +135,11 @@ class Logging(Section):
 
 
 class Recipe(Section):
-    """A whole run: model (fields of OSDNConfig), data, train, logging.
+    """A whole run.
 
-    model: what OSDNConfig takes. vocab_size may be left out: it is then the tokenizer's;
+    model: fields of OSDNConfig. vocab_size may be left out: it is then the tokenizer's;
         max_position_embeddings too: it is then train.seq_len.
+    data, train, logging: the sections Data, Train and Logging.
     """
 
     model: dict[str, Any]
@@ -170,12 +175,21 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: no such file, not YAML, a key that does not exist, a value of the wrong kind.
     """
+    return load_sections(Recipe, path, overrides)
+
+
+def load_sections(kind: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
+    """`load_recipe` for a recipe of any kind: a Section whose fields are sections or values.
+
+    Raises:
+        UserError: no such file, not YAML, a key that does not exist, a value of the wrong kind.
+    """
     try:
         raw = _yaml(Path(path).read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read the recipe: {error}") from error
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected the sections model, data, train and logging")
+        raise UserError(f"{path}: expected the sections {', '.join(kind.model_fields)}")
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -188,9 +202,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
                 raise UserError(f"{key}: {name} is no section of the recipe")
         section[last] = _yaml(text, override)
     try:
-        return Recipe.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{path}: {_first(error)}") from None
+        raise UserError(f"{path}: {_first(error, kind)}") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -216,12 +230,16 @@ def _no_field(name: Any, known: Sequence[str]) -> str:
     return f"no field {name!r}; {more}"
 
 
-def _first(error: ValidationError) -> str:
+def _first(error: ValidationError, kind: type[Section]) -> str:
     """The first of a validation's errors as "section.key: what is wrong"."""
     first = error.errors()[0]
-    section: Any = Recipe
+    section: Any = kind
     path: list[str] = []
     for name in first["loc"]:
+        if isinstance(name, int) and get_origin(section) is list:
+            path[-1] += f"[{name}]"
+            section = get_args(section)[0]
+            continue
         if not isinstance(section, type) or not issubclass(section, Section):
             break  # within a value, such as the second name of data.corpus
         if name not in section.model_fields:

@@ -1,0 +1,175 @@
+"""Damaged checkpoints are passed over, those that may hold code refused, a full disk is told."""
+
+import errno
+import json
+import os
+import pickle
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from osdn.errors import UserError
+from osdn.train import checkpoint, train
+from tests.train.tiny import curve, fields, recipe, write_texts
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    return write_texts(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="module")
+def finished(texts, tmp_path_factory):
+    return train(recipe(texts), tmp_path_factory.mktemp("finished")).out
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of the finished run, without its model, so that it is taken up again."""
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "model")
+    return tmp_path / "run"
+
+
+def newest(run: Path) -> Path:
+    return run / "checkpoints" / "step_12"
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "a flipped bit in the weights": lambda d: flip_a_bit(d / "model.safetensors"),
+    "a flipped bit in the state": lambda d: flip_a_bit(d / "state.pt"),
+    "half a file": lambda d: os.truncate(d / "state.pt", 1000),
+    "a missing file": lambda d: (d / "model.safetensors").unlink(),
+    "no manifest": lambda d: (d / "manifest.json").unlink(),
+    "an empty manifest": lambda d: (d / "manifest.json").write_text(""),
+    "another recipe": lambda d: (d / "recipe.json").write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, run, finished, texts, capsys):
+    damage(newest(run))
+    train(recipe(texts), run)
+    told = capsys.readouterr().err
+    assert f"{newest(run)} is damaged" in told and "going on from" in told and "step_10" in told
+    assert curve(run) == curve(finished)
+    assert (run / "checkpoints" / "step_12.damaged").is_dir()  # kept, for whoever wants to look
+    assert train(recipe(texts), run).steps == 12
+
+
+def test_with_every_checkpoint_damaged_nothing_is_overwritten(run, texts):
+    log = (run / "log.jsonl").read_bytes()
+    for directory in (run / "checkpoints").iterdir():
+        flip_a_bit(directory / "state.pt")
+    for _ in range(2):
+        with pytest.raises(UserError, match="damaged checkpoints and no whole one"):
+            train(recipe(texts), run)
+    assert (run / "log.jsonl").read_bytes() == log
+
+
+class Payload:
+    """Unpickling it leaves a file: the sign that code was run."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_in_the_state_is_refused_and_not_run(run, texts, tmp_path):
+    mark = tmp_path / "code ran"
+    state = newest(run) / "state.pt"
+    torch.save({"step": Payload(mark)}, state)
+    manifest = json.loads((newest(run) / "manifest.json").read_text())
+    manifest["state.pt"] = checkpoint._digest(state)  # a forger would do this too
+    (newest(run) / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="could run code; the checkpoint is refused"):
+        train(recipe(texts), run)
+    torch.load(state, weights_only=False)
+    assert mark.exists()  # the payload does work where it is let
+    mark.unlink()
+    with pytest.raises(UserError, match="refused"):
+        train(recipe(texts), run)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("name", ["optimizer.pkl", "pytorch_model.bin"])
+def test_a_file_that_does_not_belong_is_refused(name, run, texts):
+    (newest(run) / name).write_bytes(pickle.dumps({}))
+    with pytest.raises(UserError, match="may hold code, as pickles do; the checkpoint is refused"):
+        train(recipe(texts), run)
+
+
+def test_a_full_disk_stops_nothing_but_the_save(texts, finished, tmp_path, monkeypatch, capsys):
+    original, saves = checkpoint.save_model, []
+
+    def full(model, path):
+        saves.append(path)
+        if len(saves) in (2, 3):
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(model, path)
+
+    monkeypatch.setattr(checkpoint, "save_model", full)
+    train(recipe(texts, keep_checkpoints=9), tmp_path)
+    told = capsys.readouterr().err
+    assert "WARNING: no checkpoint at step 4: No space left on device" in told
+    assert "step_2 is intact" in told
+    names = {p.name for p in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"step_2", "step_8", "step_10", "step_12"}
+    assert curve(tmp_path) == curve(finished)
+
+
+def launch(texts: str, out: Path, **options) -> subprocess.CompletedProcess:
+    """The command in a process of its own."""
+    path = out.parent / "recipe.yaml"
+    path.write_text(json.dumps(fields(texts, keep_checkpoints=2)))  # JSON is YAML
+    command = [sys.executable, "-m", "osdn", "train", str(path), "--out", str(out)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def test_files_that_cannot_grow_leave_the_training_whole(texts, finished, tmp_path):
+    def small_files():  # every write past 60 kB fails, as on a full disk: logs fit, weights do not
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    done = launch(texts, tmp_path / "run", preexec_fn=small_files)
+    assert done.returncode == 1
+    assert done.stderr.count("WARNING: no checkpoint at step") >= 6
+    assert "cannot write the finished model" in done.stderr.splitlines()[-1]
+    assert curve(tmp_path / "run") == curve(finished)
+    assert not list((tmp_path / "run").rglob("step_*"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system with room for one checkpoint, where this user may mount one."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(path)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this user may not mount a small tmpfs")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def test_a_disk_that_is_really_full(texts, finished, small_disk, capsys):
+    with pytest.raises(UserError, match="cannot write the finished model"):
+        train(recipe(texts), small_disk)
+    assert "No space left on device" in capsys.readouterr().err
+    whole = [p.name for p in (small_disk / "checkpoints").iterdir()]
+    assert whole and not any(name.startswith(".") for name in whole)
+    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    train(recipe(texts), small_disk)  # the same command, once there is room
+    assert curve(small_disk) == curve(finished)

@@ -1,0 +1,91 @@
+"""Recipes: overrides, and errors that name the key and suggest the right one."""
+
+import pytest
+
+from osdn.errors import UserError
+from osdn.train import load_recipe
+from osdn.train.config import Data, Logging, Optimizer, Recipe, Schedule, Train
+
+TEXT = """
+model: {hidden_size: 32, num_heads: 2, num_hidden_layers: 1}
+train: {steps: 5, optimizer: {lr: 1e-2}}
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(TEXT)
+    return path
+
+
+def test_overrides_are_parsed_as_yaml_and_laid_over_the_file(path):
+    recipe = load_recipe(
+        path,
+        [
+            "model.mixer=[osdn]",
+            "model.eta=1e-1",
+            "train.optimizer.clip=null",
+            "train.schedule.warmup_steps=7",
+            "data.corpus=[a.txt, b.txt]",
+            "train.compile=true",
+        ],
+    )
+    assert recipe.model["mixer"] == ["osdn"] and recipe.model["eta"] == 0.1
+    assert recipe.train.optimizer == Optimizer(lr=0.01, clip=None)
+    assert recipe.train.schedule.warmup_steps == 7
+    assert recipe.train.steps == 5 and recipe.train.compile is True
+    assert recipe.data.corpus == ["a.txt", "b.txt"]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.optimiser.lr=1", "train: no field 'optimiser'; did you mean 'optimizer'?"),
+        ("train.optimizer.learning=1", "train.optimizer: no field 'learning'; there are lr, beta1"),
+        ("modle.eta=1", "recipe: no field 'modle'; did you mean 'model'?"),
+        ("model.hiden_size=8", "model: no field 'hiden_size'; did you mean 'hidden_size'?"),
+        ("model.mixer=delta_nett", "model: mixer: expected one of"),
+        ("model.eta=3", "model: eta"),
+        ("model.num_heads=two", "model: "),
+        ("train.steps=many", "train.steps: input should be a valid integer"),
+        ("train.steps=0", "train.steps: input should be greater than or equal to 1, got 0"),
+        ("train.precision=float16", "train.precision: input should be 'float32' or 'bfloat16'"),
+        ("data.validation=1.5", "data.validation: expected a share in [0, 1)"),
+        ("data.corpus=[1]", "data.corpus: "),
+        ("train.steps.more=1", "train.steps.more: steps is no section"),
+        ("train.steps", "'train.steps': expected key=value"),
+        ("train.steps=[1", "train.steps=[1: not YAML"),
+    ],
+)
+def test_a_wrong_key_or_value_is_one_line_that_names_it(path, override, expected):
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, [override])
+    message = str(caught.value)
+    assert expected in message and "\n" not in message
+
+
+def test_a_misspelt_key_in_the_file_and_a_missing_file(path, tmp_path):
+    path.write_text(TEXT.replace("steps", "setps"))
+    with pytest.raises(UserError, match=r"train: no field 'setps'; did you mean 'steps'\?"):
+        load_recipe(path)
+    path.write_text("just words")
+    with pytest.raises(UserError, match="expected the sections"):
+        load_recipe(path)
+    path.write_text("train: {}")
+    with pytest.raises(UserError, match="model: field required"):
+        load_recipe(path)
+    with pytest.raises(UserError, match="cannot read the recipe"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_every_field_is_documented():
+    for section in (Data, Optimizer, Schedule, Train, Logging, Recipe):
+        words = section.__doc__.replace(",", " ").replace(":", " ").split()
+        assert set(section.model_fields) <= {*words}
+
+
+def test_resolved_holds_the_models_defaults(path):
+    before, after = load_recipe(path), load_recipe(path, ["model.eta=1.0", "model.mixer=osdn"])
+    assert before.resolved() == after.resolved()
+    assert before.resolved()["model"]["conv_size"] == 4

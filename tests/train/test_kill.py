@@ -1,0 +1,110 @@
+"""Real processes, really killed: given again, the command ends with the uninterrupted curve."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests.train.tiny import curve, fields, write_texts
+
+STEPS = 40
+
+# Processes are forked from a server that has imported the package and done nothing else, so that
+# many can be killed in a few seconds.
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["osdn.train.command", "osdn.ops.compiled"])
+
+
+@pytest.fixture(scope="module")
+def recipe_path(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("kill")
+    path = directory / "recipe.yaml"
+    corpus = write_texts(directory / "texts")
+    path.write_text(json.dumps(fields(corpus, steps=STEPS, checkpoint_every=3, validate_every=5)))
+    return path
+
+
+def start(recipe: Path, out: Path) -> multiprocessing.Process:
+    """A process that does what the console command does."""
+    line = ["train", str(recipe), "--out", str(out)]
+    code = f"import sys; from osdn.cli import main; sys.exit(main({line!r}))"
+    process = context.Process(target=exec, args=(code, {}))
+    process.start()
+    return process
+
+
+@pytest.fixture(scope="module")
+def expected(recipe_path, tmp_path_factory):
+    """The curve of a run that nobody interrupts."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    process = start(recipe_path, out)
+    process.join(120)
+    assert process.exitcode == 0
+    return curve(out)
+
+
+def wait_for_lines(out: Path, lines: int, process: multiprocessing.Process) -> None:
+    """Until the log has that many lines, or the run ended."""
+    log = out / "log.jsonl"
+    limit = time.monotonic() + 120
+    while process.is_alive() and time.monotonic() < limit:
+        if log.exists() and log.read_bytes().count(b"\n") >= lines:
+            return
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_at_random_moments_the_curve_is_that_of_an_uninterrupted_run(
+    seed, recipe_path, expected, tmp_path
+):
+    random, kills = Random(seed), 0
+    for after in sorted(random.sample(range(1, len(expected)), 4)):
+        process = start(recipe_path, tmp_path)
+        wait_for_lines(tmp_path, after, process)
+        time.sleep(random.random() * 0.05)
+        process.kill()  # SIGKILL
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+    process = start(recipe_path, tmp_path)
+    process.join(120)
+    assert kills >= 2 and process.exitcode == 0
+    assert curve(tmp_path) == expected
+    assert (tmp_path / "model" / "config.json").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_polite_stop_saves_first(number, code, recipe_path, expected, tmp_path):
+    process = start(recipe_path, tmp_path)
+    wait_for_lines(tmp_path, 10, process)
+    os.kill(process.pid, number)
+    process.join(120)
+    assert process.exitcode == code
+    steps = [int(p.name.removeprefix("step_")) for p in (tmp_path / "checkpoints").iterdir()]
+    logged = [line["step"] for line in curve(tmp_path) if line["kind"] == "train"]
+    assert max(steps) == logged[-1] < STEPS  # nothing that was computed is lost
+    process = start(recipe_path, tmp_path)
+    process.join(120)
+    assert process.exitcode == 0 and curve(tmp_path) == expected
+
+
+def test_the_console_command_killed_and_given_again(recipe_path, expected, tmp_path):
+    line = [sys.executable, "-m", "osdn", "train", str(recipe_path), "--out", str(tmp_path)]
+    process = subprocess.Popen(line, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(tmp_path.glob("checkpoints/step_*")):
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "going on from" in done.stderr
+    assert done.stdout.startswith(f"{STEPS} steps, ")
+    assert curve(tmp_path) == expected
+    other = subprocess.run([*line, "train.sed=1"], capture_output=True, text=True, timeout=120)
+    assert other.returncode == 1 and len(other.stderr.splitlines()) == 1
+    assert "did you mean 'seed'?" in other.stderr

@@ -1,0 +1,194 @@
+"""The run as a whole: it learns, it repeats, it resumes bit for bit, it ends in a usable model."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from osdn.data import encode_document, held_out_texts, open_corpus
+from osdn.errors import UserError
+from osdn.train import loop, train
+from tests.train.tiny import curve, recipe, write_texts
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    return write_texts(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="module")
+def finished(texts, tmp_path_factory):
+    """A run without interruption."""
+    out = tmp_path_factory.mktemp("finished")
+    return train(recipe(texts), out)
+
+
+def test_it_learns_and_says_how_it_went(finished):
+    losses = [loss for _, loss in finished.loss]
+    assert [step for step, _ in finished.loss] == list(range(1, 13))
+    assert losses[0] == pytest.approx(math.log(258), abs=0.3) and losses[-1] < losses[0] - 1.5
+    assert [step for step, _ in finished.validation] == [4, 8, 12]
+    assert finished.bits_per_byte == finished.validation[-1][1] < finished.validation[0][1]
+    assert finished.nonfinite == 0 and finished.tokens_per_s > 0
+    kept = sorted(p.name for p in (finished.out / "checkpoints").iterdir())
+    assert kept == ["step_10", "step_12"]
+
+
+def test_the_finished_model_loads_and_has_the_bits_per_byte_of_the_log(finished, texts):
+    model = AutoModelForCausalLM.from_pretrained(finished.out / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(finished.out / "model")
+    assert sum(p.numel() for p in model.parameters()) == finished.parameters
+    assert model.config.max_position_embeddings == 48 and model.config.eos_token_id == 256
+    nats, size, used = 0.0, 0, 0
+    for text in held_out_texts(open_corpus(texts), fraction=0.2, limit=600):
+        tokens = encode_document(tokenizer, text)
+        size += len(text.encode())
+        at = 0
+        while at < len(tokens):  # every part alone, cut where a row of 48 tokens is full
+            piece = torch.tensor([tokens[at : at + 48 - used % 48]])
+            logits = model(piece).logits[0, :-1].log_softmax(-1)
+            nats -= logits.gather(1, piece[0, 1:, None]).sum().item()
+            used += piece.shape[1]
+            at += piece.shape[1]
+            at -= at < len(tokens)  # the next part begins with this one's last token
+    assert size == 600
+    assert nats / math.log(2) / size == pytest.approx(finished.bits_per_byte, rel=1e-4)
+
+
+def test_the_same_recipe_gives_the_same_curve_and_another_seed_another(finished, texts, tmp_path):
+    assert curve(train(recipe(texts), tmp_path / "same").out) == curve(finished.out)
+    other = train(recipe(texts, seed=1), tmp_path / "other")
+    assert other.loss != finished.loss
+
+
+def test_accumulated_passes_make_the_same_step_as_one(finished, texts, tmp_path):
+    together = train(recipe(texts, rows=4, accumulate=1), tmp_path)
+    for (_, a), (_, b) in zip(finished.loss, together.loss):
+        assert a == pytest.approx(b, rel=2e-4)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the code may catch it."""
+
+
+@pytest.mark.parametrize("call", range(1, 40, 3))
+@pytest.mark.parametrize("where", ["os.fsync", "os.rename"])
+def test_a_stop_at_any_system_call_of_a_save_loses_nothing(
+    where, call, finished, texts, tmp_path, monkeypatch
+):
+    import os
+
+    name = where.removeprefix("os.")
+    original, calls = getattr(os, name), []
+
+    def stop(*args):
+        calls.append(args)
+        if len(calls) == call:
+            raise Killed
+        return original(*args)
+
+    monkeypatch.setattr(os, name, stop)
+    try:
+        train(recipe(texts), tmp_path)
+        stopped = False
+    except Killed:
+        stopped = True
+    monkeypatch.undo()
+    assert stopped == (len(calls) >= call)
+    if stopped:
+        train(recipe(texts), tmp_path)
+    assert curve(tmp_path) == curve(finished.out)
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == (
+        finished.out / "model" / "model.safetensors"
+    ).read_bytes()
+    assert not list(tmp_path.rglob(".writing-*"))
+
+
+def test_a_finished_run_is_read_and_not_repeated(finished, texts, monkeypatch):
+    monkeypatch.setattr(loop, "_Run", None)
+    assert train(recipe(texts), finished.out) == finished
+
+
+def test_other_settings_are_refused_by_name_and_harmless_ones_are_not(finished, texts):
+    for changes, expected in (
+        ({"rows": 4}, r"train\.rows: .*step_12 was made with 2, and this run asks for 4"),
+        ({"steps": 20}, r"train\.steps: "),
+        ({"optimizer": {"lr": 1e-3}}, r"train\.optimizer\.lr: "),
+    ):
+        with pytest.raises(UserError, match=expected) as caught:
+            train(recipe(texts, **changes), finished.out)
+        assert "\n" not in str(caught.value)
+    free = recipe(texts, checkpoint_every=5, keep_checkpoints=9, validate_every=3)
+    assert train(free, finished.out) == finished
+
+
+def diverge(monkeypatch, steps):
+    """Make the loss of the given optimiser steps NaN (each has two forward passes)."""
+    original, passes = loop._Run._loss, [0]
+
+    def lossy(self, batch, targets):
+        loss = original(self, batch, targets)
+        if not self.model.training:
+            return loss
+        passes[0] += 1
+        return loss * math.nan if (passes[0] + 1) // 2 in steps else loss
+
+    monkeypatch.setattr(loop._Run, "_loss", lossy)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(texts, finished, tmp_path, monkeypatch):
+    diverge(monkeypatch, {5, 9})
+    result = train(recipe(texts), tmp_path)
+    assert result.nonfinite == 2 and result.steps == 12
+    assert [step for step, loss in result.loss if loss is None] == [5, 9]
+    assert result.loss[:4] == finished.loss[:4]
+    assert all(math.isfinite(loss) for _, loss in result.loss if loss is not None)
+
+
+def test_ten_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(texts, tmp_path, monkeypatch):
+    diverge(monkeypatch, range(5, 100))
+    with pytest.raises(UserError, match=r"10 steps in a row, up to step 14; .*step_4 is kept"):
+        train(recipe(texts, steps=30), tmp_path)
+    newest = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert newest == ["step_2", "step_4"]
+    monkeypatch.undo()
+    assert train(recipe(texts, steps=30), tmp_path).nonfinite == 0  # it was sound
+
+
+@pytest.mark.parametrize("options", [{"precision": "bfloat16"}, {"device": "auto"}])
+def test_autocast_learns_too(options, texts, tmp_path):
+    result = train(recipe(texts, **options), tmp_path)
+    assert result.loss[-1][1] < result.loss[0][1] - 1.5
+
+
+def test_log_and_tensorboard_agree(texts, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    base = recipe(texts, steps=4)
+    both = base.model_copy(
+        update={"logging": base.logging.model_copy(update={"tensorboard": True, "every": 2})}
+    )
+    result = train(both, tmp_path)
+    assert [step for step, _ in result.loss] == [2, 4]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    drawn = [(e.step, e.value) for e in events.Scalars("train/loss")]
+    assert drawn == [(s, pytest.approx(loss)) for s, loss in result.loss]
+    assert events.Scalars("validation/bits_per_byte")[-1].value == pytest.approx(
+        result.bits_per_byte
+    )
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert {"loss", "lr", "grad_norm", "tokens_per_s", "nonfinite"} <= set(lines[0])
+
+
+def test_too_small_an_embedding_and_an_unknown_device(texts, tmp_path):
+    small = recipe(texts)
+    small = small.model_copy(update={"model": {**small.model, "vocab_size": 200}})
+    with pytest.raises(UserError, match=r"model\.vocab_size: 200 is too small for the 258 tokens"):
+        train(small, tmp_path / "a")
+    with pytest.raises(UserError, match=r"train\.device"):
+        train(recipe(texts, device="gpu"), tmp_path / "b")
+    assert not Path(tmp_path / "a" / "log.jsonl").exists()
