@@ -172,8 +172,8 @@ def forward(
                 path = _hand_out(d, sizes)
             else:
                 gc = None if log_gamma is None else layout.load(log_gamma, i, j, dtype)
-                p = phase1.prepare(_learning_target(kc, b, rule), gc, rule.eta)
-                path = phase1.forward(p, sizes, d, rule)
+                p = phase1.prepare(_learning_target(kc, b, rule), gc, sizes, rule.eta)
+                path = phase1.forward(p, d, rule).view_as(kc)
             w = (kc * path).mul_(b.unsqueeze(-1))
             e, reads = _residuals(qc, kc, vc, w, S, sizes)
             P = torch.bmm(qc, w.mT).tril_()
@@ -244,8 +244,9 @@ def backward(
                 dlog_gamma = None
             else:
                 gc = None if log_gamma is None else layout.load(log_gamma, i, j, dtype)
-                p = phase1.prepare(_learning_target(kc, b[..., 0], rule), gc, rule.eta)
-                dz, dlog_gamma = phase1.backward(p, path, dd, sizes, lam, rule)
+                p = phase1.prepare(_learning_target(kc, b[..., 0], rule), gc, sizes, rule.eta)
+                dz, dlog_gamma = phase1.backward(p, path, dd, lam, rule)
+                dz = dz.view_as(kc)
                 if rule.beta_aware:
                     db += torch.linalg.vecdot(dz, kc * kc)
                     dz.mul_(b)
@@ -268,7 +269,7 @@ def step(
 ) -> Tensor:
     """One token: updates state [B, H, K, V] and precond [B, H, K] in place, returns o [B, H, V]."""
     with _exactly(q.device):
-        S, d = state.flatten(0, 1), precond.flatten(0, 1)
+        S, d, dtype = state.flatten(0, 1), precond.flatten(0, 1), v.dtype
         q, k, v = (x.flatten(0, 1).to(S.dtype) for x in (q, k, v))
         b = beta.flatten()[:, None]
         e = torch.baddbmm(v.unsqueeze(1), k.unsqueeze(1), S, alpha=-1)
@@ -282,4 +283,4 @@ def step(
             d.addcmul_(x, z, value=rule.eta)
             if rule.precond_min is not None:
                 d.clamp_(rule.precond_min, rule.precond_max)
-        return o.view(*state.shape[:2], -1)
+        return o.view(*state.shape[:2], -1).to(dtype)

@@ -17,8 +17,8 @@ Gradient, with λ_t = dL/dd_t along the whole recurrence, g_t the direct gradien
     λ_{t+1}    = Σ_{i>t} P[t+1, i] (g_i − [i≤C] η a_i z_i)
     dz_t       = η (x_t λ_{t+1} − a_t d_t)                dlog γ_t = γ_t ⟨λ_{t+1}, d_t⟩
 
-Rows are [R, C, ·] as in osdn.ops.varlen; `sizes` are the rows of each step in turn. Source of the
-recurrence: arXiv 2605.13473; the chunked form is derived in docs/operator.md.
+Rows are [R, C, ·] as in osdn.ops.varlen. Source of the recurrence: arXiv 2605.13473; the chunked
+form is derived in docs/operator.md.
 """
 
 from __future__ import annotations
@@ -30,18 +30,28 @@ from torch import Tensor
 
 from osdn.ops.rule import Rule
 
+# Tokens a chunk of phase 1: less work in products, more steps, than with the memory's chunks.
+CHUNK = 16
+
 
 class Prepared(NamedTuple):
     """What needs no start, for all chunks of a group at once.
 
     z: [R, C, K].  gamma: [R, C], or None for γ = 1.  kept: P, [R, C+1, C+1].
-    inverse: (I + U)⁻¹, [R, C, C].
+    inverse: (I + U)⁻¹, [R, C, C].  steps: the rows of each step in turn.
     """
 
     z: Tensor
     gamma: Tensor | None
     kept: Tensor
     inverse: Tensor
+    steps: list[slice]
+
+    def at(self, rows: slice) -> Prepared:
+        """One step by itself."""
+        gamma = None if self.gamma is None else self.gamma[rows]
+        z, kept, inverse = self.z[rows], self.kept[rows], self.inverse[rows]
+        return Prepared(z, gamma, kept, inverse, [slice(len(z))])
 
 
 class Affine(NamedTuple):
@@ -55,6 +65,11 @@ class Affine(NamedTuple):
     gain: Tensor
     whole: Tensor | None
 
+    def at(self, rows: slice) -> Affine:
+        """One step by itself."""
+        whole = None if self.whole is None else self.whole[rows]
+        return Affine(self.constant[rows], self.slope[rows], self.gain[rows], whole)
+
 
 def unit_upper_inverse(U: Tensor) -> Tensor:
     """(I + U)⁻¹ for strictly upper triangular U, [R, C, C]."""
@@ -62,8 +77,19 @@ def unit_upper_inverse(U: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(U, eye, upper=True, unitriangular=True)
 
 
-def prepare(z: Tensor, log_gamma: Tensor | None, eta: float) -> Prepared:
-    """The parallel part over z [R, C, K] and log_gamma [R, C]."""
+def prepare(z: Tensor, log_gamma: Tensor | None, sizes: list[int], eta: float) -> Prepared:
+    """The parallel part over z [R, C, K] and log_gamma [R, C], with R = sum(sizes).
+
+    The memory's chunks are cut into m = C / CHUNK parts: row r becomes rows m·r to m·r + m − 1.
+    """
+    parts = max(z.shape[1] // CHUNK, 1)
+    z = z.reshape(len(z) * parts, -1, z.shape[-1])
+    log_gamma = None if log_gamma is None else log_gamma.reshape(z.shape[:2])
+    steps, start = [], 0
+    for size in sizes:
+        stop = start + size * parts
+        steps += [slice(start + part, stop, parts) for part in range(parts)]
+        start = stop
     R, C, _ = z.shape
     if log_gamma is None:
         gamma, kept = None, z.new_ones(C + 1, C + 1).triu_().expand(R, -1, -1)
@@ -76,10 +102,10 @@ def prepare(z: Tensor, log_gamma: Tensor | None, eta: float) -> Prepared:
         kept[:, :, 1:] = sums.exp_()
         kept.triu_()
     U = torch.bmm(z, z.mT).mul_(kept[:, 1:, :-1]).mul_(eta)
-    return Prepared(z, gamma, kept, unit_upper_inverse(U))
+    return Prepared(z, gamma, kept, unit_upper_inverse(U), steps)
 
 
-def forward(p: Prepared, sizes: list[int], d: Tensor, rule: Rule) -> Tensor:
+def forward(p: Prepared, d: Tensor, rule: Rule) -> Tensor:
     """The path d_1..d_C of every chunk, [R, C, K]; d [N·H, K] goes to the end of the group."""
     plain = p.gamma is None
     affine = Affine(
@@ -89,48 +115,47 @@ def forward(p: Prepared, sizes: list[int], d: Tensor, rule: Rule) -> Tensor:
         whole=None if plain else p.kept[:, :1, -1:],
     )
     if rule.precond_min is None:
-        return _without_box(p, affine, sizes, d, rule)
+        return _without_box(p, affine, d, rule)
     start = d.clone()
-    path = _without_box(p, affine, sizes, d, rule)
-    first = sizes[0]
-    reached = path[:, 1:], path[first:, 0], d[:first]
-    if all(bool(_inside(y, rule).all()) for y in reached):
+    path = _without_box(p, affine, d, rule)
+    if _stays(path, p.steps[0], d, rule):
         return path
     d.copy_(start)
-    steps = []
-    for at in _slices(sizes):
-        gamma = None if p.gamma is None else p.gamma[at]
-        part = Prepared(p.z[at], gamma, p.kept[at], p.inverse[at])
-        constant, slope, gain, whole = affine
-        whole = None if whole is None else whole[at]
-        part_affine = Affine(constant[at], slope[at], gain[at], whole)
-        steps.append(_repaired(part, part_affine, d, rule))
-    return torch.cat(steps)
+    for rows in p.steps:
+        path[rows] = _repaired(p.at(rows), affine.at(rows), d, rule)
+    return path
 
 
-def _without_box(p: Prepared, affine: Affine, sizes: list[int], d: Tensor, rule: Rule) -> Tensor:
+def _without_box(p: Prepared, affine: Affine, d: Tensor, rule: Rule) -> Tensor:
     """d_1..d_C as if there were no box; d moves on."""
-    constant, slope, gain = (y.split(sizes) for y in affine[:3])
-    whole = None if affine.whole is None else affine.whole.split(sizes)
     x = torch.empty_like(affine.constant)
     terms = torch.empty_like(p.z)
-    starts = terms[:, :1].split(sizes)
-    for n, x_n in enumerate(x.split(sizes)):
-        now = d[: sizes[n]].unsqueeze(1)
-        starts[n].copy_(now)
-        torch.baddbmm(constant[n], now, slope[n], alpha=-1, out=x_n)
+    for rows in p.steps:
+        constant, slope, gain, whole = affine.at(rows)
+        now = d[: len(gain)].unsqueeze(1)
+        terms[rows, :1] = now
+        x_now = torch.baddbmm(constant, now, slope, alpha=-1)
+        x[rows] = x_now
         if whole is not None:
-            now.mul_(whole[n])
-        now.baddbmm_(x_n, gain[n], alpha=rule.eta)
+            now.mul_(whole)
+        now.baddbmm_(x_now, gain, alpha=rule.eta)
     torch.mul(p.z[:, :-1], x.mul_(rule.eta).mT[:, :-1], out=terms[:, 1:])
     return torch.bmm(p.kept[:, :-1, :-1].mT, terms)
+
+
+def _stays(path: Tensor, first: slice, d: Tensor, rule: Rule) -> bool:
+    """Whether a group's path, its start apart, and its end d are in the box."""
+    starts = path[:, 0].clone()
+    starts[first] = starts[first].clamp(rule.precond_min, rule.precond_max)
+    reached = path[:, 1:], starts, d[: len(starts[first])]
+    return all(bool(_inside(y, rule).all()) for y in reached)
 
 
 def _repaired(p: Prepared, affine: Affine, d: Tensor, rule: Rule) -> Tensor:
     """The path of one step with the box; d moves on."""
     n = len(p.z)
     start = d[:n].clone()
-    path = _without_box(p, affine, [n], d, rule)
+    path = _without_box(p, affine, d, rule)
     inside = _inside(path[:, 1:], rule).flatten(1).all(1) & _inside(d[:n], rule).all(1)
     bad = inside.logical_not_().nonzero()[:, 0]
     if len(bad):
@@ -162,7 +187,7 @@ def _scan(z: Tensor, gamma: Tensor | None, start: Tensor, rule: Rule) -> Tensor:
 
 
 def backward(
-    p: Prepared, path: Tensor, dd: Tensor, sizes: list[int], lam: Tensor, rule: Rule
+    p: Prepared, path: Tensor, dd: Tensor, lam: Tensor, rule: Rule
 ) -> tuple[Tensor, Tensor | None]:
     """(dz [R, C, K], dlog_gamma [R, C] or None) of a group of chunks, from its end to its start.
 
@@ -170,31 +195,31 @@ def backward(
     lam: [N·H, K] dL/dd at the end of the group; becomes that at its start.
     """
     z, eta, plain = p.z, rule.eta, p.gamma is None
+    path, dd = path.view_as(z), dd.view_as(z)
     x = torch.linalg.vecdot(path, z).neg_().add_(1).unsqueeze(-1)
     passed = _passed(p, path, x, rule)
     g = torch.cat((dd[:, 1:], torch.zeros_like(dd[:, :1])), 1)
     a = torch.linalg.vecdot(torch.bmm(p.kept[:, 1:, 1:], g), z).unsqueeze(1)
     a = torch.bmm(a, p.inverse.mT)
-    arriving = torch.bmm((z if plain else z * p.kept[:, 1:, -1:]).mT, p.inverse.mT).split(sizes)
-    leaving = (z if plain else z * p.kept[:, 0, :-1, None]).split(sizes)
-    direct = torch.bmm(p.kept[:, :1, :-1], dd).split(sizes)
-    whole = None if plain else p.kept[:, :1, -1:].split(sizes)
-    ends, a_steps, slices = g[:, -1:].split(sizes), a.split(sizes), _slices(sizes)
+    arriving = torch.bmm((z if plain else z * p.kept[:, 1:, -1:]).mT, p.inverse.mT)
+    leaving = z if plain else z * p.kept[:, 0, :-1, None]
+    direct = torch.bmm(p.kept[:, :1, :-1], dd)
     repairs = []
-    for n in reversed(range(len(sizes))):
-        now = lam[: sizes[n]].unsqueeze(1)
-        ends[n].copy_(now)
-        a_steps[n].baddbmm_(now, arriving[n])
-        if whole is not None:
-            now.mul_(whole[n])
-        now.add_(direct[n]).baddbmm_(a_steps[n], leaving[n], alpha=-eta)
+    for rows in reversed(p.steps):
+        a_now = a[rows]
+        now = lam[: len(a_now)].unsqueeze(1)
+        g[rows, -1:] = now
+        a_now.baddbmm_(now, arriving[rows])
+        if not plain:
+            now.mul_(p.kept[rows, :1, -1:])
+        now.add_(direct[rows]).baddbmm_(a_now, leaving[rows], alpha=-eta)
         if passed is not None:
-            rows = _left_box(passed[slices[n]])
-            if len(rows):
-                at = rows + slices[n].start
+            bad = _left_box(passed[rows])
+            if len(bad):
+                at = bad * (rows.step or 1) + rows.start
                 gamma = None if p.gamma is None else p.gamma[at]
                 later, start = _scan_back(dd[at], z[at], gamma, passed[at], g[at, -1], eta)
-                lam.index_copy_(0, rows, start)
+                lam.index_copy_(0, bad, start)
                 repairs.append((at, later))
     g[:, :-1].addcmul_(z[:, 1:], a.mT[:, 1:], value=-eta)
     later = torch.bmm(p.kept[:, 1:, 1:], g)
@@ -244,9 +269,3 @@ def _scan_back(
 def _inside(u: Tensor, rule: Rule) -> Tensor:
     assert rule.precond_min is not None and rule.precond_max is not None
     return (u >= rule.precond_min).logical_and_(u <= rule.precond_max)
-
-
-def _slices(sizes: list[int]) -> list[slice]:
-    """The rows of each step of a group."""
-    stops = [sum(sizes[: n + 1]) for n in range(len(sizes))]
-    return [slice(stop - size, stop) for stop, size in zip(stops, sizes)]
