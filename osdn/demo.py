@@ -108,7 +108,7 @@ def draw(results: dict[str, TrainResult], preconds: list[Tensor], path: Path) ->
     left.legend()
     d = torch.stack([x.flatten() for x in preconds])
     reach = max(0.1, (d - 1).abs().max().item())
-    image = right.imshow(d, aspect="auto", cmap="PuOr", vmin=1 - reach, vmax=1 + reach)
+    image = right.imshow(d.numpy(), aspect="auto", cmap="PuOr", vmin=1 - reach, vmax=1 + reach)
     heads, features = preconds[0].shape
     for head in range(1, heads):
         right.axvline(head * features - 0.5, color="black", linewidth=0.8)

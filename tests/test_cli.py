@@ -1,0 +1,136 @@
+"""The command line: its help, its errors, and the generate and demo commands on tiny models."""
+
+import re
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+from osdn import OSDNConfig, OSDNForCausalLM
+from osdn.cli import COMMANDS, main
+from osdn.data import byte_tokenizer
+from osdn.generate import load
+from tests.numerics import assert_close
+
+TINY = [
+    "train.steps=3", "train.seq_len=64", "train.rows=1", "data.validation_bytes=512",
+    "model.hidden_size=32", "model.num_hidden_layers=2", "model.intermediate_size=32",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny random model with the byte tokenizer beside it."""
+    directory = tmp_path_factory.mktemp("model")
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_heads": 2, "num_hidden_layers": 2}
+    OSDNForCausalLM(OSDNConfig(**sizes, vocab_size=len(tokenizer))).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def run(capsys, *words):
+    code = main([str(word) for word in words])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert end.value.code == 0
+    for name, (_, text) in COMMANDS.items():
+        assert name in out and text.split()[0] in out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(capsys, name):
+    with pytest.raises(SystemExit) as end:
+        main([name, "--help"])
+    assert end.value.code == 0
+    assert COMMANDS[name][1][1:] in " ".join(capsys.readouterr().out.split())
+
+
+def test_unknown_command_is_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["trian"])
+    assert end.value.code == 2 and "trian" in capsys.readouterr().err
+
+
+def test_generate_continues_the_prompt(capsys, checkpoint):
+    code, out, _ = run(capsys, "generate", checkpoint, "--prompt", "def f", "--max-new-tokens", 8)
+    model, tokenizer = load(checkpoint)
+    ids = tokenizer("def f", return_tensors="pt").input_ids
+    with torch.no_grad():
+        for _ in range(8):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    assert code == 0
+    assert out.rstrip("\n") == tokenizer.decode(ids[0], skip_special_tokens=True).rstrip("\n")
+
+
+def test_sampled_generation_repeats_with_its_seed(capsys, checkpoint):
+    words = ("generate", checkpoint, "--prompt", "a", "--temperature", 1, "--max-new-tokens", 20)
+    first, again, other = (run(capsys, *words, "--seed", seed)[1] for seed in (1, 1, 2))
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("{model}", "--max-new-tokens", "0"), "--max-new-tokens: expected at least 1"),
+        (("{model}", "--temperature", "-1"), "--temperature: expected 0 or more"),
+        (("{empty}",), "no model to load"),
+        (("{bare}", "--prompt", "a"), "no tokenizer to load"),
+        (("{pickled}", "--prompt", "a"), "no model to load"),
+    ],
+)
+def test_generate_says_in_one_line_what_is_wrong(capsys, checkpoint, tmp_path, words, message):
+    model, _ = load(checkpoint)
+    for name in ("empty", "bare", "pickled"):
+        (tmp_path / name).mkdir()
+    model.save_pretrained(tmp_path / "bare")
+    model.config.save_pretrained(tmp_path / "pickled")
+    torch.save(model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    places = {name: tmp_path / name for name in ("empty", "bare", "pickled")}
+    code, _, err = run(capsys, "generate", *(w.format(model=checkpoint, **places) for w in words))
+    last = err.strip().splitlines()[-1]
+    assert code == 1 and last.startswith("osdn generate: ") and message in last
+
+
+def test_memory_does_not_grow_with_the_context(checkpoint):
+    model, _ = load(checkpoint)
+
+    def size(tokens):
+        with torch.no_grad():
+            cache = model(torch.zeros(1, tokens, dtype=torch.long), use_cache=True).past_key_values
+        states = [(layer.conv_states, layer.recurrent_states) for layer in cache.layers]
+        return sum(tensor.nbytes for tensor in tree_leaves(states))
+
+    assert size(16) == size(4096) > 0
+
+
+def test_demo_trains_both_and_draws(capsys, tmp_path):
+    code, out, _ = run(capsys, "demo", "--out", tmp_path, *TINY)
+    assert code == 0
+    rows = re.findall(r"^\| (OSDN|DeltaNet) \| ([\d,]+) \| (\d\.\d+) \|", out, re.MULTILINE)
+    assert [name for name, _, _ in rows] == ["OSDN", "DeltaNet"]
+    counts = [int(count.replace(",", "")) for _, count, _ in rows]
+    assert counts[0] - counts[1] == 2 * 32  # d_1, layers times hidden size
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert "def " in out
+
+
+def test_demo_shows_the_preconditioner_of_the_model(checkpoint):
+    """What is drawn is d after the text, as the recurrence gives it."""
+    from osdn.demo import final_preconds
+
+    model, _ = load(checkpoint)
+    ids = torch.arange(40)[None]
+    drawn = final_preconds(model, ids)
+    for block in model.model.layers:
+        block.attn.backend = "reference"
+    for d, expected in zip(drawn, final_preconds(model, ids), strict=True):
+        assert d.shape == (2, 16) and (d - 1).abs().max() > 1e-3
+        assert_close(d, expected, 1e-5)
