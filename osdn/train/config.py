@@ -231,8 +231,11 @@ def _no_field(name: Any, known: Sequence[str]) -> str:
 
 
 def _first(error: ValidationError, kind: type[Section]) -> str:
-    """The first of a validation's errors as "section.key: what is wrong"."""
-    first = error.errors()[0]
+    """The first of a validation's errors as "section.key: what is wrong"; misspelt keys go first,
+
+    since they make the right one missing.
+    """
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     section: Any = kind
     path: list[str] = []
     for name in first["loc"]:

@@ -1,0 +1,1 @@
+"""Evaluation: recall, needles, perplexity and the residual ratio of any causal language model."""

@@ -1,0 +1,69 @@
+"""Plots of results: curves with their spread, and heat maps, as PNG files or bytes."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+MARKERS = "osD^vP*X"  # a series is told apart without its colour, too
+DPI = 110
+
+
+def draw_curves(axes: Axes, curves: dict[str, Any]) -> None:
+    """One entry of a result's `curves`: a line a series, a band from low to high."""
+    for i, (label, points) in enumerate(curves["series"].items()):
+        x, y, low, high = zip(*points)
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        axes.plot(x, y, label=label, color=colour, marker=marker, markersize=5, linewidth=1.6)
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    if curves.get("log_x"):
+        axes.set_xscale("log")
+    if curves.get("log_y"):
+        axes.set_yscale("log")
+    axes.set(xlabel=curves["x"], ylabel=curves["y"])
+    axes.set_title(curves["title"], fontsize=10)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+
+
+def draw_map(axes: Axes, grid: dict[str, Any]) -> None:
+    """One entry of a result's `maps`: values in [0, 1] as colours, each also written out."""
+    axes.imshow(grid["values"], vmin=0, vmax=1, cmap="cividis", aspect="auto")
+    axes.set_xticks(range(len(grid["columns"])), [str(x) for x in grid["columns"]])
+    axes.set_yticks(range(len(grid["rows"])), [str(x) for x in grid["rows"]])
+    axes.set(xlabel=grid["x"], ylabel=grid["y"])
+    axes.set_title(grid["title"], fontsize=10)
+    for i, row in enumerate(grid["values"]):
+        for j, value in enumerate(row):
+            ink = "black" if value > 0.6 else "white"
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=8)
+
+
+def figure(curves: list[dict[str, Any]], maps: list[dict[str, Any]]) -> Figure:
+    """All curves and maps side by side, two to a row."""
+    count = len(curves) + len(maps)
+    columns = min(2, count)
+    rows = -(-count // columns)
+    page = Figure(figsize=(5.4 * columns, 3.7 * rows), layout="constrained", dpi=DPI)
+    grid = page.subplots(rows, columns, squeeze=False).flatten()
+    for axes, entry in zip(grid, [*curves, *maps]):
+        (draw_map if entry in maps else draw_curves)(axes, entry)
+    for axes in grid[count:]:
+        axes.set_axis_off()
+    return page
+
+
+def save_curves(curves: list[dict[str, Any]], path: Path) -> None:
+    """Write all curves of a result to one PNG file."""
+    figure(curves, []).savefig(path)
+
+
+def png(curves: list[dict[str, Any]], maps: list[dict[str, Any]]) -> bytes:
+    """All curves and maps as one PNG image."""
+    buffer = io.BytesIO()
+    figure(curves, maps).savefig(buffer, format="png")
+    return buffer.getvalue()

@@ -1,0 +1,176 @@
+"""What every evaluation leaves behind: one JSON object that says what was measured, and on what.
+
+task, protocol      what was done; only results that agree in both may stand in one table
+model               name and sizes, or null where the task trains its own
+samples             how many items the scores stand on
+scores              [{group, name, value, low, high, n}]: a mean and its 95% bootstrap interval
+tables              [{title, columns, rows}]
+curves              [{title, x, y, series: {label: [[x, y, low, high], ...]}}]
+maps                [{title, x, y, columns, rows, values}]: values[row][column]
+provenance          command, commit, versions, hardware, time
+"""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from osdn.errors import UserError
+
+RESULT = "result.json"
+RESAMPLES = 2000
+PACKAGES = ("osdn", "torch", "transformers", "numpy", "numba", "triton", "lm-eval", "datasets")
+
+
+def bootstrap(values: Sequence[float]) -> tuple[float, float]:
+    """The percentile bootstrap's 95% interval of the mean, from 2,000 resamples, seed 0."""
+    x = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(0)
+    rows = max(1, 2**24 // len(x))
+    means = np.concatenate(
+        [
+            x[rng.integers(len(x), size=(min(rows, RESAMPLES - start), len(x)))].mean(1)
+            for start in range(0, RESAMPLES, rows)
+        ]
+    )
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def score(name: str, values: Sequence[float], *, group: str = "") -> dict[str, Any]:
+    """One entry of `scores`: the mean of values, its interval and their number.
+
+    Raises:
+        UserError: no values.
+    """
+    if not len(values):
+        raise UserError(f"{group or name}: nothing to average; the evaluation has no sample")
+    low, high = bootstrap(values)
+    value = float(np.mean(values))
+    return {
+        "group": group,
+        "name": name,
+        "value": value,
+        "low": low,
+        "high": high,
+        "n": len(values),
+    }
+
+
+def provenance() -> dict[str, Any]:
+    """Command, git commit, versions, hardware and time of this process."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return {
+        "command": shlex.join(command),
+        "commit": _commit(),
+        "versions": versions,
+        "hardware": _hardware(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the source tree, "+changes" where it differs from it; None outside of one."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        head, changes = (
+            subprocess.run(
+                ["git", *words], cwd=root, check=True, capture_output=True, text=True
+            ).stdout.strip()
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+changes" if changes else "")
+
+
+def _hardware() -> dict[str, Any]:
+    """The processor, its usable cores, memory, and the GPU if PyTorch sees one."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.partition(":")[2].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        cpu = platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": cpu, "cores": cores, "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def make_result(
+    task: str,
+    *,
+    protocol: dict[str, Any],
+    model: dict[str, Any] | None,
+    samples: int,
+    scores: list[dict[str, Any]],
+    tables: Sequence[dict[str, Any]] = (),
+    curves: Sequence[dict[str, Any]] = (),
+    maps: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """The object that the module's docstring describes."""
+    return {
+        "task": task,
+        "protocol": protocol,
+        "model": model,
+        "samples": samples,
+        "scores": scores,
+        "tables": list(tables),
+        "curves": list(curves),
+        "maps": list(maps),
+        "provenance": provenance(),
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all.
+
+    Raises:
+        UserError: the disk does not take it.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot write: {error.strerror or error}") from error
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A result from its file, or from the directory that holds it.
+
+    Raises:
+        UserError: none there, or not one.
+    """
+    file = path / RESULT if path.is_dir() else path
+    try:
+        result = json.loads(file.read_text())
+    except OSError as error:
+        raise UserError(
+            f"{path}: expected an evaluation's directory with {RESULT} in it; is the evaluation "
+            "finished? Run it again and it goes on"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON: {error}") from error
+    if not isinstance(result, dict) or not {"task", "scores", "provenance"} <= set(result):
+        raise UserError(f"{file}: not an evaluation's result (no task, scores and provenance)")
+    return result

@@ -1,0 +1,95 @@
+"""The one loop of all evaluations: items in, JSON lines out as they come, resumed after a kill."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from osdn.errors import UserError
+
+SAMPLES = "samples.jsonl"
+Record = dict[str, Any]
+
+
+def measure(
+    out: Path,
+    items: Sequence[Record],
+    answer: Callable[[list[Record]], list[Record]],
+    *,
+    protocol: Record,
+    batch: int,
+    name: str,
+) -> list[Record]:
+    """Answer every item, batch by batch; returns the records in the items' order.
+
+    The first line of out/samples.jsonl is the protocol, each further one {"id", ...} of one item,
+    written when its batch is done. Items that are there already are not measured again; a last line
+    that a kill cut short is dropped.
+
+    Args:
+        out: the evaluation's directory, made if need be.
+        items: each has "id", unique, and the same on every run.
+        answer: measures a batch; one record for each item, without the id.
+        protocol: everything that the records depend on; a directory with another one is refused.
+        batch: items in a batch.
+        name: shown beside the progress bar.
+
+    Raises:
+        UserError: no item, a directory with another protocol, an unwritable directory.
+    """
+    if not items:
+        raise UserError(f"{name}: the set is empty; there is nothing to measure")
+    path = out / SAMPLES
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        done, size = _read(path, protocol)
+        left = [item for item in items if item["id"] not in done]
+        with path.open("r+b" if path.exists() else "wb") as file:
+            file.truncate(size)
+            file.seek(size)
+            if not size:
+                _append(file, {"protocol": protocol})
+            with tqdm(total=len(items), initial=len(done), desc=name, unit="item") as bar:
+                for start in range(0, len(left), batch):
+                    some = left[start : start + batch]
+                    for item, record in zip(some, answer(some), strict=True):
+                        done[item["id"]] = {"id": item["id"], **record}
+                        _append(file, done[item["id"]])
+                    bar.update(len(some))
+    except OSError as error:
+        raise UserError(f"{path}: cannot write: {error.strerror or error}") from error
+    return [done[item["id"]] for item in items]
+
+
+def _append(file: Any, record: Record) -> None:
+    file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+    file.flush()
+
+
+def _read(path: Path, protocol: Record) -> tuple[dict[str, Record], int]:
+    """The records of a samples file and the bytes of its whole lines; none of a missing file."""
+    if not path.exists():
+        return {}, 0
+    data = path.read_bytes()
+    size = data.rfind(b"\n") + 1
+    lines = data[:size].splitlines()
+    if not lines:
+        return {}, 0
+    try:
+        first, *records = (json.loads(line) for line in lines)
+        known = first["protocol"]
+        done = {record["id"]: record for record in records}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a samples file; move it away or choose another --out") from (
+            error
+        )
+    expected = json.loads(json.dumps(protocol))
+    if known != expected:
+        changed = sorted(k for k in known | expected if known.get(k) != expected.get(k))
+        raise UserError(
+            f"{path}: holds samples measured otherwise ({', '.join(changed)}); choose another --out"
+            " or delete the directory"
+        )
+    return done, size

@@ -1,0 +1,225 @@
+"""MQAR: the published law of the task, a right measure, a grid that goes on where it stopped."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from osdn.cli import main
+from osdn.evals.mqar import TEST, TRAIN, MQARModel, Task, answers_right, generate
+from osdn.evals.mqar_grid import CELLS, compare
+from osdn.evals.mqar_recipe import MQARRecipe
+from osdn.model.loss import IGNORED
+
+PUBLISHED = Task(length=128, pairs=8)
+SMALL = {
+    "mixers": {
+        "delta": {"mixer": "delta_net", "num_heads": 1},
+        "softmax": {"mixer": "attention", "num_heads": 1},
+    },
+    "tasks": [{"length": 16, "pairs": 2, "batch_size": 8}],
+    "widths": [8],
+    "learning_rates": [1e-3, 1e-2],
+    "seeds": [0],
+    "language": {"vocab_size": 16},
+    "train": {"examples": 32, "test_examples": 16, "epochs": 1, "device": "cpu"},
+}
+
+
+def test_sequences_are_pairs_then_every_key_once_with_its_value_as_label():
+    inputs, labels = generate(PUBLISHED, 200, seed=3, stream=TRAIN)
+    for x, y in zip(inputs.numpy(), labels.numpy()):
+        keys, values = x[0:16:2], x[1:16:2]
+        assert len(set(keys)) == len(set(values)) == 8
+        assert keys.min() >= 1 and keys.max() <= 4095
+        assert values.min() >= 4096 and values.max() <= 8191
+        at = np.flatnonzero(y != IGNORED)
+        assert (at >= 16).all() and (at % 2 == 0).all()
+        assert dict(zip(x[at], y[at])) == dict(zip(keys, values))
+        assert not x[16:][~np.isin(np.arange(16, 128), at)].any()
+
+
+def test_gaps_follow_the_power_law():
+    """With one pair the gap is a single draw: p_i ∝ i^(a−1); χ² at the 99.9% quantile."""
+    task, n = Task(length=34, pairs=1), 40_000
+    _, labels = generate(task, n, seed=0, stream=TRAIN)
+    gap = ((labels != IGNORED).int().argmax(1) - 2) // 2
+    counts = np.bincount(gap.numpy(), minlength=16)
+    p = np.arange(1, 17) ** (0.01 - 1.0)
+    expected = n * p / p.sum()
+    assert (((counts - expected) ** 2) / expected).sum() < 37.7  # 15 degrees of freedom
+
+
+def test_later_gaps_are_drawn_without_replacement_from_what_is_left():
+    """P(first = i, second = j) = p_i p_j / (1 − p_i), over all pairs of three places."""
+    task, n = Task(length=10, pairs=2), 60_000
+    inputs, _ = generate(task, n, seed=1, stream=TRAIN)
+    places = [(inputs[:, 4:] == inputs[:, key : key + 1]).int().argmax(1) // 2 for key in (0, 2)]
+    counts = np.zeros((3, 3))
+    np.add.at(counts, (places[0].numpy(), places[1].numpy()), 1)
+    p = np.arange(1, 4) ** (0.01 - 1.0)
+    p /= p.sum()
+    law = p[:, None] * p[None] / (1 - p[:, None])
+    np.fill_diagonal(law, 0)
+    assert np.abs(counts / n - law).max() < 0.008  # four standard deviations
+
+
+def test_keys_and_values_are_uniform():
+    inputs, _ = generate(Task(length=8, pairs=2, vocab_size=16), 30_000, seed=2, stream=TRAIN)
+    for column, low, high in ((0, 1, 8), (2, 1, 8), (1, 8, 16), (3, 8, 16)):
+        counts = np.bincount(inputs[:, column].numpy(), minlength=high)[low:high]
+        expected = 30_000 / (high - low)
+        assert ((counts - expected) ** 2 / expected).sum() < 26.1  # χ², 8 degrees, 99.9%
+
+
+def test_filler_is_random_where_asked_and_leaves_the_pairs_alone():
+    plain, labels = generate(PUBLISHED, 50, seed=5, stream=TRAIN)
+    filled, same = generate(PUBLISHED._replace(random_filler=True), 50, seed=5, stream=TRAIN)
+    rest = filled[:, 16:][same[:, 16:] == IGNORED]
+    assert rest.float().mean().item() == pytest.approx(4095.5, rel=0.05)
+    asked = same != IGNORED
+    assert torch.equal(asked, labels != IGNORED) and torch.equal(same, labels)
+    assert torch.equal(filled[asked], plain[asked]) and torch.equal(filled[:, :16], plain[:, :16])
+
+
+def test_seed_and_stream_decide_everything_and_the_streams_do_not_meet():
+    first, _ = generate(PUBLISHED, 300, seed=0, stream=TRAIN)
+    again, _ = generate(PUBLISHED, 300, seed=0, stream=TRAIN)
+    test, _ = generate(PUBLISHED, 300, seed=0, stream=TEST)
+    other, _ = generate(PUBLISHED, 300, seed=1, stream=TRAIN)
+    assert torch.equal(first, again)
+    rows = [{tuple(row) for row in x.tolist()} for x in (first, test, other)]
+    assert not rows[0] & rows[1] and not rows[0] & rows[2] and not rows[1] & rows[2]
+
+
+class Lookup(nn.Module):
+    """Answers from the pairs themselves; `shift` answers with another pair's value instead."""
+
+    def __init__(self, task: Task, shift: int):
+        super().__init__()
+        self.task, self.shift = task, shift
+        self.anchor = nn.Parameter(torch.zeros(1))
+
+    def forward(self, inputs, at):
+        keys, values = (
+            inputs[:, 0 : 2 * self.task.pairs : 2],
+            inputs[:, 1 : 2 * self.task.pairs : 2],
+        )
+        row = at.nonzero()[:, 0]
+        found = (keys[row] == inputs[at][:, None]).int().argmax(1)
+        answer = values[row, (found + self.shift) % self.task.pairs]
+        return nn.functional.one_hot(answer, self.task.vocab_size).float()
+
+
+def test_a_solved_instance_scores_one_and_a_shuffled_one_chance():
+    inputs, labels = generate(PUBLISHED, 400, seed=0, stream=TEST)
+    assert answers_right(Lookup(PUBLISHED, 0), inputs, labels, 64).eq(1).all()
+    assert answers_right(Lookup(PUBLISHED, 1), inputs, labels, 64).eq(0).all()
+    shuffled = labels.clone()
+    generator = torch.Generator().manual_seed(0)
+    for row in shuffled:
+        at = (row != IGNORED).nonzero()[:, 0]
+        row[at] = row[at[torch.randperm(8, generator=generator)]]
+    chance = answers_right(Lookup(PUBLISHED, 0), inputs, shuffled, 64).mean().item()
+    assert chance == pytest.approx(1 / 8, abs=4 * (0.125 * 0.875 / 3200) ** 0.5)
+
+
+def test_two_layers_learn_the_task_and_without_training_score_nothing(tmp_path):
+    """The path a grid cell takes, on an instance that is easy enough for seconds."""
+    grid = {
+        **SMALL,
+        "mixers": {"osdn": {"mixer": "osdn", "num_heads": 1, "precond_min": 0, "precond_max": 2}},
+        "widths": [32],
+        "learning_rates": [1e-2],
+        "model": {"init_std": 0.1},
+        "train": {"examples": 1200, "test_examples": 100, "epochs": 3, "stop_at": 0.9},
+    }
+    result = compare(MQARRecipe.model_validate(grid), tmp_path / "trained")
+    assert result["scores"][0]["value"] > 0.8
+    untrained = {**grid, "learning_rates": [1e-9]}
+    result = compare(MQARRecipe.model_validate(untrained), tmp_path / "untrained")
+    assert result["scores"][0]["value"] < 0.35
+
+
+def test_the_model_sees_no_future():
+    torch.manual_seed(0)
+    inputs, labels = generate(Task(16, 2, 16), 4, seed=0, stream=TRAIN)
+    for mixer in ("osdn", "delta_net", "attention"):
+        for layers in (["mixer", "mixer"], ["convolution", "mixer"]):
+            model = MQARModel(
+                vocab_size=16, width=8, layers=layers, mixer=mixer, options={"num_heads": 2}
+            )
+            at = torch.zeros_like(labels, dtype=torch.bool)
+            at[:, 7] = True
+            before = model(inputs, at)
+            torch.testing.assert_close(model(inputs[:, :8], at[:, :8]), before)
+
+
+def test_finished_cells_are_skipped_and_others_trained(tmp_path, monkeypatch):
+    import osdn.evals.mqar_grid as grid
+
+    trained = []
+    real = grid.train_cell
+    monkeypatch.setattr(grid, "train_cell", lambda r, c: trained.append(c) or real(r, c))
+    first = compare(MQARRecipe.model_validate(SMALL), tmp_path)
+    assert len(trained) == 4
+    for path in sorted((tmp_path / CELLS).iterdir())[:1]:
+        path.unlink()
+    second = compare(MQARRecipe.model_validate(SMALL), tmp_path)
+    assert len(trained) == 5
+    assert second["tables"] == first["tables"] and (tmp_path / "mqar.png").stat().st_size > 5000
+
+
+def test_the_table_takes_each_mixers_best_learning_rate(tmp_path):
+    """Against a count made by hand from invented cells."""
+    recipe = MQARRecipe.model_validate({**SMALL, "seeds": [0, 1]})
+    accuracy = {("delta", 1e-3): (0.2, 0.4), ("delta", 1e-2): (0.9, 0.1),
+                ("softmax", 1e-3): (0.5, 0.7), ("softmax", 1e-2): (1.0, 0.0)}  # fmt: skip
+    for cell in recipe.cells():
+        outcome = {"cell": recipe.describe(cell), "steps": 1, "diverged": False, "state_size": 7,
+                   "accuracy": accuracy[cell.mixer, cell.learning_rate][cell.seed]}  # fmt: skip
+        (tmp_path / CELLS).mkdir(exist_ok=True)
+        (tmp_path / CELLS / cell.file).write_text(json.dumps(outcome))
+    rows = compare(recipe, tmp_path)["tables"][0]["rows"]
+    assert [row[1:] for row in rows] == [
+        ["delta", "7", "0.01", "0.500", "0.566", "0.900", 0],
+        ["softmax", "7", "0.001", "0.600", "0.141", "1.000", 0],
+    ]
+
+
+def test_errors_are_one_line(tmp_path, capsys):
+    recipe = tmp_path / "grid.yaml"
+    recipe.write_text(json.dumps(SMALL))
+    cases = {
+        "tasks=[{length: 16, pair: 2, batch_size: 8}]": "did you mean 'pairs'",
+        "tasks=[{length: 16, pairs: 5, batch_size: 8}]": "1 to length / 4 = 4",
+        "mixers={x: {mixer: mamba}}": "expected mixer: osdn",
+        "mixers={x: {mixer: osdn, num_heads: 1, etta: 1}}": "etta",
+        "mixers={x: {mixer: osdn, num_heads: 3}}": "num_heads",
+        "seeds=[0, 0]": "two cells",
+        "learning_rates=[0]": "> 0",
+    }
+    for override, message in cases.items():
+        assert main(["mqar", str(recipe), override, "--out", str(tmp_path / "out")]) == 1
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+
+
+def test_cells_of_another_recipe_are_not_mixed_in(tmp_path, capsys):
+    recipe = tmp_path / "grid.yaml"
+    recipe.write_text(json.dumps(SMALL))
+    assert main(["mqar", str(recipe), "--out", str(tmp_path / "out")]) == 0
+    assert main(["mqar", str(recipe), "train.epochs=2", "--out", str(tmp_path / "out")]) == 1
+    assert "another recipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mqar_small", "mqar_published"])
+def test_the_recipes_load(name):
+    from osdn.train.config import load_sections
+
+    path = Path(__file__).parents[2] / "recipes" / f"{name}.yaml"
+    recipe = load_sections(MQARRecipe, path)
+    assert {"delta_net", "osdn", "attention"} <= set(recipe.mixers)
