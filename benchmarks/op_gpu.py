@@ -44,18 +44,18 @@ def grid(**options):
 
 
 GRIDS = {
-    "inverse": grid(num_warps=[1, 2, 4], BK=[16, 32, 64]),
+    "inverse": grid(num_warps=[1], BK=[16, 32], maxnreg=[96, 128, 168, 255]),
     "scan": grid(num_warps=[2, 4, 8]),
-    "token_scan": grid(num_warps=[1, 2]),
-    "write_keys": grid(num_warps=[1, 2, 4], BK=[32, 64]),
-    "memory": grid(num_warps=[4, 8], num_stages=[1, 2, 3], BV=[32, 64, 128]),
+    "token_scan": grid(num_warps=[1]),
+    "write_keys": grid(num_warps=[1], BK=[16, 32], maxnreg=[96, 128, 168, 255]),
+    "memory": grid(num_warps=[4, 8], num_stages=[1, 2], BV=[64, 128]),
     "states": grid(num_warps=[4, 8], num_stages=[2, 3], BK=[64, 128], BV=[64, 128]),
-    "memory_reverse": grid(num_warps=[4, 8], num_stages=[1, 2, 3], BV=[32, 64, 128]),
-    "gradients": grid(num_warps=[4, 8], num_stages=[1, 2, 3], BK=[64, 128], BV=[32, 64]),
+    "memory_reverse": grid(num_warps=[4, 8], num_stages=[1, 2], BV=[64, 128]),
+    "gradients": grid(num_warps=[4, 8], num_stages=[1, 2, 3], BK=[64, 128], BV=[64]),
     "couple": grid(num_warps=[4, 8], BK=[32, 64, 128]),
     "scan_reverse": grid(num_warps=[2, 4, 8]),
     "precond_gradients": grid(num_warps=[4, 8], BK=[32, 64, 128]),
-    "step": grid(num_warps=[4, 8], BV=[32, 64, 128]),
+    "step": grid(num_warps=[4, 8, 16], BV=[32, 64, 128]),
 }
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from osdn.ops.triton.chunks import tile
 
 CONFIG: dict[str, dict[str, Any]] = {
-    "inverse": {"num_warps": 2, "BK": 32},
+    "inverse": {"num_warps": 1, "BK": 16},
     "scan": {"num_warps": 4},
     "token_scan": {"num_warps": 1},
-    "write_keys": {"num_warps": 2, "BK": 64},
-    "memory": {"num_warps": 4, "num_stages": 2, "BV": 64},
+    "write_keys": {"num_warps": 1, "BK": 32},
+    "memory": {"num_warps": 4, "num_stages": 1, "BV": 64},
     "states": {"num_warps": 4, "num_stages": 3, "BK": 64, "BV": 64},
     "memory_reverse": {"num_warps": 4, "num_stages": 2, "BV": 64},
     "gradients": {"num_warps": 8, "num_stages": 2, "BK": 64, "BV": 64},
@@ -26,15 +26,23 @@ CONFIG: dict[str, dict[str, Any]] = {
     "precond_gradients": {"num_warps": 8, "BK": 64},
     "step": {"num_warps": 8, "BV": 128},
 }
-# Where tiles are wider (K > 128, or 32-bit operands) they must fit registers and shared memory.
-WIDE: dict[str, dict[str, Any]] = {
+# Where tiles are larger, they must still fit registers and shared memory.
+WIDE: dict[str, dict[str, Any]] = {  # K > 128
     "scan": {"num_warps": 8},
+    "memory": {"num_warps": 8, "num_stages": 1, "BV": 64},
+    "memory_reverse": {"num_warps": 8, "num_stages": 1, "BV": 64},
+    "scan_reverse": {"num_warps": 8},
+    "step": {"num_warps": 8, "BV": 64},
+}
+FLOAT32: dict[str, dict[str, Any]] = {
+    "scan": {"num_warps": 8},
+    "write_keys": {"num_warps": 4, "BK": 16},
     "memory": {"num_warps": 8, "num_stages": 1, "BV": 32},
     "states": {"num_warps": 4, "num_stages": 1, "BK": 64, "BV": 64},
     "memory_reverse": {"num_warps": 8, "num_stages": 1, "BV": 32},
     "gradients": {"num_warps": 8, "num_stages": 1, "BK": 32, "BV": 32},
-    "scan_reverse": {"num_warps": 8},
     "couple": {"num_warps": 8, "BK": 32},
+    "scan_reverse": {"num_warps": 8},
     "precond_gradients": {"num_warps": 8, "BK": 32},
     "step": {"num_warps": 8, "BV": 64},
 }
@@ -43,8 +51,8 @@ PIPELINE_BYTES = 160 * 1024  # of shared memory a block; with less, loads are no
 
 def launch(name: str, x: Tensor, K: int, V: int = 1) -> dict[str, Any]:
     """The keyword arguments of one kernel's launch for head sizes K and V and data like x."""
-    wide = name in WIDE and (K > 128 or x.dtype == torch.float32)
-    config = dict((WIDE if wide else CONFIG)[name])
+    special = FLOAT32 if x.dtype == torch.float32 else WIDE if K > 128 else {}
+    config = dict(special.get(name, CONFIG[name]))
     for block, size in (("BK", K), ("BV", V)):
         if block in config:
             config[block] = min(config[block], tile(size))
