@@ -1,9 +1,14 @@
-"""`osdn theory` end to end, with the learned methods stopped early."""
+"""`osdn theory` end to end, with the learned methods stopped early, and its document's names."""
 
-import pytest
+import re
+from importlib import import_module
+from pathlib import Path
+
+import torch
 
 from osdn.cli import main
 from osdn.theory import experiments
+from osdn.theory.bounds import precond_path
 
 
 def test_theory_command(monkeypatch, tmp_path, capsys):
@@ -34,15 +39,23 @@ def test_out_that_cannot_be_made(tmp_path, capsys):
 
 def test_the_worst_keys_spend_what_they_should():
     """hardest_keys: unit keys, and equal shares of ‖d_1 − 1‖² while there is enough left."""
-    import torch
-
-    from osdn.theory.bounds import precond_path
-
     d1 = torch.tensor([1.4, 0.3, 1.1], dtype=torch.float64)
     k = experiments.hardest_keys(d1, 200, eta=0.5)
     assert (k.square().sum(-1) - 1).abs().max() < 1e-12
     distance = (precond_path(k, d1, eta=0.5).d - 1).square().sum(-1)
     spent = -distance.diff()[:150]
     assert (spent - distance[0] / 200).abs().max() < 1e-9
-    with pytest.raises(ValueError, match="unit keys"):
-        experiments.unit_key_bound(2 * k, d1, eta=0.5)
+
+
+def test_the_document_names_what_exists():
+    """Every function and test that docs/theory.md names is there, and every bound is named."""
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "theory.md").read_text()
+    named = re.findall(r"`(osdn\.\w+\.\w+)\.(\w+)`\]\(\.\./(osdn/\w+/\w+\.py)\)", text)
+    for module, name, path in named:
+        assert callable(getattr(import_module(module), name)), f"{module}.{name}"
+        assert (root / path).is_file() and path == module.replace(".", "/") + ".py"
+    assert len({name for _, name, _ in named}) >= 18
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"def {name}(" in tests, name

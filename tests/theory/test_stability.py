@@ -121,7 +121,7 @@ def test_the_box_alone_does_not_stop_exponential_growth():
 def test_forgetting_can_make_the_memory_grow_for_ever(gamma, box, keys, rate):
     """Periodic unit keys, β = 1, η = 1, d_1 = 1, d by the rule itself: found by random search.
 
-    With γ = 1 the same keys leave the product bounded (Statement 17's regime).
+    With γ = 1 the same keys leave d at 1: plain erases, which never expand.
     """
     T = 3000
     cycle = torch.nn.functional.normalize(torch.tensor(keys, dtype=torch.float64), dim=-1)
