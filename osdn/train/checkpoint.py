@@ -60,11 +60,7 @@ def save(
         root.mkdir(parents=True, exist_ok=True)
         remove_unfinished(root)
         unfinished.mkdir()
-        try:
-            save_model(model, str(unfinished / WEIGHTS))
-            torch.save(state, unfinished / STATE)
-        except (SafetensorError, RuntimeError) as error:  # what their writers make of an OSError
-            raise OSError(None, str(error).partition("\n")[0]) from error
+        _write_tensors(unfinished, model, state)
         (unfinished / RECIPE).write_text(json.dumps(recipe, indent=1))
         digests = {name: _digest(unfinished / name) for name in (WEIGHTS, STATE, RECIPE)}
         (unfinished / MANIFEST).write_text(json.dumps(digests, indent=1))
@@ -77,6 +73,20 @@ def save(
         raise
     for old in _directories(root)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_tensors(directory: Path, model: nn.Module, state: dict[str, Any]) -> None:
+    """Weights and state; what their writers make of an OSError is one again."""
+    try:
+        save_model(model, str(directory / WEIGHTS))
+        with (directory / STATE).open("wb") as file:
+            torch.save(state, file)
+    except SafetensorError as error:
+        raise OSError(None, str(error)) from error
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
 
 
 def load_newest(root: Path, recipe: dict, tell: Callable[[str], None]) -> Checkpoint | None:

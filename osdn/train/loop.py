@@ -46,7 +46,6 @@ def train(recipe: Recipe, out: str | Path) -> TrainResult:
             "run a directory of its own (--out), or move the old one away"
         )
     if found is None or found.state["step"] < recipe.train.steps or not finished.exists():
-        out.mkdir(parents=True, exist_ok=True)
         run = _Run(recipe, out, found)
         try:
             with Signals() as signals:
@@ -87,9 +86,13 @@ class _Run:
             self._restore(found)
         if self.options.compile:
             self.model.compile()
-        self.log = RunLog(
-            out, step=self.step, tensorboard=recipe.logging.tensorboard, tell=tell
-        )  # last: it cuts the log off behind the checkpoint
+        try:  # last, since it cuts the log off behind the checkpoint
+            out.mkdir(parents=True, exist_ok=True)
+            self.log = RunLog(
+                out, step=self.step, tensorboard=recipe.logging.tensorboard, tell=tell
+            )
+        except OSError as error:
+            raise UserError(f"{out}: cannot write there: {error.strerror}") from error
 
     def complete(self, signals: Signals) -> None:
         """Everything from here to the finished model."""
@@ -256,7 +259,7 @@ class _Run:
         return True
 
     def _interrupted(self, signals: Signals) -> None:
-        if self.saved == self.step or self._save():
+        if self.step and (self.saved == self.step or self._save()):
             tell(f"saved step {self.step}; give the same command again to go on")
         signals.leave()
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from osdn.data import (
     Row,
@@ -100,6 +101,8 @@ def export(out: Path, model: OSDNForCausalLM, tokenizer: PreTrainedTokenizerBase
     """Write out/model, which AutoModelForCausalLM and AutoTokenizer load; whole or not at all."""
     target, unfinished = out / "model", out / f"{TEMPORARY}model"
     shutil.rmtree(unfinished, ignore_errors=True)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
@@ -115,4 +118,7 @@ def export(out: Path, model: OSDNForCausalLM, tokenizer: PreTrainedTokenizerBase
             f"{target}: cannot write the finished model: {error}; the last checkpoint holds it: "
             "make room and give the same command again"
         ) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     return target

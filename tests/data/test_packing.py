@@ -1,6 +1,7 @@
 """Packing: every token predicted once, no sequence across documents, exact resumption."""
 
 import math
+import tracemalloc
 from itertools import pairwise
 
 import pytest
@@ -118,6 +119,22 @@ def test_held_out_texts_stop_at_the_limit_between_characters(tmp_path):
     corpus = open_corpus(str(tmp_path))
     texts = held_out_texts(corpus, fraction=0.5, limit=1000)
     assert 997 <= sum(len(t.encode()) for t in texts) <= 1000
+
+
+def test_memory_holds_a_block_and_not_the_corpus(tmp_path):
+    line = "one line of a corpus that is larger than the memory it may use\n"
+    with (tmp_path / "large.txt").open("w") as file:
+        for i in range(4000):
+            file.write(f"document {i}\n{line * 100}---\n")
+    size = (tmp_path / "large.txt").stat().st_size
+    corpus = open_corpus(str(tmp_path / "large.txt"), separator="---\n")
+    documents = TrainingDocuments(corpus, fraction=0.1, shuffle_bytes=10**6, seed=0)
+    tracemalloc.start()
+    count = len([None for _ in zip(range(5000), documents)])  # more than an epoch
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert count == 5000 and documents.state["epoch"] == 1
+    assert size > 25e6 and peak < 5e6
 
 
 def test_nothing_to_train_on_or_to_validate_with_is_one_line(tmp_path):

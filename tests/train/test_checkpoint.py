@@ -4,10 +4,9 @@ import errno
 import json
 import os
 import pickle
-import resource
 import shutil
 import subprocess
-import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ import torch
 
 from osdn.errors import UserError
 from osdn.train import checkpoint, train
-from tests.train.tiny import curve, fields, recipe, write_texts
+from tests.train.tiny import curve, fields, recipe, start, write_texts
 
 
 @pytest.fixture(scope="module")
@@ -132,22 +131,20 @@ def test_a_full_disk_stops_nothing_but_the_save(texts, finished, tmp_path, monke
     assert curve(tmp_path) == curve(finished)
 
 
-def launch(texts: str, out: Path, **options) -> subprocess.CompletedProcess:
-    """The command in a process of its own."""
-    path = out.parent / "recipe.yaml"
-    path.write_text(json.dumps(fields(texts, keep_checkpoints=2)))  # JSON is YAML
-    command = [sys.executable, "-m", "osdn", "train", str(path), "--out", str(out)]
-    return subprocess.run(command, capture_output=True, text=True, **options)
-
-
 def test_files_that_cannot_grow_leave_the_training_whole(texts, finished, tmp_path):
-    def small_files():  # every write past 60 kB fails, as on a full disk: logs fit, weights do not
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-
-    done = launch(texts, tmp_path / "run", preexec_fn=small_files)
-    assert done.returncode == 1
-    assert done.stderr.count("WARNING: no checkpoint at step") >= 6
-    assert "cannot write the finished model" in done.stderr.splitlines()[-1]
+    path, told = tmp_path / "recipe.yaml", tmp_path / "stderr"
+    path.write_text(json.dumps(fields(texts)))  # JSON is YAML
+    # Every write past 60 kB fails, as on a full disk: the log fits, weights do not.
+    before = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
+        f"sys.stderr = open({str(told)!r}, 'w')"
+    )
+    process = start(path, tmp_path / "run", before)
+    process.join(120)
+    lines = told.read_text().splitlines()
+    assert process.exitcode == 1
+    assert sum("WARNING: no checkpoint at step" in line for line in lines) >= 6
+    assert "cannot write the finished model" in lines[-1] and "File too large" in lines[-1]
     assert curve(tmp_path / "run") == curve(finished)
     assert not list((tmp_path / "run").rglob("step_*"))
 
@@ -165,11 +162,19 @@ def small_disk(tmp_path):
 
 
 def test_a_disk_that_is_really_full(texts, finished, small_disk, capsys):
-    with pytest.raises(UserError, match="cannot write the finished model"):
+    train(recipe(texts), small_disk)  # the model alone still fits
+    told = capsys.readouterr().err
+    assert "no checkpoint at step 4: No space left on device; training goes on" in told
+    assert "step_2 is intact" in told
+    assert [p.name for p in (small_disk / "checkpoints").iterdir()] == ["step_2"]
+    assert curve(small_disk) == curve(finished)
+    shutil.rmtree(small_disk / "model")
+    with (small_disk / "filler").open("wb", buffering=0) as filler, suppress(OSError):
+        while filler.write(bytes(4096)):
+            pass
+    with pytest.raises(UserError, match=r"cannot write the finished model: .*No space left"):
         train(recipe(texts), small_disk)
-    assert "No space left on device" in capsys.readouterr().err
-    whole = [p.name for p in (small_disk / "checkpoints").iterdir()]
-    assert whole and not any(name.startswith(".") for name in whole)
+    assert "going on from" in capsys.readouterr().err
     subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
     train(recipe(texts), small_disk)  # the same command, once there is room
     assert curve(small_disk) == curve(finished)

@@ -1,7 +1,6 @@
 """Real processes, really killed: given again, the command ends with the uninterrupted curve."""
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -9,17 +8,13 @@ import sys
 import time
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
-from tests.train.tiny import curve, fields, write_texts
+from tests.train.tiny import curve, fields, start, write_texts
 
 STEPS = 40
-
-# Processes are forked from a server that has imported the package and done nothing else, so that
-# many can be killed in a few seconds.
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["osdn.train.command", "osdn.ops.compiled"])
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +24,6 @@ def recipe_path(tmp_path_factory):
     corpus = write_texts(directory / "texts")
     path.write_text(json.dumps(fields(corpus, steps=STEPS, checkpoint_every=3, validate_every=5)))
     return path
-
-
-def start(recipe: Path, out: Path) -> multiprocessing.Process:
-    """A process that does what the console command does."""
-    line = ["train", str(recipe), "--out", str(out)]
-    code = f"import sys; from osdn.cli import main; sys.exit(main({line!r}))"
-    process = context.Process(target=exec, args=(code, {}))
-    process.start()
-    return process
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +36,7 @@ def expected(recipe_path, tmp_path_factory):
     return curve(out)
 
 
-def wait_for_lines(out: Path, lines: int, process: multiprocessing.Process) -> None:
+def wait_for_lines(out: Path, lines: int, process: Any) -> None:
     """Until the log has that many lines, or the run ended."""
     log = out / "log.jsonl"
     limit = time.monotonic() + 120
@@ -105,6 +91,7 @@ def test_the_console_command_killed_and_given_again(recipe_path, expected, tmp_p
     assert done.returncode == 0 and "going on from" in done.stderr
     assert done.stdout.startswith(f"{STEPS} steps, ")
     assert curve(tmp_path) == expected
-    other = subprocess.run([*line, "train.sed=1"], capture_output=True, text=True, timeout=120)
+    line[5:5] = ["train.sed=1"]
+    other = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert other.returncode == 1 and len(other.stderr.splitlines()) == 1
     assert "did you mean 'seed'?" in other.stderr

@@ -1,6 +1,7 @@
 """A run of a few seconds: its recipe, its text, and what of its log must repeat bit for bit."""
 
 import json
+import multiprocessing
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -8,6 +9,21 @@ from typing import Any
 from osdn.train import Recipe
 
 WORDS = ["the", "delta", "rule", "writes", "what", "memory", "does", "not", "know", "yet", "ä"]
+
+
+# Processes are forked from a server that has imported the package and done nothing else, so that
+# many can be started, and killed, in a few seconds.
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["osdn.train.command", "osdn.ops.compiled"])
+
+
+def start(recipe: Path, out: Path, before: str = "") -> Any:
+    """A process that does what the console command does, after the statements `before`."""
+    line = ["train", str(recipe), "--out", str(out)]
+    code = f"import sys; {before}\nfrom osdn.cli import main; sys.exit(main({line!r}))"
+    process = context.Process(target=exec, args=(code, {}))
+    process.start()
+    return process
 
 
 def write_texts(directory: Path, documents: int = 60) -> str:
