@@ -10,7 +10,13 @@ from torch import Tensor
 from osdn.ops import reference
 from osdn.ops.registration import register
 from osdn.ops.rule import Rule
-from osdn.ops.validation import check_cu_seqlens, check_rule, check_shapes, check_tensors
+from osdn.ops.validation import (
+    check_cu_seqlens,
+    check_rule,
+    check_shapes,
+    check_step_shapes,
+    check_tensors,
+)
 
 BACKENDS = {
     "chunkwise": register("chunkwise", "osdn.ops.chunkwise"),
@@ -77,7 +83,8 @@ def online_scaled_delta_rule(
         o: [B, T, H, V] in v's dtype; final_state: [N, H, K, V] and final_precond: [N, H, K] in
         float32 (float64 for float64 input and in the reference), or None and None.
 
-    Padding: a token with k = 0, beta = 0 and log_gamma = 0 changes neither S nor d.
+    Padding: a token with k = 0, beta = 0 and log_gamma = 0 changes neither S nor d (its clip moves
+    a d that starts outside the box, as any token's does).
 
     Raises:
         ValueError: a wrong shape, dtype, device, option or backend; the message names the
@@ -150,10 +157,7 @@ def online_scaled_delta_step(
     """
     q, k, v = _autocast(q, k, v)
     check_tensors(q=q, k=k, v=v, beta=beta, log_gamma=log_gamma, state=state, precond=precond)
-    one, gamma = [x.unsqueeze(1) for x in (q, k, v, beta)], log_gamma
-    gamma = None if gamma is None else gamma.unsqueeze(1)
-    names = ("state", "precond")
-    check_shapes(one[0], one[1], one[2], one[3], gamma, state, precond, None, names=names)
+    check_step_shapes(q, k, v, beta, log_gamma, state, precond)
     check_rule(eta, precond_min, precond_max)
     backend = _choose(backend, q, v)
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -191,7 +195,7 @@ def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _autocast(*tensors: Tensor) -> list[Tensor]:
     """The tensors in the autocast dtype where autocast is on for their device, else as they are."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [

@@ -35,21 +35,11 @@ def check_shapes(
     state: Tensor | None,
     precond: Tensor | None,
     cu_seqlens: Tensor | None,
-    names: tuple[str, str] = ("initial_state", "initial_precond"),
 ) -> int:
     """The number of sequences N, once every shape fits."""
-    for name, x in (("q", q), ("v", v)):
-        if x.ndim != 4:
-            raise ValueError(
-                f"{name}: expected 4 dimensions [B, T, H, {'K' if name == 'q' else 'V'}], "
-                f"got shape {tuple(x.shape)}"
-            )
-    B, T, H, K = q.shape
-    if min(B, T, H, K) < 1:
-        raise ValueError(f"q: expected B, T, H and K of at least 1, got shape {tuple(q.shape)}")
-    V = v.shape[-1]
-    if V < 1:
-        raise ValueError(f"v: expected V of at least 1, got shape {tuple(v.shape)}")
+    _expect_sizes("q", q, ("B", "T", "H", "K"))
+    _expect_sizes("v", v, ("B", "T", "H", "V"))
+    (B, T, H, K), V = q.shape, v.shape[-1]
     N = B
     if cu_seqlens is not None:
         if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
@@ -67,12 +57,34 @@ def check_shapes(
     if log_gamma is not None:
         _expect("log_gamma", log_gamma, (B, T, H), "[B, T, H]")
     if state is not None:
-        _expect(names[0], state, (N, H, K, V), "[N, H, K, V]")
-    if precond is not None and precond.ndim == 2 and names[1] == "initial_precond":
-        _expect(names[1], precond, (H, K), "[H, K], or [N, H, K]")
+        _expect("initial_state", state, (N, H, K, V), "[N, H, K, V]")
+    if precond is not None and precond.ndim == 2:
+        _expect("initial_precond", precond, (H, K), "[H, K], or [N, H, K]")
     elif precond is not None:
-        _expect(names[1], precond, (N, H, K), "[N, H, K]")
+        _expect("initial_precond", precond, (N, H, K), "[N, H, K]")
     return N
+
+
+def check_step_shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_gamma: Tensor | None,
+    state: Tensor,
+    precond: Tensor,
+) -> None:
+    """The shapes of one token. The states are written to, so nothing of them is expanded."""
+    _expect_sizes("q", q, ("B", "H", "K"))
+    _expect_sizes("v", v, ("B", "H", "V"))
+    (B, H, K), V = q.shape, v.shape[-1]
+    _expect("k", k, (B, H, K), "like q")
+    _expect("v", v, (B, H, V), "[B, H, V]")
+    _expect("beta", beta, (B, H), "[B, H]")
+    if log_gamma is not None:
+        _expect("log_gamma", log_gamma, (B, H), "[B, H]")
+    _expect("state", state, (B, H, K, V), "[B, H, K, V]")
+    _expect("precond", precond, (B, H, K), "[B, H, K]")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
@@ -92,7 +104,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
     T = q.shape[1]
     global _last_checked
     known = _last_checked
-    if known is not None and known[0] is cu_seqlens and known[1:] == (cu_seqlens._version, T):
+    version = 0 if cu_seqlens.is_inference() else cu_seqlens._version
+    if known is not None and known[0] is cu_seqlens and known[1:] == (version, T):
         return
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0 or offsets[-1] != T:
@@ -105,7 +118,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
                 f"cu_seqlens: expected increasing offsets, got {start} then {end} at index {n}; "
                 "drop empty sequences"
             )
-    _last_checked = (cu_seqlens, cu_seqlens._version, T)
+    if not cu_seqlens.is_inference():  # such a tensor does not tell when it is changed
+        _last_checked = (cu_seqlens, version, T)
 
 
 def check_rule(eta: float, precond_min: float | None, precond_max: float | None) -> None:
@@ -119,6 +133,19 @@ def check_rule(eta: float, precond_min: float | None, precond_max: float | None)
     if precond_min is not None and precond_max is not None and not precond_min <= precond_max:
         raise ValueError(
             f"precond_min: expected at most precond_max = {precond_max}, got {precond_min}"
+        )
+
+
+def _expect_sizes(name: str, x: Tensor, sizes: tuple[str, ...]) -> None:
+    if x.ndim != len(sizes):
+        raise ValueError(
+            f"{name}: expected {len(sizes)} dimensions [{', '.join(sizes)}], "
+            f"got shape {tuple(x.shape)}"
+        )
+    if min(x.shape) < 1:
+        raise ValueError(
+            f"{name}: expected {', '.join(sizes[:-1])} and {sizes[-1]} of at least 1, "
+            f"got shape {tuple(x.shape)}"
         )
 
 

@@ -1,0 +1,109 @@
+"""What is the numba backend's own: threads, its machine-code cache, and what would crash it."""
+
+import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from tests.numerics import make_inputs
+from tests.ops.running import BOX, detached, everything, outputs
+
+pytest.importorskip("numba")
+
+from osdn.ops import compiled
+from osdn.ops.compiled_vectors import entry
+
+
+@pytest.fixture
+def always_threads(monkeypatch):
+    """As many threads as there are heads, however little there is to do."""
+    monkeypatch.setattr(compiled, "WORTH_A_THREAD", 1)
+    torch.set_num_threads(3)
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+def test_threads_change_no_bit(packed, always_threads):
+    """Five sequences of unequal lengths and three heads, over three threads and over one."""
+    lengths = {"sequences": 5} if packed else {}
+    x = make_inputs(1 if packed else 5, 90, 3, 20, 37, dtype=torch.float32, **lengths)
+    options = BOX | {"cu_seqlens": torch.tensor([0, 1, 50, 52, 80, 90]) if packed else None}
+    several = everything(x, "numba", **options)
+    torch.set_num_threads(1)
+    assert same(several, everything(x, "numba", **options))
+
+
+def test_calls_from_several_threads_at_once(always_threads):
+    """As a server would: each gets its own result."""
+    inputs = [make_inputs(2, 40, 2, 5, 7, seed=seed) for seed in range(4)]
+    alone = [everything(x, "numba") for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda x: everything(x, "numba"), inputs * 5))
+    assert all(same(a, b) for a, b in zip(together, alone * 5))
+
+
+def _in_child(x: dict, results) -> None:
+    torch.set_num_threads(3)
+    results.put(outputs(x, "numba")["o"].tolist())
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
+def test_a_forked_process_makes_its_own_threads(always_threads):
+    """As a DataLoader's worker does: the parent's threads do not exist there.
+
+    Without γ, whose exponential PyTorch would give to its own threads, and wait for ever.
+    """
+    x = detached(make_inputs(2, 40, 2, 5, 7, gamma=False))
+    o = outputs(x, "numba")["o"].tolist()
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    child = context.Process(target=_in_child, args=(x, results), daemon=True)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0 and results.get() == o
+
+
+def test_a_cache_that_cannot_be_written_costs_time_alone(monkeypatch):
+    """A read-only installation without a home directory: numba finds no place, and compiles."""
+    from numba.core import caching
+
+    def refuse(self):
+        raise OSError("read-only file system")
+
+    monkeypatch.setattr(caching._CacheLocator, "ensure_cache_path", refuse)
+
+    def double(x):
+        return 2 * x
+
+    assert entry(double)(21) == 42
+
+
+def test_compiled_graph_with_wrong_offsets_is_an_error_not_a_crash():
+    """torch.compile skips the front door's check; the kernels index memory with the offsets."""
+    x = detached(make_inputs(1, 9, 2, 4, 6, sequences=2))
+
+    def rule(cu_seqlens):
+        return outputs(x, "numba", cu_seqlens=cu_seqlens)["o"]
+
+    fast = torch.compile(rule, fullgraph=True, backend="aot_eager")
+    assert torch.equal(fast(torch.tensor([0, 4, 9])), rule(torch.tensor([0, 4, 9])))
+    with pytest.raises(
+        ValueError, match="cu_seqlens: expected offsets from 0 to T = 9, got 0 to 90"
+    ):
+        fast(torch.tensor([0, 4, 90]))
+
+
+@pytest.mark.parametrize("dtype, lanes", [(torch.float32, 32), (torch.float64, 16)])
+@pytest.mark.parametrize("over", [-1, 0, 1])
+def test_head_sizes_around_a_vector(dtype, lanes, over):
+    """K and V one less, equal to and one more than one vector and two, all gradients."""
+    for K, V in ((lanes + over, 2 * lanes + over), (2 * lanes + over, lanes + over), (1, 1)):
+        x = make_inputs(1, 9, 2, K, V, dtype=dtype)
+        got, want = (everything(x, backend, **BOX) for backend in ("numba", "reference"))
+        bound = 1e-6 if dtype == torch.float32 else 1e-10
+        for name, y in want.items():
+            assert (got[name] - y).norm() <= bound * y.norm() + 1e-12, name

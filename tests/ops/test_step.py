@@ -1,0 +1,69 @@
+"""One token at a time: equal to the rule, in place, and as strict about its arguments."""
+
+import pytest
+import torch
+
+from osdn.ops import online_scaled_delta_step
+from tests.numerics import assert_close, make_inputs
+from tests.ops.running import BOX, detached, outputs
+
+RULES = {"plain": {}, "aware box": {"beta_aware": True, **BOX}, "off": {"eta": 0.0}}
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_step_by_step_equals_the_rule(backend, rule, dtype):
+    x = detached(make_inputs(2, 30, 3, 20, 37, dtype=dtype, gamma="eta" not in rule))
+    whole = outputs(x, "reference", **rule)
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    tolerance = {torch.float64: 1e-10, torch.float32: 2e-6, torch.bfloat16: 2.0**-9}[dtype]
+    state, precond = (
+        x[name].to(accumulate).clone() for name in ("initial_state", "initial_precond")
+    )
+    for t in range(30):
+        token = [None if x[name] is None else x[name][:, t]
+                 for name in ("q", "k", "v", "beta", "log_gamma")]  # fmt: skip
+        o, *after = online_scaled_delta_step(
+            *token, state=state, precond=precond, backend=backend, **rule
+        )
+        assert after[0] is state and after[1] is precond and o.dtype == dtype
+        assert_close(o, whole["o"][:, t], tolerance, f"o at {t}")
+    assert_close(state, whole["final_state"], min(tolerance, 2e-6))
+    assert_close(precond, whole["final_precond"], min(tolerance, 2e-6))
+
+
+def zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(*shape)
+
+
+def one_token() -> dict:
+    """A correct call: B = 2, H = 3, K = 4, V = 6."""
+    token = {"q": zeros(2, 3, 4), "k": zeros(2, 3, 4), "v": zeros(2, 3, 6), "beta": zeros(2, 3)}
+    return token | {"state": zeros(2, 3, 4, 6), "precond": zeros(2, 3, 4)}
+
+
+REFUSED_STEP = {
+    "rank": (
+        {"q": zeros(2, 1, 3, 4)},
+        "q: expected 3 dimensions [B, H, K], got shape (2, 1, 3, 4)",
+    ),
+    "k": ({"k": zeros(2, 3, 5)}, "k: expected shape (2, 3, 4) (like q), got (2, 3, 5)"),
+    "beta": ({"beta": zeros(3, 2)}, "beta: expected shape (2, 3) ([B, H]), got (3, 2)"),
+    "state": ({"state": zeros(2, 3, 6, 4)}, "state: expected shape (2, 3, 4, 6) ([B, H, K, V])"),
+    "precond": ({"precond": zeros(3, 4)}, "precond: expected shape (2, 3, 4) ([B, H, K])"),
+    "state dtype": (
+        {"state": zeros(2, 3, 4, 6).double()},
+        "state: expected a contiguous torch.float32 tensor, got torch.float64",
+    ),
+    "layout": ({"state": zeros(2, 3, 6, 4).mT}, "with strides (72, 24, 1, 4)"),
+    "gradient": ({"k": zeros(2, 3, 4).requires_grad_()}, "expected tensors that need no gradient"),
+    "eta": ({"eta": 3.0}, "eta: expected a step size in [0, 2], got 3.0"),
+}
+
+
+@pytest.mark.parametrize("change, message", REFUSED_STEP.values(), ids=REFUSED_STEP.keys())
+def test_step_names_bad_arguments(change, message):
+    online_scaled_delta_step(**one_token())
+    with pytest.raises(ValueError) as error:
+        online_scaled_delta_step(**(one_token() | change))
+    assert message in str(error.value)
