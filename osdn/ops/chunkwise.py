@@ -173,7 +173,7 @@ def forward(
             else:
                 gc = None if log_gamma is None else layout.load(log_gamma, i, j, dtype)
                 p = phase1.prepare(_learning_target(kc, b, rule), gc, sizes, rule.eta)
-                path = phase1.forward(p, d, rule).view_as(kc)
+                path = phase1.forward(p, d, rule)
             w = (kc * path).mul_(b.unsqueeze(-1))
             e, reads = _residuals(qc, kc, vc, w, S, sizes)
             P = torch.bmm(qc, w.mT).tril_()
@@ -246,7 +246,6 @@ def backward(
                 gc = None if log_gamma is None else layout.load(log_gamma, i, j, dtype)
                 p = phase1.prepare(_learning_target(kc, b[..., 0], rule), gc, sizes, rule.eta)
                 dz, dlog_gamma = phase1.backward(p, path, dd, lam, rule)
-                dz = dz.view_as(kc)
                 if rule.beta_aware:
                     db += torch.linalg.vecdot(dz, kc * kc)
                     dz.mul_(b)

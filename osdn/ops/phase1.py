@@ -30,28 +30,33 @@ from torch import Tensor
 
 from osdn.ops.rule import Rule
 
-# Tokens a chunk of phase 1: less work in products, more steps, than with the memory's chunks.
-CHUNK = 16
+# Side of the blocks that are inverted by substitution, which is slow for batches.
+SUBSTITUTED = 16
 
 
 class Prepared(NamedTuple):
     """What needs no start, for all chunks of a group at once.
 
     z: [R, C, K].  gamma: [R, C], or None for γ = 1.  kept: P, [R, C+1, C+1].
-    inverse: (I + U)⁻¹, [R, C, C].  steps: the rows of each step in turn.
+    inverse: (I + U)⁻¹, [R, C, C].  sizes: the number of rows of each step in turn.
     """
 
     z: Tensor
     gamma: Tensor | None
     kept: Tensor
     inverse: Tensor
-    steps: list[slice]
+    sizes: list[int]
+
+    def rows(self) -> list[slice]:
+        """The rows of each step."""
+        stops = [sum(self.sizes[: n + 1]) for n in range(len(self.sizes))]
+        return [slice(stop - size, stop) for stop, size in zip(stops, self.sizes)]
 
     def at(self, rows: slice) -> Prepared:
         """One step by itself."""
         gamma = None if self.gamma is None else self.gamma[rows]
         z, kept, inverse = self.z[rows], self.kept[rows], self.inverse[rows]
-        return Prepared(z, gamma, kept, inverse, [slice(len(z))])
+        return Prepared(z, gamma, kept, inverse, [len(z)])
 
 
 class Affine(NamedTuple):
@@ -72,24 +77,27 @@ class Affine(NamedTuple):
 
 
 def unit_upper_inverse(U: Tensor) -> Tensor:
-    """(I + U)⁻¹ for strictly upper triangular U, [R, C, C]."""
-    eye = torch.eye(U.shape[-1], dtype=U.dtype, device=U.device).expand_as(U)
-    return torch.linalg.solve_triangular(U, eye, upper=True, unitriangular=True)
+    """(I + U)⁻¹ for strictly upper triangular U, [R, C, C]: by halves, and by substitution at 16.
+
+    The upper right block of the inverse is −A⁻¹ U₁₂ D⁻¹, A and D the diagonal blocks.
+    """
+    R, C, _ = U.shape
+    if C <= SUBSTITUTED:
+        eye = torch.eye(C, dtype=U.dtype, device=U.device).expand_as(U)
+        return torch.linalg.solve_triangular(U, eye, upper=True, unitriangular=True)
+    half = C // 2
+    first, second = slice(half), slice(half, None)
+    blocks = U.new_empty(2, R, half, half)
+    blocks[0], blocks[1] = U[:, first, first], U[:, second, second]
+    A, D = unit_upper_inverse(blocks.flatten(0, 1)).view_as(blocks)
+    inverse = torch.zeros_like(U)
+    inverse[:, first, first], inverse[:, second, second] = A, D
+    inverse[:, first, second] = torch.bmm(torch.bmm(A, U[:, first, second]), D).neg_()
+    return inverse
 
 
 def prepare(z: Tensor, log_gamma: Tensor | None, sizes: list[int], eta: float) -> Prepared:
-    """The parallel part over z [R, C, K] and log_gamma [R, C], with R = sum(sizes).
-
-    The memory's chunks are cut into m = C / CHUNK parts: row r becomes rows m·r to m·r + m − 1.
-    """
-    parts = max(z.shape[1] // CHUNK, 1)
-    z = z.reshape(len(z) * parts, -1, z.shape[-1])
-    log_gamma = None if log_gamma is None else log_gamma.reshape(z.shape[:2])
-    steps, start = [], 0
-    for size in sizes:
-        stop = start + size * parts
-        steps += [slice(start + part, stop, parts) for part in range(parts)]
-        start = stop
+    """The parallel part over z [R, C, K] and log_gamma [R, C], with R = sum(sizes)."""
     R, C, _ = z.shape
     if log_gamma is None:
         gamma, kept = None, z.new_ones(C + 1, C + 1).triu_().expand(R, -1, -1)
@@ -102,7 +110,7 @@ def prepare(z: Tensor, log_gamma: Tensor | None, sizes: list[int], eta: float) -
         kept[:, :, 1:] = sums.exp_()
         kept.triu_()
     U = torch.bmm(z, z.mT).mul_(kept[:, 1:, :-1]).mul_(eta)
-    return Prepared(z, gamma, kept, unit_upper_inverse(U), steps)
+    return Prepared(z, gamma, kept, unit_upper_inverse(U), sizes)
 
 
 def forward(p: Prepared, d: Tensor, rule: Rule) -> Tensor:
@@ -118,10 +126,12 @@ def forward(p: Prepared, d: Tensor, rule: Rule) -> Tensor:
         return _without_box(p, affine, d, rule)
     start = d.clone()
     path = _without_box(p, affine, d, rule)
-    if _stays(path, p.steps[0], d, rule):
+    first = p.sizes[0]
+    reached = path[:, 1:], path[first:, 0], d[:first]
+    if all(bool(_inside(y, rule).all()) for y in reached):
         return path
     d.copy_(start)
-    for rows in p.steps:
+    for rows in p.rows():
         path[rows] = _repaired(p.at(rows), affine.at(rows), d, rule)
     return path
 
@@ -130,25 +140,18 @@ def _without_box(p: Prepared, affine: Affine, d: Tensor, rule: Rule) -> Tensor:
     """d_1..d_C as if there were no box; d moves on."""
     x = torch.empty_like(affine.constant)
     terms = torch.empty_like(p.z)
-    for rows in p.steps:
-        constant, slope, gain, whole = affine.at(rows)
+    pieces = (affine.constant, affine.slope, affine.gain, x, terms[:, :1])
+    whole = None if affine.whole is None else affine.whole.split(p.sizes)
+    for n, views in enumerate(zip(*(y.split(p.sizes) for y in pieces))):
+        constant, slope, gain, x_n, start = views
         now = d[: len(gain)].unsqueeze(1)
-        terms[rows, :1] = now
-        x_now = torch.baddbmm(constant, now, slope, alpha=-1)
-        x[rows] = x_now
+        start.copy_(now)
+        torch.baddbmm(constant, now, slope, alpha=-1, out=x_n)
         if whole is not None:
-            now.mul_(whole)
-        now.baddbmm_(x_now, gain, alpha=rule.eta)
+            now.mul_(whole[n])
+        now.baddbmm_(x_n, gain, alpha=rule.eta)
     torch.mul(p.z[:, :-1], x.mul_(rule.eta).mT[:, :-1], out=terms[:, 1:])
     return torch.bmm(p.kept[:, :-1, :-1].mT, terms)
-
-
-def _stays(path: Tensor, first: slice, d: Tensor, rule: Rule) -> bool:
-    """Whether a group's path, its start apart, and its end d are in the box."""
-    starts = path[:, 0].clone()
-    starts[first] = starts[first].clamp(rule.precond_min, rule.precond_max)
-    reached = path[:, 1:], starts, d[: len(starts[first])]
-    return all(bool(_inside(y, rule).all()) for y in reached)
 
 
 def _repaired(p: Prepared, affine: Affine, d: Tensor, rule: Rule) -> Tensor:
@@ -195,7 +198,6 @@ def backward(
     lam: [N·H, K] dL/dd at the end of the group; becomes that at its start.
     """
     z, eta, plain = p.z, rule.eta, p.gamma is None
-    path, dd = path.view_as(z), dd.view_as(z)
     x = torch.linalg.vecdot(path, z).neg_().add_(1).unsqueeze(-1)
     passed = _passed(p, path, x, rule)
     g = torch.cat((dd[:, 1:], torch.zeros_like(dd[:, :1])), 1)
@@ -205,18 +207,19 @@ def backward(
     leaving = z if plain else z * p.kept[:, 0, :-1, None]
     direct = torch.bmm(p.kept[:, :1, :-1], dd)
     repairs = []
-    for rows in reversed(p.steps):
-        a_now = a[rows]
-        now = lam[: len(a_now)].unsqueeze(1)
-        g[rows, -1:] = now
-        a_now.baddbmm_(now, arriving[rows])
+    pieces = (a, arriving, leaving, direct, g[:, -1:], p.kept[:, :1, -1:])
+    for rows, *views in reversed(list(zip(p.rows(), *(y.split(p.sizes) for y in pieces)))):
+        a_n, arriving_n, leaving_n, direct_n, end, whole = views
+        now = lam[: len(a_n)].unsqueeze(1)
+        end.copy_(now)
+        a_n.baddbmm_(now, arriving_n)
         if not plain:
-            now.mul_(p.kept[rows, :1, -1:])
-        now.add_(direct[rows]).baddbmm_(a_now, leaving[rows], alpha=-eta)
+            now.mul_(whole)
+        now.add_(direct_n).baddbmm_(a_n, leaving_n, alpha=-eta)
         if passed is not None:
             bad = _left_box(passed[rows])
             if len(bad):
-                at = bad * (rows.step or 1) + rows.start
+                at = bad + rows.start
                 gamma = None if p.gamma is None else p.gamma[at]
                 later, start = _scan_back(dd[at], z[at], gamma, passed[at], g[at, -1], eta)
                 lam.index_copy_(0, bad, start)
