@@ -18,6 +18,8 @@ COMMANDS = {
     "convert": ("osdn.model.convert", "turn a DeltaNet checkpoint into an OSDN one"),
     "bench": ("osdn.bench", "time the operator and decoding on this GPU against their peers"),
     "selfcheck": ("osdn.selfcheck", "compare this machine's GPU kernels with the definition"),
+    "eval": ("osdn.evals.command", "measure models: recall, needle, perplexity, and more"),
+    "report": ("osdn.evals.report", "put results side by side on one page"),
     "mqar": ("osdn.evals.mqar_grid", "compare mixers on multi-query associative recall"),
     "theory": ("osdn.theory.command", "run the theory's experiments and draw their plots"),
 }

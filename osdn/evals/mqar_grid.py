@@ -15,8 +15,8 @@ from tqdm import tqdm
 from osdn.errors import UserError
 from osdn.evals.mqar import train
 from osdn.evals.mqar_recipe import Cell, MQARRecipe
-from osdn.evals.plots import save_curves
-from osdn.evals.results import RESULT, make_result, write_json
+from osdn.evals.plots import save
+from osdn.evals.results import RESULT, make_result, markdown, write_json
 from osdn.train.config import load_sections
 from osdn.train.setup import make_device
 
@@ -70,7 +70,7 @@ def compare(recipe: MQARRecipe, out: Path) -> dict[str, Any]:
             bar.update()
     result = summarise(recipe, outcomes)
     write_json(out / RESULT, result)
-    save_curves(result["curves"], out / PLOT)
+    save(result["curves"], [], out / PLOT)
     return result
 
 
@@ -209,9 +209,3 @@ def _spread(name: str, values: list[float]) -> dict[str, Any]:
     """A score whose interval is the range over the seeds."""
     ends = {"low": min(values), "high": max(values)}
     return {"group": "", "name": name, "value": mean(values), **ends, "n": len(values)}
-
-
-def markdown(table: dict[str, Any]) -> str:
-    """A table of a result in Markdown."""
-    lines = [table["columns"], ["---"] * len(table["columns"]), *table["rows"]]
-    return "\n".join("| " + " | ".join(str(x) for x in line) + " |" for line in lines)

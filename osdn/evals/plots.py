@@ -57,9 +57,9 @@ def figure(curves: list[dict[str, Any]], maps: list[dict[str, Any]]) -> Figure:
     return page
 
 
-def save_curves(curves: list[dict[str, Any]], path: Path) -> None:
-    """Write all curves of a result to one PNG file."""
-    figure(curves, []).savefig(path)
+def save(curves: list[dict[str, Any]], maps: list[dict[str, Any]], path: Path) -> None:
+    """Write all curves and maps of a result to one PNG file."""
+    figure(curves, maps).savefig(path)
 
 
 def png(curves: list[dict[str, Any]], maps: list[dict[str, Any]]) -> bytes:

@@ -16,7 +16,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -32,39 +32,60 @@ RESAMPLES = 2000
 PACKAGES = ("osdn", "torch", "transformers", "numpy", "numba", "triton", "lm-eval", "datasets")
 
 
-def bootstrap(values: Sequence[float]) -> tuple[float, float]:
-    """The percentile bootstrap's 95% interval of the mean, from 2,000 resamples, seed 0."""
+def bootstrap(
+    values: Sequence[float], weights: Sequence[float] | None = None
+) -> tuple[float, float]:
+    """The percentile bootstrap's 95% interval of Σ values / Σ weights, over resampled items.
+
+    Without weights that is the mean. 2,000 resamples, seed 0.
+    """
     x = np.asarray(values, dtype=np.float64)
+    w = np.ones_like(x) if weights is None else np.asarray(weights, dtype=np.float64)
     rng = np.random.default_rng(0)
-    rows = max(1, 2**24 // len(x))
-    means = np.concatenate(
-        [
-            x[rng.integers(len(x), size=(min(rows, RESAMPLES - start), len(x)))].mean(1)
-            for start in range(0, RESAMPLES, rows)
-        ]
-    )
-    low, high = np.quantile(means, [0.025, 0.975])
+    rows = max(1, 2**22 // len(x))
+    ratios = []
+    for start in range(0, RESAMPLES, rows):
+        chosen = rng.integers(len(x), size=(min(rows, RESAMPLES - start), len(x)))
+        ratios.append(x[chosen].sum(1) / w[chosen].sum(1))
+    low, high = np.quantile(np.concatenate(ratios), [0.025, 0.975])
     return float(low), float(high)
 
 
-def score(name: str, values: Sequence[float], *, group: str = "") -> dict[str, Any]:
-    """One entry of `scores`: the mean of values, its interval and their number.
+def score(
+    name: str,
+    values: Sequence[float],
+    weights: Sequence[float] | None = None,
+    *,
+    group: str = "",
+    scale: Callable[[float], float] = float,
+) -> dict[str, Any]:
+    """One entry of `scores`: scale(Σ values / Σ weights) with its interval; n items.
+
+    Args:
+        values: one an item.  weights: what their sum is divided by, one an item; None: the mean.
+        scale: an increasing function that turns the ratio into what is reported, such as exp.
 
     Raises:
         UserError: no values.
     """
     if not len(values):
         raise UserError(f"{group or name}: nothing to average; the evaluation has no sample")
-    low, high = bootstrap(values)
-    value = float(np.mean(values))
+    total = float(len(values)) if weights is None else float(np.sum(weights))
+    low, high = bootstrap(values, weights)
     return {
         "group": group,
         "name": name,
-        "value": value,
-        "low": low,
-        "high": high,
+        "value": scale(float(np.sum(values)) / total),
+        "low": scale(low),
+        "high": scale(high),
         "n": len(values),
     }
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """A table of a result in Markdown."""
+    lines = [table["columns"], ["---"] * len(table["columns"]), *table["rows"]]
+    return "\n".join("| " + " | ".join(str(x) for x in line) + " |" for line in lines)
 
 
 def provenance() -> dict[str, Any]:
@@ -75,7 +96,8 @@ def provenance() -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    program = Path(sys.argv[0])  # "osdn", or the package's __main__.py under python -m
+    command = [(program.parent if program.stem == "__main__" else program).name, *sys.argv[1:]]
     return {
         "command": shlex.join(command),
         "commit": _commit(),

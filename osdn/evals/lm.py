@@ -1,0 +1,144 @@
+"""Tasks of the lm-evaluation-harness, in this project's form of results.
+
+    osdn eval lm DIR --tasks lambada_openai,wikitext,piqa
+
+The harness's own command line works on our checkpoints once osdn is imported, which
+`python -m osdn.evals.harness run --model hf --model_args pretrained=DIR --tasks ...` does.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from osdn.data.hub import hub_is_reachable
+from osdn.errors import UserError
+from osdn.evals.models import LanguageModel
+from osdn.evals.results import make_result, score
+from osdn.evals.runner import SAMPLES
+
+LN2 = math.log(2)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which tasks, and how much of them."""
+    parser.add_argument("--tasks", required=True, help="names of the harness's, with commas")
+    parser.add_argument("--include-path", help="a directory of task files of your own")
+    parser.add_argument("--num-fewshot", type=int, help="examples in the prompt (the task's)")
+    parser.add_argument("--limit", type=int, help="samples of each task at most (default: all)")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", help="tokens, for tasks that take lengths (niah_*)"
+    )
+
+
+def evaluate(
+    model: LanguageModel,
+    tasks: list[str],
+    out: Path,
+    *,
+    batch: int,
+    include_path: str | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    lengths: list[int] | None = None,
+) -> dict[str, Any]:
+    """Run the harness; answers are kept in `out` as they come, so that a killed run goes on.
+
+    Raises:
+        UserError: no harness, an unknown task, no data for it.
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError("lm: needs the lm-evaluation-harness: pip install 'osdn[eval]'") from error
+    facts = {"pretrained": model.name, **({"max_seq_lengths": lengths} if lengths else {})}
+    manager = TaskManager(include_path=include_path, metadata=facts)
+    unknown = [name for name in tasks if not manager.match_tasks([name])]
+    if unknown:
+        raise UserError(
+            f"--tasks: the harness has no {', '.join(unknown)}; lm-eval ls tasks names them all, "
+            "and --include-path adds your own"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    harness_model = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=batch)
+    try:
+        found = lm_eval.simple_evaluate(
+            model=harness_model,
+            tasks=tasks,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            task_manager=manager,
+            use_cache=str(out / "answers"),
+            bootstrap_iters=0,
+        )
+    except Exception as error:  # whatever a task's data set or its script raises
+        if hub_is_reachable():
+            raise
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"--tasks {','.join(tasks)}: cannot load the data ({reason}); there is no network"
+        ) from error
+    _write_samples(out / SAMPLES, found["samples"])
+    protocol = {
+        "protocol": "lm-evaluation-harness",
+        "tasks": {name: found["versions"].get(name) for name in found["results"]},
+        "fewshot": num_fewshot,
+        "limit": limit,
+        "lengths": lengths,
+    }
+    return _result(model, protocol, found)
+
+
+def _write_samples(path: Path, samples: dict[str, list[dict[str, Any]]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for task, records in samples.items():
+            for record in records:
+                line = {"task": task, **record}
+                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+
+
+def _result(
+    model: LanguageModel, protocol: dict[str, Any], found: dict[str, Any]
+) -> dict[str, Any]:
+    scores = []
+    for task, metrics in found["results"].items():
+        records = found["samples"].get(task, [])
+        for label, value in metrics.items():
+            metric, _, filtered = label.partition(",")
+            if isinstance(value, float) and filtered and not metric.endswith("_stderr"):
+                kept = [r for r in records if r.get("filter", filtered) == filtered]
+                values = [record[metric] for record in kept if metric in record]
+                scores.append(_score(task, metric, value, values))
+    return make_result(
+        "lm",
+        protocol=protocol,
+        model=model.describe(),
+        samples=sum(len(records) for records in found["samples"].values()),
+        scores=scores,
+    )
+
+
+def _score(task: str, metric: str, value: float, values: list[Any]) -> dict[str, Any]:
+    """The harness's figure, with an interval where its samples give the same figure.
+
+    A group's figure, or a metric whose samples are not numbers, has none.
+    """
+    plain = {"group": task, "name": metric, "value": value, "low": None, "high": None}
+    plain["n"] = len(values)
+    if not values:
+        return plain
+    try:
+        if metric in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
+            nats, weights = [-x for x, _ in values], [n for _, n in values]
+            scale = (lambda x: x / LN2) if metric == "bits_per_byte" else math.exp
+            own = score(metric, nats, weights, group=task, scale=scale)
+        elif metric == "perplexity":
+            own = score(metric, [-x for x in values], group=task, scale=math.exp)
+        else:
+            own = score(metric, [float(x) for x in values], group=task)
+    except (TypeError, ValueError):
+        return plain
+    return own if math.isclose(own["value"], value, rel_tol=1e-6, abs_tol=1e-9) else plain

@@ -1,0 +1,184 @@
+"""Models under evaluation: any causal language model of Hugging Face's, or ours."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.utils import logging
+
+import osdn.model.modeling  # noqa: F401  registers the model class
+from osdn.data.hub import hub_is_reachable
+from osdn.errors import UserError
+from osdn.train.setup import make_device
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A model, its tokenizer and what to call it.
+
+    name: as the user gave it.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens that the model can take at most; None where there is no such limit (ours)."""
+        if self.model.config.model_type == "osdn":
+            return None
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    @property
+    def trained_length(self) -> int:
+        """Tokens of a training row, as far as the configuration tells."""
+        return getattr(self.model.config, "max_position_embeddings", None) or 2048
+
+    def describe(self) -> dict[str, Any]:
+        """Name, class, parameters and precision, for a result."""
+        config = self.model.config
+        return {
+            "name": self.name,
+            "type": config.model_type,
+            "mixer": getattr(config, "mixer", None),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": str(self.model.device),
+            "tokenizer": type(self.tokenizer).__name__,
+            "vocabulary": len(self.tokenizer),
+        }
+
+    def encode(self, text: str) -> list[int]:
+        """The text's tokens, none added, special tokens spelt out in it taken as text."""
+        return self.tokenizer.encode(
+            text, add_special_tokens=False, split_special_tokens=True, verbose=False
+        )
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, special ones left out."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    @property
+    def start(self) -> list[int]:
+        """The token that begins a document: bos, else eos, else none."""
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return [token]
+        return []
+
+    def check_length(self, tokens: int, name: str) -> None:
+        """Raise UserError if the model cannot take a sequence of that many tokens."""
+        if self.limit is not None and tokens > self.limit:
+            raise UserError(
+                f"{name}: needs {tokens} tokens, but {self.name} takes at most {self.limit}; "
+                "choose a shorter window or context"
+            )
+
+    @torch.inference_mode()
+    def continue_line(self, prompts: Sequence[list[int]], *, max_new_tokens: int = 48) -> list[str]:
+        """The greedy continuation of every prompt, up to its first line break.
+
+        The prompts are padded on the left, so that the answers are those of one at a time.
+        """
+        longest = max(map(len, prompts))
+        self.check_length(longest + max_new_tokens, "the prompt and its answer")
+        pad = self.tokenizer.pad_token_id
+        pad = pad if pad is not None else (self.start or [0])[0]
+        rows = [[pad] * (longest - len(ids)) + list(ids) for ids in prompts]
+        mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
+        device = self.model.device
+        generate: Any = self.model.generate
+        verbosity = logging.get_verbosity()
+        if self.limit is None:  # transformers warns past the trained length, which is no limit here
+            logging.set_verbosity_error()
+        output = generate(
+            torch.tensor(rows, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=pad,
+            stopping_criteria=StoppingCriteriaList([_LineBreak(self.tokenizer, longest)]),
+        )
+        logging.set_verbosity(verbosity)
+        texts = self.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+        return [text.partition("\n")[0] for text in texts]
+
+
+class _LineBreak(StoppingCriteria):
+    """A row is done when what it has generated holds a line break."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: int):
+        self.tokenizer, self.prompt = tokenizer, prompt
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt :])
+        return torch.tensor(["\n" in text for text in texts], device=input_ids.device)
+
+
+def load_model(
+    name: str, *, device: str = "auto", dtype: str = "auto", tokenizer: str | None = None
+) -> LanguageModel:
+    """A checkpoint directory or a name on the hub, with the weights in safetensors form only.
+
+    Args:
+        device: "auto" (CUDA where there is one), or a PyTorch device name.
+        dtype: "auto" (as saved; float32 on a CPU), "float32", "bfloat16" or "float16".
+        tokenizer: a directory or name, where the model's own has none.
+
+    Raises:
+        UserError: nothing there, no network, no tokenizer, a pickle, a vocabulary too small.
+    """
+    place = make_device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UserError(f"--dtype: expected auto, {', '.join(DTYPES)}, got {dtype!r}")
+    kind = DTYPES.get(dtype, torch.float32 if place.type == "cpu" else "auto")
+    model = _load(AutoModelForCausalLM, name, "model", "", dtype=kind, use_safetensors=True)
+    words = tokenizer or name
+    advice = "; give one with --tokenizer" if tokenizer is None else ""
+    loaded = _load(AutoTokenizer, words, "tokenizer", advice)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(loaded) > rows:
+        raise UserError(
+            f"--tokenizer: {words} has {len(loaded)} tokens, but {name} knows only {rows}; give "
+            "the tokenizer that the model was trained with"
+        )
+    return LanguageModel(name, model.eval().to(place), loaded)
+
+
+def _load(factory: Any, name: str, what: str, advice: str, **options: Any) -> Any:
+    """factory.from_pretrained(name), from disk or the cache, else from the hub if that answers."""
+    options["trust_remote_code"] = False
+    local = Path(name).is_dir()
+    try:
+        return factory.from_pretrained(name, local_files_only=True, **options)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        if local:
+            raise UserError(f"{name}: no {what} to load ({_line(error)}){advice}") from error
+    if not hub_is_reachable():
+        raise UserError(
+            f"{name}: no directory here and no {what} of that name in the local cache, and there "
+            "is no network to fetch it; connect, or give a checkpoint's directory"
+        )
+    try:
+        return factory.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"{name}: cannot load the {what} ({_line(error)}){advice}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

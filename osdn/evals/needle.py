@@ -1,0 +1,146 @@
+"""A needle in a haystack of noise: RULER's S-NIAH-1 (arXiv 2404.06654), made without a network.
+
+Five sentences are repeated up to the length; one sentence at a given depth says a number; the
+model is asked for it. Prompts are those of RULER's niah_single_1 but for the keys, which are drawn
+from a list of our own.
+"""
+
+import argparse
+from random import Random
+from typing import Any
+
+from osdn.errors import UserError
+from osdn.evals.models import LanguageModel
+from osdn.evals.results import make_result, score
+
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+ADJECTIVES = ("quiet", "bright", "narrow", "ancient", "gentle", "hollow", "crimson", "distant")
+NOUNS = ("harbour", "lantern", "meadow", "compass", "orchard", "thunder", "bridge", "feather")
+BEFORE = (
+    "A special magic number is hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the number afterwards.\n"
+)
+QUESTION = "\nWhat is the special magic number for {key} mentioned in the provided text?"
+CUE = " The special magic number for {key} mentioned in the provided text is"
+NEEDLE = "One of the special magic numbers for {key} is: {number}."
+MAX_NEW_TOKENS = 48
+LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768]
+DEPTHS = [0, 25, 50, 75, 100]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Lengths, depths and the number of samples."""
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of prompt and answer"
+    )
+    parser.add_argument(
+        "--depths", type=int, nargs="+", default=DEPTHS, help="of the needle, percent of the text"
+    )
+    parser.add_argument("--samples", type=int, default=10, help="per length and depth (10)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def plan(args: argparse.Namespace, model: LanguageModel) -> tuple[dict[str, Any], list[dict]]:
+    """(protocol, items) of this evaluation, short prompts first."""
+    if args.samples < 1 or not all(0 <= depth <= 100 for depth in args.depths):
+        raise UserError(
+            f"--samples, --depths: expected at least 1 and percents from 0 to 100, got "
+            f"{args.samples} and {args.depths}"
+        )
+    lengths = sorted(set(args.lengths))
+    model.check_length(lengths[-1], "--lengths")
+    items = []
+    for length in lengths:
+        for depth in sorted(set(args.depths)):
+            for i in range(args.samples):
+                rng = Random(f"{args.seed} {length} {depth} {i}")
+                key = f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
+                number = str(rng.randrange(10**6, 10**7))
+                place = {"length": length, "depth": depth, "key": key, "number": number}
+                items.append({"id": f"{length}-{depth}-{i}", **place})
+    names = ("samples", "seed")
+    protocol = {"protocol": "S-NIAH-1", "max_new_tokens": MAX_NEW_TOKENS, "lengths": lengths}
+    protocol |= {"depths": sorted(set(args.depths))}
+    return protocol | {name: getattr(args, name) for name in names}, items
+
+
+def haystack(model: LanguageModel, item: dict[str, Any], budget: int) -> list[int]:
+    """The prompt with as many noise lines as fit in `budget` tokens, the start token included.
+
+    Raises:
+        UserError: not even one line fits.
+    """
+
+    def build(lines: int) -> list[int]:
+        text = [NOISE] * lines
+        needle = NEEDLE.format(key=item["key"], number=item["number"])
+        text.insert(round(lines * item["depth"] / 100), needle)
+        question = (QUESTION + CUE).format(key=item["key"])
+        return [*model.start, *model.encode(BEFORE + "\n".join(text) + question)]
+
+    least = len(build(1))
+    if least > budget:
+        raise UserError(
+            f"--lengths: {item['length']} tokens are too few for the question and one line of "
+            f"noise, which take {least + MAX_NEW_TOKENS}"
+        )
+    line = (len(build(9)) - least) / 8
+    lines = 1 + int((budget - least) / line)
+    while lines > 1 and len(build(lines)) > budget:
+        lines -= 1
+    while len(prompt := build(lines + 1)) <= budget:
+        lines += 1
+    return build(lines) if len(prompt) > budget else prompt
+
+
+def answer(
+    model: LanguageModel, items: list[dict[str, Any]], protocol: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Ask for a batch of needles."""
+    new = protocol["max_new_tokens"]
+    prompts = [haystack(model, item, item["length"] - new) for item in items]
+    texts = model.continue_line(prompts, max_new_tokens=new)
+    return [
+        {
+            "length": item["length"],
+            "depth": item["depth"],
+            "number": item["number"],
+            "tokens": len(ids),
+            "continuation": text,
+            "right": item["number"] in text,
+        }
+        for item, ids, text in zip(items, prompts, texts)
+    ]
+
+
+def conclude(
+    model: LanguageModel, protocol: dict[str, Any], records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The result: the share of needles found by length, and a map of depth by length."""
+
+    def share(length: int, depth: int) -> float:
+        found = [r["right"] for r in records if r["length"] == length and r["depth"] == depth]
+        return sum(found) / len(found)
+
+    lengths, depths = protocol["lengths"], protocol["depths"]
+    scores = [
+        score("found", [r["right"] for r in records if r["length"] == n], group=f"{n:,} tokens")
+        for n in lengths
+    ]
+    values = [[share(length, depth) for length in lengths] for depth in depths]
+    grid = {
+        "title": "Needles found (S-NIAH-1)",
+        "x": "tokens",
+        "y": "depth, percent",
+        "columns": lengths,
+        "rows": depths,
+        "values": values,
+    }
+    return make_result(
+        "needle",
+        protocol=protocol,
+        model=model.describe(),
+        samples=len(records),
+        scores=scores,
+        maps=[grid],
+    )

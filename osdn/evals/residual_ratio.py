@@ -1,0 +1,201 @@
+"""The residual ratio: how much of each token's prediction error one write leaves, layer by layer.
+
+For every token and head of the osdn and delta_net layers of a model
+
+    q_t = (1 − β_t⟨d_t, s_t⟩)² = f_t(S_t) / f_t(S_{t−1}),   s_t = k_t ⊙ k_t
+
+with f_t(S) = ½‖Sᵀk_t − v_t‖² (docs/operator.md). It depends on keys and gates alone, so other
+preconditioners can be tried on the same activations: the shadow ablations.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from osdn.errors import UserError
+from osdn.evals.models import LanguageModel
+from osdn.evals.recall_data import read_prompts
+from osdn.evals.results import make_result, score
+from osdn.layers import OSDN, l2_normalize
+from osdn.ops import reference
+from osdn.ops.rule import Rule
+
+POSITIONS = 10  # bins of relative position
+SMALLEST = 1e-12  # what a ratio below it counts as in the geometric mean
+SHADOWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "own": lambda d: d,
+    "ones": torch.ones_like,
+    "mean over features": lambda d: d.mean(-1, keepdim=True).expand_as(d),
+    "features reversed": lambda d: d.flip(-1),
+}
+
+
+class Activations(NamedTuple):
+    """What one layer made of a sequence, in float64.
+
+    k: [T, H, K] unit keys.  v: [T, H, V].  beta: [T, H].  precond: [T, H, K], d_t of every write.
+    """
+
+    k: Tensor
+    v: Tensor
+    beta: Tensor
+    precond: Tensor
+
+    def step(self, precond: Tensor) -> Tensor:
+        """⟨d_t, s_t⟩ of every token and head, [T, H], with another preconditioner in d's place."""
+        return (precond * self.k.square()).sum(-1)
+
+
+@torch.no_grad()
+def capture(model: nn.Module, input_ids: Tensor) -> list[Activations]:
+    """The activations of every osdn and delta_net layer for one sequence, [1, T] token ids.
+
+    The layer's input is caught on its way in; keys, values and gates are made by the layer's own
+    parts in the model's precision, and d by the definition, in float64.
+    """
+    layers = [module for module in model.modules() if isinstance(module, OSDN)]
+    inputs: dict[nn.Module, Tensor] = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda module, given: inputs.update({module: given[0]}))
+        for layer in layers
+    ]
+    try:
+        model(input_ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [activations(layer, inputs[layer]) for layer in layers]
+
+
+def activations(layer: OSDN, hidden_states: Tensor) -> Activations:
+    """What a layer makes of hidden_states [1, T, D]."""
+    k, v = (
+        convolution(projection(hidden_states))[0].unflatten(-1, (layer.num_heads, -1))
+        for projection, convolution in (
+            (layer.k_proj, layer.k_conv1d),
+            (layer.v_proj, layer.v_conv1d),
+        )
+    )
+    beta, log_gamma = layer.gates(hidden_states)
+    k, v, beta = (x[0].double() for x in (l2_normalize(k), v, beta))
+    gamma = None if log_gamma is None else log_gamma[0].double()
+    return Activations(k, v, beta, preconditioners(layer, k, beta, gamma))
+
+
+def preconditioners(layer: OSDN, k: Tensor, beta: Tensor, log_gamma: Tensor | None) -> Tensor:
+    """d_t [T, H, K] for t = 1..T, before token t's own update, by the reference's `adapt`."""
+    options = {"beta_aware": False, "precond_min": None, "precond_max": None, **layer.rule}
+    rule = Rule(scale=1.0, **options)
+    start = layer.initial_precond
+    d = torch.ones_like(k[0]) if start is None else start.detach().double()
+    if rule.constant_precond(log_gamma is not None):
+        return d.expand_as(k)
+    path = []
+    for t in range(len(k)):
+        path.append(d)
+        d = reference.adapt(d, k[t], beta[t], None if log_gamma is None else log_gamma[t], rule)
+    return torch.stack(path)
+
+
+def summarise_layer(layer: Activations) -> dict[str, list[list[float]]]:
+    """Of every shadow, by relative position: means of log q, ⟨d,s⟩, β⟨d,s⟩ and of q > 1."""
+    found = {}
+    for name, shadow in SHADOWS.items():
+        step = layer.step(shadow(layer.precond))
+        written = layer.beta * step
+        ratio = (1 - written).square()
+        measures = [ratio.clamp(min=SMALLEST).log(), step, written, (ratio > 1).double()]
+        means = torch.stack([x.mean(-1) for x in measures])
+        found[name] = [part.mean(1).tolist() for part in means.tensor_split(POSITIONS, dim=1)]
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the prompts are."""
+    parser.add_argument(
+        "--data", required=True, help="prompts: a .jsonl file with a field text, or a text file"
+    )
+    parser.add_argument("--limit", type=int, default=50, help="prompts at most (default 50)")
+    parser.add_argument(
+        "--context", type=int, default=1024, help="tokens of a prompt at most (default 1024)"
+    )
+
+
+def plan(args: argparse.Namespace, model: LanguageModel) -> tuple[dict[str, Any], list[dict]]:
+    """(protocol, items) of this evaluation."""
+    if not any(isinstance(module, OSDN) for module in model.model.modules()):
+        raise UserError(
+            f"{model.name}: the residual ratio needs osdn or delta_net layers, and this "
+            f"{model.model.config.model_type} model has none"
+        )
+    items = []
+    for i, prompt in enumerate(read_prompts(args.data, args.limit)):
+        tokens = [*model.start, *model.encode(prompt)][: args.context]
+        if len(tokens) < POSITIONS:
+            raise UserError(
+                f"{args.data}: prompt {i} has {len(tokens)} tokens; expected at least {POSITIONS}, "
+                "one for each bin of relative position"
+            )
+        items.append({"id": str(i), "tokens": tokens})
+    protocol = {"data": str(args.data), "context": args.context, "limit": args.limit}
+    return protocol, items
+
+
+def answer(
+    model: LanguageModel, items: list[dict[str, Any]], protocol: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Measure a batch of prompts, one after another."""
+    records = []
+    for item in items:
+        ids = torch.tensor([item["tokens"]], device=model.model.device)
+        layers = [summarise_layer(layer) for layer in capture(model.model, ids)]
+        records.append({"tokens": len(item["tokens"]), "layers": layers})
+    return records
+
+
+def conclude(
+    model: LanguageModel, protocol: dict[str, Any], records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The result: geometric means by layer and by relative position, for d and its shadows."""
+    # [prompt, layer, shadow, position, measure]
+    x = np.array([[list(one.values()) for one in record["layers"]] for record in records])
+    names, layers = list(SHADOWS), x.shape[1]
+    scores = [
+        score(name, list(x[:, :, i, :, 0].mean((1, 2))), group="all layers", scale=math.exp)
+        for i, name in enumerate(names)
+    ]
+    rows = []
+    for layer in range(layers):
+        means = x[:, layer].mean((0, 2))  # [shadow, measure]
+        ratios = [f"{math.exp(means[i, 0]):.3g}" for i in range(len(names))]
+        rows.append([layer, *ratios, *(f"{value:.3f}" for value in means[0, 1:])])
+    columns = ["layer", *(f"q, {name}" for name in names), "⟨d,s⟩", "β⟨d,s⟩", "share q > 1"]
+    axes = {"x": "relative position", "y": "geometric mean of q", "log_y": True}
+    by_layer = {f"layer {layer}": _course(x[:, layer, 0, :, 0]) for layer in range(layers)}
+    by_shadow = {name: _course(x[:, :, i, :, 0].mean(1)) for i, name in enumerate(names)}
+    return make_result(
+        "residual-ratio",
+        protocol=protocol,
+        model=model.describe(),
+        samples=len(records),
+        scores=scores,
+        tables=[{"title": "Residual ratio by layer", "columns": columns, "rows": rows}],
+        curves=[
+            {"title": "Residual ratio by layer", "series": by_layer, **axes},
+            {"title": "Residual ratio and its shadows", "series": by_shadow, **axes},
+        ],
+    )
+
+
+def _course(logs: np.ndarray) -> list[list[float]]:
+    """[position, value, low, high] from mean log q [prompt, position]."""
+    points = []
+    for position in range(POSITIONS):
+        one = score("", list(logs[:, position]), scale=math.exp)
+        points.append([(position + 0.5) / POSITIONS, one["value"], one["low"], one["high"]])
+    return points
