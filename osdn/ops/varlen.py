@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+# 32 and not 64: fewer operations a token at K = V = 64, measured in docs/LOG.md.
 LARGEST_CHUNK, SMALLEST_CHUNK = 32, 8
 
 _last_ragged: tuple[Tensor, int, RaggedLayout] | None = None
