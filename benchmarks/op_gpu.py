@@ -69,15 +69,15 @@ def stages(B, T, H):
     beta = torch.rand(B, T, H, device="cuda")
     S0, d0 = torch.zeros(B, H, K, K, device="cuda"), torch.ones(B, H, K, device="cuda")
     chunks = cut(B, T, None)
-    w, ka, A, e, x, starts = saved_like(q, k, v, beta, None, S0, d0, None, True)
+    x, starts, w, ka, A, e = saved_like(q, k, v, beta, None, S0, d0, None, True)
     chunk_scan(k, beta, None, d0, x, starts, chunks, RULE)
     write_keys(k, beta, None, x, starts, w, A, ka, chunks, RULE)
     memory(q, w, ka, v, A, S0, e, chunks, RULE)
     dv, dS, _ = memory_reverse(q, w, ka, A, do, S0, chunks, RULE)
     S = states(w, e, S0, chunks)
     _, dk, dw = gradients(q, k, w, e, do, dv, S, dS, chunks, RULE)
-    state = torch.randn(64, H, K, K, device="cuda")
-    precond = torch.ones(64, H, K, device="cuda")
+    state0 = torch.randn(64, H, K, K, device="cuda")
+    precond0 = torch.ones(64, H, K, device="cuda")
     row = [t.view(-1, H, t.shape[-1])[:64].contiguous() for t in (q, k, v)]
 
     def solved(A):  # what is above the diagonal is never written
@@ -103,6 +103,11 @@ def stages(B, T, H):
         found = chunk_scan_reverse(k, beta, None, x, starts, dw, d0, part, chunks, RULE)
         return found[0], found[2], part
 
+    def step():
+        state, precond = state0.clone(), precond0.clone()
+        o = decode(*row, beta.view(-1, H)[:64], None, state, precond, RULE)
+        return o, state, precond
+
     return {
         "inverse": inverse,
         "scan": scan,
@@ -115,7 +120,7 @@ def stages(B, T, H):
         "couple": reverse,
         "scan_reverse": reverse,
         "precond_gradients": reverse,
-        "step": lambda: (decode(*row, beta.view(-1, H)[:64], None, state, precond, RULE),),
+        "step": step,
     }  # fmt: skip
 
 

@@ -32,7 +32,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 class Case(NamedTuple):
-    """One comparison: sizes, options of the operator, and what is odd about the inputs."""
+    """One comparison: sizes, options, what is odd about the inputs, and a factor on the floor."""
 
     name: str
     B: int
@@ -44,6 +44,7 @@ class Case(NamedTuple):
     gamma: bool = True
     cu_seqlens: tuple[int, ...] | None = None
     odd: str = ""
+    slack: float = 1.0
 
 
 BOX = {"precond_min": 0.9, "precond_max": 1.05}
@@ -60,7 +61,9 @@ CASES = [
     Case("box, beta-aware", 1, 257, 2, 64, 128, BOX | {"beta_aware": True}),
     Case("packed", 1, 400, 2, 64, 64, {}, cu_seqlens=(0, 1, 64, 129, 400)),
     Case("packed, box", 1, 200, 2, 128, 64, BOX, cu_seqlens=(0, 3, 131, 200)),
-    Case("one key again and again", 1, 192, 2, 64, 64, {}, odd="repeated"),
+    # Here every later token erases what an earlier one wrote, so that d log γ and dβ are what is
+    # left of large terms that cancel, and rounding e, S and their gradients to 16 bits shows more.
+    Case("one key again and again", 1, 192, 2, 64, 64, {}, odd="repeated", slack=3.0),
     Case("beta 1 and 2", 1, 192, 2, 64, 64, {"beta_aware": True}, odd="strong"),
     Case("empty tokens, d at the box", 1, 192, 2, 64, 64, BOX, odd="empty"),
 ]
@@ -176,7 +179,7 @@ def check(case: Case, dtype_name: str, device: torch.device) -> Result:
             dtype_name,
             name,
             relative_error(actual[name], x),
-            2 * relative_error(plain[name], x) + FLOORS[dtype],
+            2 * relative_error(plain[name], x) + case.slack * FLOORS[dtype],
         )
         for name, x in expected.items()
     ]

@@ -227,7 +227,7 @@ def _triton_lacks(q: Tensor, v: Tensor) -> str:
     if not (q.is_cuda or (interpreted and q.device.type == "cpu")):
         return (
             f"compiles for GPUs and needs CUDA tensors, got tensors on {q.device} (with "
-            "TRITON_INTERPRET=1 set before the first call, its interpreter takes CPU tensors)"
+            "TRITON_INTERPRET=1 in the environment from the start, CPU tensors do)"
         )
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"needs bfloat16, float16 or float32 tensors, got {q.dtype}"

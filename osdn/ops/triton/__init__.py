@@ -38,19 +38,22 @@ def forward(
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     with _on(q):
         chunks = cut(q.shape[0], q.shape[1], cu_seqlens)
-        tensors = (q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
-        w, ka, A, e, x, starts = saved_like(*tensors, True)
+        x, starts, w, ka, A = _operands(k, beta, cu_seqlens)
+        e = torch.empty_like(v) if save else None
         gates = (k, beta, log_gamma)
+        if cu_seqlens is not None:
+            starts.zero_()  # those past the last chunk are never written
         if rule.precond_min is not None:
             precond = token_scan(*gates, initial_precond, w, x, starts, chunks, rule)
         elif rule.constant_precond(log_gamma is not None):
             precond = initial_precond.clone()
             starts.copy_(_at_chunks(initial_precond, chunks))
+            x.zero_()
         else:
             precond = chunk_scan(*gates, initial_precond, x, starts, chunks, rule)
         write_keys(*gates, x, starts, w, A, ka, chunks, rule)
-        o, state = memory(q, w, ka, v, A, initial_state, e if save else None, chunks, rule)
-    return o, state, precond, [w, ka, A, e, x, starts] if save else []
+        o, state = memory(q, w, ka, v, A, initial_state, e, chunks, rule)
+    return o, state, precond, [] if e is None else [x, starts, w, ka, A, e]
 
 
 def saved_like(
@@ -64,17 +67,19 @@ def saved_like(
     cu_seqlens: Tensor | None,
     save: bool,
 ) -> list[Tensor]:
-    """Empty w and A k like k, A [B, T, H, CHUNK], e like v, x [B, T, H], d [chunks, H, K]."""
-    if not save:
-        return []
+    """Empty x, d at chunk starts, w, A k and A (see `_operands`), and e [B, T, H, V]."""
+    return [*_operands(k, beta, cu_seqlens), v.new_empty(v.shape)] if save else []
+
+
+def _operands(k: Tensor, beta: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
+    """Empty x [B, T, H], d [chunks, H, K], w and A k [B, T, H, K], A [B, T, H, CHUNK]."""
     B, T, H, K = k.shape
     return [
+        beta.new_empty(beta.shape),
+        beta.new_empty(chunk_bound(B, T, cu_seqlens), H, K),
         k.new_empty(k.shape),
         k.new_empty(k.shape),
         k.new_empty(B, T, H, CHUNK),
-        v.new_empty(v.shape),
-        beta.new_empty(beta.shape),
-        beta.new_empty(chunk_bound(B, T, cu_seqlens), H, K),
     ]
 
 
@@ -94,7 +99,7 @@ def backward(
     rule: Rule,
 ) -> list[Tensor]:
     """[dq, dk, dv, dβ, dinitial_state, dinitial_precond] and dlog γ, as the contract has them."""
-    w, ka, A, e, x, starts = saved
+    x, starts, w, ka, A, e = saved
     q, k, do = q.contiguous(), k.contiguous(), do.contiguous()
     dfinal_state, dfinal_precond = dfinal_state.contiguous(), dfinal_precond.contiguous()
     with _on(q):

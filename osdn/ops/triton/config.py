@@ -18,13 +18,13 @@ CONFIG: dict[str, dict[str, Any]] = {
     "token_scan": {"num_warps": 1},
     "write_keys": {"num_warps": 1, "BK": 32},
     "memory": {"num_warps": 4, "num_stages": 1, "BV": 64},
-    "states": {"num_warps": 4, "num_stages": 3, "BK": 64, "BV": 64},
-    "memory_reverse": {"num_warps": 4, "num_stages": 2, "BV": 64},
-    "gradients": {"num_warps": 8, "num_stages": 2, "BK": 64, "BV": 64},
-    "couple": {"num_warps": 4, "BK": 64},
+    "states": {"num_warps": 8, "num_stages": 2, "BK": 64, "BV": 64},
+    "memory_reverse": {"num_warps": 4, "num_stages": 1, "BV": 64},
+    "gradients": {"num_warps": 8, "num_stages": 3, "BK": 128, "BV": 64},
+    "couple": {"num_warps": 4, "BK": 128},
     "scan_reverse": {"num_warps": 4},
-    "precond_gradients": {"num_warps": 8, "BK": 64},
-    "step": {"num_warps": 8, "BV": 128},
+    "precond_gradients": {"num_warps": 4, "BK": 32},
+    "step": {"num_warps": 4, "BV": 128},
 }
 # Where tiles are larger, they must still fit registers and shared memory.
 WIDE: dict[str, dict[str, Any]] = {  # K > 128
@@ -32,7 +32,7 @@ WIDE: dict[str, dict[str, Any]] = {  # K > 128
     "memory": {"num_warps": 8, "num_stages": 1, "BV": 64},
     "memory_reverse": {"num_warps": 8, "num_stages": 1, "BV": 64},
     "scan_reverse": {"num_warps": 8},
-    "step": {"num_warps": 8, "BV": 64},
+    "step": {"num_warps": 4, "BV": 64},
 }
 FLOAT32: dict[str, dict[str, Any]] = {
     "scan": {"num_warps": 8},
@@ -44,7 +44,6 @@ FLOAT32: dict[str, dict[str, Any]] = {
     "couple": {"num_warps": 8, "BK": 32},
     "scan_reverse": {"num_warps": 8},
     "precond_gradients": {"num_warps": 8, "BK": 32},
-    "step": {"num_warps": 8, "BV": 64},
 }
 PIPELINE_BYTES = 160 * 1024  # of shared memory a block; with less, loads are not pipelined
 

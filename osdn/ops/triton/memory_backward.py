@@ -102,7 +102,7 @@ def memory_reverse_kernel(
         b_ka = load_tile(ka, o_t, left, H * K, o_k, K)
         b_do = load_tile(do, o_t, left, H * V, o_v, V)
         # Aᵀ, read transposed: column j of the tile is row j of A.
-        m_A = acausal & (o_t[None, :] < left)
+        m_A = o_t[None, :] < left
         b_At = tl.load(A + o_t[None, :] * (H * BT) + o_t[:, None], mask=m_A, other=0.0)
 
         store_tile(dS, b_dS, o_k, K, V, o_v, V)

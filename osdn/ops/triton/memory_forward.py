@@ -60,8 +60,7 @@ def memory_kernel(
         b_w = load_tile(w, o_t, left, H * K, o_k, K)
         b_ka = load_tile(ka, o_t, left, H * K, o_k, K)
         b_v = load_tile(v, o_t, left, H * V, o_v, V)
-        m_A = causal & (o_t[:, None] < left)
-        b_A = tl.load(A + o_t[:, None] * (H * BT) + o_t[None, :], mask=m_A, other=0.0)
+        b_A = load_tile(A, o_t, left, H * BT, o_t, BT)
 
         S = b_S.to(type)
         b_e = tl.dot(b_A, b_v, input_precision=PREC)

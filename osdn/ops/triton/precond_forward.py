@@ -127,7 +127,7 @@ def inverse_kernel(
         _diagonal(G33, b3, pre3, post3, eta),
         PREC,
     )
-    store_blocks(inverse + row * BT, H * BT, left, *X)
+    store_blocks(inverse + row * BT, H * BT, left, X, False)
 
 
 @triton.jit(do_not_specialize=["T"])

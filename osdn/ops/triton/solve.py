@@ -53,25 +53,28 @@ def invert(L00, L10, L11, L20, L21, L22, L30, L31, L32, L33, PREC: tl.constexpr)
 
 
 @triton.jit
-def store_blocks(p, stride, left, X00, X10, X11, X20, X21, X22, X30, X31, X32, X33):
-    """Write the lower blocks of a [64, 64] tile with the given row stride; rows ≥ left are not."""
+def store_blocks(p, stride, left, X, FULL: tl.constexpr):
+    """Write the lower blocks X of a [64, 64] tile with the given row stride, and with FULL zeros
+    for the others; rows ≥ left are not written."""
+    X00, X10, X11, X20, X21, X22, X30, X31, X32, X33 = X
     o_s = tl.arange(0, 16)
-    m = o_s[:, None] < left
     p = p + o_s[:, None] * stride + o_s[None, :]
+    zero = tl.zeros([16, 16], tl.float32)
+    _store_row(p, o_s, left, X00, zero, zero, zero, 1, FULL)
+    _store_row(p + 16 * stride, o_s + 16, left, X10, X11, zero, zero, 2, FULL)
+    _store_row(p + 32 * stride, o_s + 32, left, X20, X21, X22, zero, 3, FULL)
+    _store_row(p + 48 * stride, o_s + 48, left, X30, X31, X32, X33, 4, FULL)
+
+
+@triton.jit
+def _store_row(p, o_t, left, X0, X1, X2, X3, COUNT: tl.constexpr, FULL: tl.constexpr):
+    """The first COUNT of four blocks side by side, or all."""
     type = p.dtype.element_ty
-    tl.store(p, X00.to(type), mask=m)
-    p += 16 * stride
-    m = o_s[:, None] + 16 < left
-    tl.store(p, X10.to(type), mask=m)
-    tl.store(p + 16, X11.to(type), mask=m)
-    p += 16 * stride
-    m = o_s[:, None] + 32 < left
-    tl.store(p, X20.to(type), mask=m)
-    tl.store(p + 16, X21.to(type), mask=m)
-    tl.store(p + 32, X22.to(type), mask=m)
-    p += 16 * stride
-    m = o_s[:, None] + 48 < left
-    tl.store(p, X30.to(type), mask=m)
-    tl.store(p + 16, X31.to(type), mask=m)
-    tl.store(p + 32, X32.to(type), mask=m)
-    tl.store(p + 48, X33.to(type), mask=m)
+    m = o_t[:, None] < left
+    tl.store(p, X0.to(type), mask=m)
+    if COUNT > 1 or FULL:
+        tl.store(p + 16, X1.to(type), mask=m)
+    if COUNT > 2 or FULL:
+        tl.store(p + 32, X2.to(type), mask=m)
+    if COUNT > 3 or FULL:
+        tl.store(p + 48, X3.to(type), mask=m)

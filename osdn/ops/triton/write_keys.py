@@ -72,7 +72,7 @@ def write_keys_kernel(
     HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, IS_VARLEN: tl.constexpr,
     PATH: tl.constexpr, STORED: tl.constexpr, PREC: tl.constexpr, SOLVE: tl.constexpr,
 ):  # fmt: skip
-    """w, ka [B, T, H, K], A [B, T, H, BT] (upper part unwritten), in k's dtype. Grid: chunks · H.
+    """w, ka [B, T, H, K], A [B, T, H, BT], in k's dtype. Grid: chunks · H.
 
     starts [chunks, H, K]: d at each chunk's start; PATH: d moves within it. STORED: w is there.
     """
@@ -117,10 +117,9 @@ def write_keys_kernel(
         L32 += mul(k3, tl.trans(w2), PREC)
         L33 += mul(k3, tl.trans(w3), PREC)
 
-    X00, X10, X11, X20, X21, X22, X30, X31, X32, X33 = invert(
-        L00, L10, L11, L20, L21, L22, L30, L31, L32, L33, SOLVE
-    )
-    store_blocks(A + row * BT, H * BT, left, X00, X10, X11, X20, X21, X22, X30, X31, X32, X33)
+    X = invert(L00, L10, L11, L20, L21, L22, L30, L31, L32, L33, SOLVE)
+    store_blocks(A + row * BT, H * BT, left, X, True)
+    X00, X10, X11, X20, X21, X22, X30, X31, X32, X33 = X
     type = k.dtype.element_ty
     for i_k in range(tl.cdiv(K, BK)):
         o_k = i_k * BK + tl.arange(0, BK)

@@ -1,0 +1,216 @@
+"""The Triton kernels against the float64 definition: in Triton's interpreter, or on a GPU.
+
+The interpreter (tests/conftest.py turns it on where there is no GPU) runs the same kernel code on
+CPU tensors at small sizes, which checks their logic but not their compilation: test_triton_gpu.py
+and `osdn selfcheck` do that. Memory that torch.empty hands out is filled with NaN here, so that
+nothing unwritten can pass.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton cannot be installed here")
+
+from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step
+from osdn.ops.interface import BACKENDS
+from osdn.ops.rule import Rule
+from osdn.ops.triton import step as backend_step
+from osdn.ops.triton.chunks import CHUNK, cut
+from tests.numerics import assert_close, make_inputs, relative_error
+from tests.ops.running import detached, everything
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BOX = {"precond_min": 0.9, "precond_max": 1.05}
+# What the kernels round besides the plain backend: their dots' operands are in the inputs' dtype.
+FLOOR = {torch.float32: 5e-6, torch.float16: 1.5e-3}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty gives NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def on_device(inputs: dict) -> dict:
+    """Leaves on DEVICE."""
+    return {
+        n: None if x is None else x.detach().to(DEVICE).requires_grad_() for n, x in inputs.items()
+    }
+
+
+def check(inputs: dict, **options) -> None:
+    """Results and all gradients: at most twice the plain backend's error plus the floor."""
+    dtype = inputs["q"].dtype
+    inputs = on_device(inputs)
+    exact = {
+        n: None if x is None else x.detach().double().requires_grad_() for n, x in inputs.items()
+    }
+    expected = everything(exact, "reference", **options)
+    plain, actual = (everything(inputs, name, **options) for name in ("chunkwise", "triton"))
+    for name, x in expected.items():
+        assert_close(actual[name], x, 2 * relative_error(plain[name], x) + FLOOR[dtype], name)
+
+
+@pytest.mark.parametrize("T, K, V", [(1, 16, 16), (17, 20, 36), (63, 64, 16), (65, 72, 20)])
+def test_lengths_and_head_sizes(T, K, V):
+    check(make_inputs(1, T, 1, K, V, dtype=torch.float32))
+
+
+def test_several_sequences_heads_and_blocks_of_v():
+    check(make_inputs(2, 20, 2, 16, 70, dtype=torch.float32), beta_aware=True)
+
+
+def test_three_chunks_beta_aware():
+    check(make_inputs(1, 130, 1, 24, 16, dtype=torch.float32), beta_aware=True, eta=0.7)
+
+
+def test_no_retention_and_long_keys():
+    inputs = make_inputs(1, 70, 1, 20, 20, gamma=False, unit_keys=False, dtype=torch.float32)
+    check(inputs, scale=0.3)
+
+
+def test_constant_preconditioner():
+    check(make_inputs(1, 70, 1, 20, 20, gamma=False, dtype=torch.float32), eta=0.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"beta_aware": True, "eta": 1.5}])
+def test_active_clip(options):
+    check(make_inputs(1, 67, 2, 20, 16, dtype=torch.float32), **BOX, **options)
+
+
+def test_clip_that_never_acts_is_no_clip():
+    inputs = on_device(make_inputs(1, 66, 1, 20, 16, dtype=torch.float32))
+    free = everything(inputs, "triton")
+    boxed = everything(inputs, "triton", precond_min=-100.0, precond_max=100.0)
+    for name, x in free.items():
+        assert_close(boxed[name], x, 5e-6, name)
+
+
+@pytest.mark.parametrize("options", [{}, BOX])
+def test_packed_sequences(options):
+    offsets = torch.tensor([0, 1, 66, 80], device=DEVICE)
+    inputs = make_inputs(1, 80, 1, 20, 16, sequences=3, dtype=torch.float32)
+    check(inputs, cu_seqlens=offsets, **options)
+
+
+@pytest.mark.parametrize("options", [{"beta_aware": True}, BOX])
+def test_half_precision(options):
+    check(make_inputs(1, 66, 1, 40, 24, dtype=torch.float16), **options)
+
+
+def test_duplicate_keys_and_strong_writes():
+    inputs = make_inputs(1, 70, 1, 16, 16, dtype=torch.float32)
+    k = inputs["k"].detach()
+    k[:, 1:40] = k[:, :1]
+    inputs["k"] = k
+    inputs["beta"] = 1.0 + torch.arange(70).view(1, 70, 1) % 2
+    check(inputs, beta_aware=True)
+
+
+def test_padding_changes_nothing():
+    inputs = detached(make_inputs(1, 70, 1, 16, 16, dtype=torch.float32))
+    for name in ("k", "beta", "log_gamma"):
+        inputs[name][:, 50:] = 0
+    whole = online_scaled_delta_rule(
+        **on_device(inputs), output_final_state=True, backend="triton", **BOX
+    )
+    short = {n: x if n.startswith("initial") else x[:, :50] for n, x in inputs.items()}
+    part = online_scaled_delta_rule(
+        **on_device(short), output_final_state=True, backend="triton", **BOX
+    )
+    assert torch.equal(whole[1], part[1])
+    assert torch.equal(whole[2], part[2])
+
+
+def test_strided_inputs_and_expanded_gradient():
+    inputs = on_device(make_inputs(1, 20, 2, 16, 16, dtype=torch.float32))
+    strided = {
+        n: x.transpose(1, 2).contiguous().transpose(1, 2) if x.ndim == 4 else x
+        for n, x in inputs.items()
+    }
+    given = list(inputs.values())
+    o, o_strided = (online_scaled_delta_rule(**x, backend="triton")[0] for x in (inputs, strided))
+    assert torch.equal(o, o_strided)
+    ones = torch.ones_like(o)
+    for a, b in zip(
+        torch.autograd.grad(o, given, ones, materialize_grads=True),
+        torch.autograd.grad(o_strided.sum(), given, materialize_grads=True),
+    ):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("options", [{}, {"beta_aware": True}, BOX])
+def test_step(options):
+    inputs = make_inputs(2, 1, 2, 20, 70, gamma=not options, dtype=torch.float32)
+    inputs = detached(on_device(inputs))
+    token = {n: x[:, 0] for n, x in inputs.items() if x is not None and x.shape[1] == 1}
+    results = []
+    for backend in ("triton", "reference"):
+        state, precond = inputs["initial_state"].clone(), inputs["initial_precond"].clone()
+        o, *after = online_scaled_delta_step(
+            **token, state=state, precond=precond, backend=backend, **options
+        )
+        assert after[0] is state and after[1] is precond
+        results.append((o, state, precond))
+    for actual, expected in zip(*results):
+        assert_close(actual, expected, 1e-6)
+
+
+def test_step_with_slots_of_a_pool():
+    inputs = detached(on_device(make_inputs(3, 1, 2, 16, 24, dtype=torch.float32)))
+    token = [inputs[n][:, 0] for n in ("q", "k", "v", "beta", "log_gamma")]
+    rule = Rule(1.0, True, None, None, 0.25)
+    g = torch.Generator().manual_seed(3)
+    pool = torch.randn(5, 2, 16, 24, generator=g).to(DEVICE)
+    preconds = torch.rand(5, 2, 16, generator=g).to(DEVICE)
+    slots = torch.tensor([4, -1, 0], device=DEVICE)
+    state, precond = pool.clone(), preconds.clone()
+    o = backend_step(*token, state, precond, rule, slots=slots)
+    for i, slot in ((0, 4), (2, 0)):
+        S, d = pool[slot : slot + 1].clone(), preconds[slot : slot + 1].clone()
+        alone = backend_step(*(x[i : i + 1].contiguous() for x in token), S, d, rule)
+        assert torch.equal(alone[0], o[i])
+        assert torch.equal(S[0], state[slot]) and torch.equal(d[0], precond[slot])
+    for slot in (1, 2, 3):
+        assert torch.equal(state[slot], pool[slot]) and torch.equal(precond[slot], preconds[slot])
+
+
+def test_chunks_of_packed_sequences():
+    offsets = torch.tensor([0, 1, 1 + CHUNK, 2 + 2 * CHUNK], device=DEVICE)
+    chunks = cut(1, int(offsets[-1]), offsets)
+    assert chunks.offsets.tolist() == [0, 1, 2]
+    used = [pair for pair in chunks.indices.tolist() if pair[0] >= 0]
+    assert used == [[0, 0], [1, 0], [2, 0], [2, 1]]
+    assert cut(1, int(offsets[-1]), offsets) is chunks
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_custom_operator_contract():
+    inputs = make_inputs(1, 17, 1, 16, 16, dtype=torch.float32)
+    tensors = list(on_device(inputs).values())
+    torch.library.opcheck(
+        BACKENDS["triton"].rule, (*tensors, None, 1.0, True, None, None, 0.25, True)
+    )
+    token = [x.detach()[:, 0].contiguous() for x in tensors[:5]]
+    states = [x.detach() for x in tensors[5:]]
+    torch.library.opcheck(BACKENDS["triton"].step, (*token, *states, 1.0, True, None, None, 0.25))
+
+
+def test_what_the_front_door_refuses(monkeypatch):
+    inputs = make_inputs(1, 2, 1, 16, 16, dtype=torch.float32)
+    cases = [
+        ({n: x.double() for n, x in inputs.items()}, "bfloat16, float16 or float32"),
+        (make_inputs(1, 2, 1, 300, 16, dtype=torch.float32), "at most 256"),
+    ]
+    if DEVICE == "cpu":
+        half = {n: x.bfloat16() if x.ndim == 4 else x for n, x in inputs.items()}
+        cases.append((half | {"initial_state": inputs["initial_state"]}, "multiplies the bits"))
+    for wrong, message in cases:
+        with pytest.raises(ValueError, match=message):
+            online_scaled_delta_rule(**on_device(wrong), backend="triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="needs CUDA tensors, got tensors on cpu"):
+        online_scaled_delta_rule(**inputs, backend="triton")

@@ -1,0 +1,124 @@
+"""What only a GPU can show of the Triton backend: compiled kernels, graphs, sizes past 2^31."""
+
+import pytest
+import torch
+
+from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step
+from osdn.selfcheck import check_all
+from tests.numerics import assert_close, make_inputs
+from tests.ops.running import BOX
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+def inputs_on_gpu(*sizes: int, dtype: torch.dtype = torch.bfloat16, **options) -> dict:
+    inputs = make_inputs(*sizes, dtype=dtype, **options)
+    return {n: None if x is None else x.detach().cuda().requires_grad_() for n, x in inputs.items()}
+
+
+def test_every_case_of_selfcheck():
+    wrong = [result for result in check_all() if not result.right]
+    assert not wrong
+
+
+def test_full_graph_compile_is_eager():
+    inputs = inputs_on_gpu(2, 130, 2, 64, 64)
+
+    def loss(**tensors):
+        o, S, d = online_scaled_delta_rule(**tensors, output_final_state=True, beta_aware=True)
+        return o.float().square().mean() + S.square().mean() + d.square().mean()
+
+    eager = torch.autograd.grad(loss(**inputs), list(inputs.values()))
+    compiled = torch.compile(loss, fullgraph=True)
+    for name, a, b in zip(
+        inputs, torch.autograd.grad(compiled(**inputs), list(inputs.values())), eager
+    ):
+        assert_close(a, b, 1e-3, name)
+
+
+@pytest.mark.parametrize("options", [{"beta_aware": True}, BOX])
+def test_decode_step_compiles_and_is_captured(options):
+    inputs = {n: x.detach() for n, x in inputs_on_gpu(4, 5, 2, 128, 64).items()}
+    tokens = {n: inputs[n] for n in ("q", "k", "v", "beta", "log_gamma")}
+    whole, S, d = online_scaled_delta_rule(**inputs, output_final_state=True, **options)
+
+    def step(state, precond, **token):
+        return online_scaled_delta_step(**token, state=state, precond=precond, **options)[0]
+
+    compiled = torch.compile(step, fullgraph=True)
+    with torch.no_grad():
+        for how in ("eager", "compiled", "captured"):
+            state, precond = inputs["initial_state"].clone(), inputs["initial_precond"].clone()
+            token = {n: x[:, 0].clone() for n, x in tokens.items()}
+            if how == "captured":
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    captured = step(state, precond, **token)
+            for t in range(5):
+                for n, x in tokens.items():
+                    token[n].copy_(x[:, t])
+                if how == "captured":
+                    graph.replay()
+                    o = captured
+                else:
+                    o = (step if how == "eager" else compiled)(state, precond, **token)
+                assert_close(o, whole[:, t], 2e-2, f"{how} o at {t}")
+            assert_close(state, S, 1e-2, how)
+            assert_close(precond, d, 1e-5, how)
+
+
+def test_no_kernel_is_compiled_again_for_another_length_or_batch():
+    from osdn.ops.triton import memory_backward, memory_forward, precond_forward, write_keys
+
+    kernels = (
+        precond_forward.inverse_kernel,
+        precond_forward.scan_kernel,
+        write_keys.write_keys_kernel,
+        memory_forward.memory_kernel,
+        memory_backward.memory_reverse_kernel,
+        memory_backward.gradients_kernel,
+    )
+
+    def compiled() -> list[int]:
+        return [sum(len(c[0]) for c in kernel.device_caches.values()) for kernel in kernels]
+
+    def both(B, T):
+        inputs = inputs_on_gpu(B, T, 2, 64, 64)
+        o = online_scaled_delta_rule(**inputs)[0]
+        torch.autograd.grad(o.sum(), list(inputs.values()), materialize_grads=True)
+
+    both(2, 128)
+    before = compiled()
+    assert min(before) > 0
+    for B, T in ((1, 1), (3, 63), (1, 4096), (16, 100), (2, 1000)):
+        both(B, T)
+    assert compiled() == before
+
+
+def test_more_than_2_to_the_31_elements():
+    T, H, K = 2**20 + 4160, 16, 128
+    g = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, device="cuda", dtype=torch.bfloat16)
+
+    k = normal(1, T, H, K)
+    k /= k.norm(dim=-1, keepdim=True)
+    inputs = {"q": normal(1, T, H, K), "k": k, "v": normal(1, T, H, K)}
+    inputs["beta"] = torch.rand(1, T, H, generator=g, device="cuda")
+    with torch.no_grad():
+        o, S, d = online_scaled_delta_rule(**inputs, output_final_state=True)
+        tail = o[:, -4096:].clone()
+        del o
+        head = {n: x[:, :-4096] for n, x in inputs.items()}
+        _, S0, d0 = online_scaled_delta_rule(**head, output_final_state=True)
+        rest = {n: x[:, -4096:] for n, x in inputs.items()}
+        o1, S1, d1 = online_scaled_delta_rule(
+            **rest, initial_state=S0, initial_precond=d0, output_final_state=True
+        )
+    assert_close(tail, o1, 1e-5)
+    assert_close(S, S1, 1e-5)
+    assert_close(d, d1, 1e-5)
