@@ -17,10 +17,10 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["osdn.train.command", "osdn.ops.compiled"])
 
 
-def start(recipe: Path, out: Path, before: str = "") -> Any:
-    """A process that does what the console command does, after the statements `before`."""
+def start(recipe: Path, out: Path) -> Any:
+    """A process that does what the console command does."""
     line = ["train", str(recipe), "--out", str(out)]
-    code = f"import sys; {before}\nfrom osdn.cli import main; sys.exit(main({line!r}))"
+    code = f"import sys; from osdn.cli import main; sys.exit(main({line!r}))"
     process = context.Process(target=exec, args=(code, {}))
     process.start()
     return process
