@@ -1,7 +1,8 @@
-"""`osdn demo`: an OSDN language model beside its DeltaNet twin, in minutes, from nothing.
+"""`osdn demo`: OSDN beside its DeltaNet twin, in minutes, from nothing.
 
-Both are trained on the same text in the same order from the same initial weights. It prints a
-table, draws both loss curves and the preconditioner that OSDN learned, and lets OSDN write.
+First in-context recall (MQAR) with a memory that is small for what it must hold. Then two language
+models, trained on the same text in the same order from the same initial weights: a table, both
+loss curves and the preconditioner that OSDN learned, and a passage that OSDN writes.
 """
 
 import argparse
@@ -13,6 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from osdn.data import collate
 from osdn.errors import UserError
+from osdn.evals.mqar_demo import small_comparison
+from osdn.evals.results import markdown
 from osdn.generate import load
 from osdn.train import Recipe, TrainResult, load_recipe, train
 from osdn.train.setup import make_rows
@@ -31,9 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    print("Recall: 16 key-value pairs in a memory of 16 × 16, two seeds, two learning rates")
+    comparison, recall_plot = small_comparison(args.out / "recall")
+    print(markdown(comparison["tables"][0]))
     results = {}
     for mixer, name in NAMES.items():
-        print(f"\nTraining {name}", flush=True)
+        print(f"\nTraining the {name} language model", flush=True)
         recipe = load_recipe(args.recipe, [*args.overrides, f"model.mixer={mixer}"])
         results[mixer] = train(recipe, args.out / mixer)
     print("\n" + table(results))
@@ -52,7 +58,8 @@ def run(args: argparse.Namespace) -> None:
         pad_token_id=tokenizer.pad_token_id,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
     )
-    print(f"\nThe loss curves and the learned preconditioner: {path}")
+    print(f"\nPlots: {recall_plot} (recall)")
+    print(f"       {path} (loss curves and the learned preconditioner)")
 
 
 def table(results: dict[str, TrainResult]) -> str:
@@ -92,20 +99,27 @@ def draw(results: dict[str, TrainResult], preconds: list[Tensor], path: Path) ->
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(12, 4.2), layout="constrained", width_ratios=(1, 1.25)
-    )
-    for (mixer, result), color in zip(results.items(), ("#0072B2", "#D55E00")):
+    figure = plt.figure(figsize=(12, 5), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.25), height_ratios=(2.2, 1))
+    left, below = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[1, 0])
+    right = figure.add_subplot(grid[:, 1])
+    smooth = {}
+    for (mixer, result), color, style in zip(results.items(), ("#D55E00", "#0072B2"), ("-", "--")):
         steps = [step for step, loss in result.loss if loss is not None]
         losses = torch.tensor([loss for _, loss in result.loss if loss is not None])
-        window = max(1, len(losses) // 40)
-        mean = losses.unfold(0, window, 1).mean(-1)
+        window = max(1, len(losses) // 20)
+        smooth[mixer] = dict(zip(steps[window - 1 :], losses.unfold(0, window, 1).mean(-1)))
         left.plot(steps, losses, color=color, alpha=0.2, linewidth=0.8)
-        left.plot(steps[window - 1 :], mean, color=color, label=NAMES[mixer])
-    left.set(
-        xlabel="optimiser step", ylabel="training loss, nats per byte", title="Same data, same seed"
-    )
+        x, y = list(smooth[mixer]), list(smooth[mixer].values())
+        left.plot(x, y, style, color=color, label=NAMES[mixer])
+    left.set(ylabel="training loss, nats per byte", title="Same data, same seed")
     left.legend()
+    both = [step for step in smooth["osdn"] if step in smooth["delta_net"]]
+    below.axhline(0, color="black", linewidth=0.8)
+    below.plot(
+        both, [smooth["osdn"][step] - smooth["delta_net"][step] for step in both], color="#D55E00"
+    )
+    below.set(xlabel="optimiser step (mean over a window)", ylabel="OSDN − DeltaNet")
     d = torch.stack([x.flatten() for x in preconds])
     reach = max(0.1, (d - 1).abs().max().item())
     image = right.imshow(d.numpy(), aspect="auto", cmap="PuOr", vmin=1 - reach, vmax=1 + reach)

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 from osdn import OSDNConfig, OSDNForCausalLM
 from osdn.cli import COMMANDS, main
 from osdn.data import byte_tokenizer
+from osdn.evals import mqar_demo
 from osdn.generate import load
 from tests.numerics import assert_close
 
@@ -111,14 +112,18 @@ def test_memory_does_not_grow_with_the_context(checkpoint):
     assert size(16) == size(4096) > 0
 
 
-def test_demo_trains_both_and_draws(capsys, tmp_path):
+def test_demo_trains_both_and_draws(capsys, tmp_path, monkeypatch):
+    short = {"examples": 32, "test_examples": 16, "epochs": 1, "processes": 1, "device": "cpu"}
+    monkeypatch.setitem(mqar_demo.RECIPE, "train", short)
     code, out, _ = run(capsys, "demo", "--out", tmp_path, *TINY)
     assert code == 0
     rows = re.findall(r"^\| (OSDN|DeltaNet) \| ([\d,]+) \| (\d\.\d+) \|", out, re.MULTILINE)
     assert [name for name, _, _ in rows] == ["OSDN", "DeltaNet"]
     counts = [int(count.replace(",", "")) for _, count, _ in rows]
     assert counts[0] - counts[1] == 2 * 32  # d_1, layers times hidden size
-    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    for plot in (tmp_path / "demo.png", tmp_path / "recall" / "mqar.png"):
+        assert plot.read_bytes().startswith(b"\x89PNG") and str(plot) in out
+    assert re.search(r"delta_net \|.*\n.*osdn \|", out)  # the table of the recall comparison
     assert "def " in out
 
 
