@@ -71,15 +71,18 @@ def test_decode_step_compiles_and_is_captured(options):
 
 
 def test_no_kernel_is_compiled_again_for_another_length_or_batch():
-    from osdn.ops.triton import memory_backward, memory_forward, precond_forward, write_keys
+    from osdn.ops.triton.memory_backward import gradients_kernel, memory_reverse_kernel
+    from osdn.ops.triton.memory_forward import memory_kernel
+    from osdn.ops.triton.precond_forward import inverse_kernel, scan_kernel
+    from osdn.ops.triton.write_keys import write_keys_kernel
 
     kernels = (
-        precond_forward.inverse_kernel,
-        precond_forward.scan_kernel,
-        write_keys.write_keys_kernel,
-        memory_forward.memory_kernel,
-        memory_backward.memory_reverse_kernel,
-        memory_backward.gradients_kernel,
+        inverse_kernel,
+        scan_kernel,
+        write_keys_kernel,
+        memory_kernel,
+        memory_reverse_kernel,
+        gradients_kernel,
     )
 
     def compiled() -> list[int]:
