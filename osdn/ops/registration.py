@@ -121,6 +121,8 @@ def register(name: str, module_name: str) -> Backend:
         return v.new_empty(v.shape)
 
     def setup_context(ctx, inputs, output):
+        # Nobody differentiates through what is saved: zeros for it would cost as much as it does.
+        ctx.set_materialize_grads(False)
         ctx.has_gamma = inputs[4] is not None
         ctx.rule, ctx.tensors_given = inputs[8:13], [x is not None for x in inputs[:8]]
         ctx.save_for_backward(*(x for x in inputs[:8] if x is not None), *output[3])
@@ -128,7 +130,9 @@ def register(name: str, module_name: str) -> Backend:
     def differentiate(ctx, do, dfinal_state, dfinal_precond, _):
         kept = iter(ctx.saved_tensors)
         tensors = [next(kept) if given else None for given in ctx.tensors_given]
-        gradients = backward(do, dfinal_state, dfinal_precond, *tensors, list(kept), *ctx.rule)
+        results = (tensors[2], do), (tensors[5], dfinal_state), (tensors[6], dfinal_precond)
+        given = [torch.zeros_like(like) if x is None else x for like, x in results]
+        gradients = backward(*given, *tensors, list(kept), *ctx.rule)
         dq, dk, dv, dbeta, dstate, dprecond, *dlog_gamma = gradients
         dgamma = dlog_gamma[0] if ctx.has_gamma else None
         return dq, dk, dv, dbeta, dgamma, dstate, dprecond, None, *[None] * 6
