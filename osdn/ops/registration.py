@@ -129,7 +129,7 @@ def register(name: str, module_name: str) -> Backend:
 
     def differentiate(ctx, do, dfinal_state, dfinal_precond, _):
         kept = iter(ctx.saved_tensors)
-        tensors = [next(kept) if given else None for given in ctx.tensors_given]
+        tensors: list[Any] = [next(kept) if given else None for given in ctx.tensors_given]
         results = (tensors[2], do), (tensors[5], dfinal_state), (tensors[6], dfinal_precond)
         given = [torch.zeros_like(like) if x is None else x for like, x in results]
         gradients = backward(*given, *tensors, list(kept), *ctx.rule)
