@@ -13,7 +13,7 @@ RECIPE: dict[str, Any] = {
     },
     "tasks": [{"length": 64, "pairs": 16, "batch_size": 16}],
     "widths": [32],
-    "learning_rates": [5e-3, 1e-2],
+    "learning_rates": [2.5e-3, 5e-3],
     "seeds": [1, 2],
     "language": {"vocab_size": 64},
     "model": {"layers": ["convolution", "mixer"], "init_std": 0.1},
@@ -28,7 +28,7 @@ RECIPE: dict[str, Any] = {
 
 
 def small_comparison(out: Path) -> tuple[dict[str, Any], Path]:
-    """Train the eight models of a corner of recipes/mqar_small.yaml, or what `out` lacks of them.
+    """Train eight models, two seeds and learning rates each, or what `out` lacks of them.
 
     Returns:
         The result (see osdn.evals.results; osdn.evals.results.markdown prints its table), and the

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
-MARKERS = "osD^vP*X"  # a series is told apart without its colour, too
+MARKERS, LINES = "osD^vP*X", ("-", "--", ":", "-.")  # told apart without colours, too
 DPI = 110
 
 
@@ -17,10 +17,14 @@ def draw_curves(axes: Axes, curves: dict[str, Any]) -> None:
     for i, (label, points) in enumerate(curves["series"].items()):
         x, y, low, high = zip(*points)
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        axes.plot(x, y, label=label, color=colour, marker=marker, markersize=5, linewidth=1.6)
+        line = LINES[i % len(LINES)]
+        axes.plot(x, y, line, label=label, color=colour, marker=marker, markersize=5, linewidth=1.6)
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     if curves.get("log_x"):
         axes.set_xscale("log")
+        ticks = sorted({point[0] for points in curves["series"].values() for point in points})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+        axes.set_xticks([], minor=True)
     if curves.get("log_y"):
         axes.set_yscale("log")
     axes.set(xlabel=curves["x"], ylabel=curves["y"])

@@ -79,7 +79,7 @@ def group(results: list[tuple[str, Result]]) -> list[list[tuple[str, Result]]]:
     groups: dict[str, list[tuple[str, Result]]] = {}
     for path, result in results:
         key = json.dumps([result["task"], result["protocol"]], sort_keys=True)
-        label = result["model"]["name"] if result.get("model") else path
+        label = result["model"]["name"] if result.get("model") else str(Path(path).parent)
         groups.setdefault(key, []).append((label, result))
     return list(groups.values())
 
@@ -206,5 +206,5 @@ def as_markdown(groups: list[list[tuple[str, Result]]]) -> str:
         parts.append(f"Protocol: `{protocol}`")
         for member in members:
             first, command, rest = facts(*member)
-            parts.append(f"{first}\n`{command}`\n{rest}")
+            parts.append(f"{first}  \n`{command}`  \n{rest}")
     return "\n\n".join(parts) + "\n"

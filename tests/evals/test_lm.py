@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -46,6 +47,15 @@ DOCS = [
     {"question": f"the {word} is", "choices": [" red", " green", " blue"], "label": i % 3}
     for i, word in enumerate(("sky", "grass", "blood", "sea", "leaf", "rose"))
 ]
+
+
+@pytest.fixture(autouse=True)
+def only_these_tasks(monkeypatch):
+    """Without the harness's own thousands of tasks, whose files take seconds to read."""
+    import lm_eval.tasks
+
+    few = partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", few)
 
 
 @pytest.fixture(scope="module")
