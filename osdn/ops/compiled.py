@@ -1,8 +1,8 @@
 """The `numba` backend: the token recurrence compiled for the CPU, heads over threads.
 
-The loops and what they compute are in osdn.ops.compiled_kernels; the contract of the four functions
-is in osdn.ops.registration. float32 and float64 are computed as they are, other dtypes in float32.
-Nothing of size K × V is kept per token: the backward saves the residual e [B, T, H, V].
+The loops and what they compute are in compiled_forward.py and compiled_backward.py; the contract of
+the four functions is in osdn.ops.registration. float32 and float64 are computed as they are, other
+dtypes in float32. Of all that the forward computes, the residual e [B, T, H, V] alone is saved.
 
 Threads: as many as torch.get_num_threads() says, from a pool of Python threads (the machine code
 releases the GIL). numba's prange is not used: where neither TBB nor a system OpenMP is found, it
@@ -20,7 +20,7 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-from osdn.ops import compiled_kernels as kernels
+from osdn.ops import compiled_backward, compiled_forward
 from osdn.ops.rule import Rule
 from osdn.ops.validation import check_cu_seqlens
 
@@ -89,7 +89,7 @@ def backward(
     dq, dk, dv, dbeta, dgamma, dstate, dprecond = out
     moves = not rule.constant_precond(log_gamma is not None)
     arrays = _flat(beta.dtype, *given, *saved), _flat(beta.dtype, *out)
-    _run(kernels.backward, v, k.shape[-1], cu_seqlens, (_numbers(rule, moves), *arrays))
+    _run(compiled_backward.backward, v, k.shape[-1], cu_seqlens, (_numbers(rule, moves), *arrays))
     gradients = [dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbeta, dstate, dprecond]
     return gradients if log_gamma is None else [*gradients, dgamma * gamma]
 
@@ -119,7 +119,7 @@ def _forward(q, k, v, beta, log_gamma, state, precond, cu_seqlens, rule: Rule, o
     moves = not rule.constant_precond(log_gamma is not None)
     given = _flat(beta.dtype, q, k, v, beta, gamma, state, precond)
     arguments = (_numbers(rule, moves), given, _flat(beta.dtype, *out))
-    _run(kernels.forward, v, k.shape[-1], cu_seqlens, arguments)
+    _run(compiled_forward.forward, v, k.shape[-1], cu_seqlens, arguments)
 
 
 def _flat(dtype: torch.dtype, *tensors: Tensor) -> tuple[ndarray, ...]:

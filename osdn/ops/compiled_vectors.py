@@ -11,6 +11,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import extending, njit, types
 from numba.core import cgutils
@@ -18,6 +19,7 @@ from numba.core.datamodel import models
 
 intrinsic: Any = extending.intrinsic  # numba's annotation is of the emitter, not of what it makes
 BYTES = 128  # a vector: two registers with AVX-512, four with AVX2, eight with NEON
+AHEAD = 2  # tokens between asking for a row and using it
 
 
 class Vector(types.Type):
@@ -133,6 +135,21 @@ def spread(typing, array, index):
     return vector(array, types.intp), emit
 
 
+@intrinsic
+def prefetch(typing, array, index):
+    """Ask for the cache line of array[index], which may lie outside of the array."""
+
+    def emit(context, builder, sig, args):
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte] + [number] * 3)
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        address = _address(context, builder, array, args, ir.IntType(8))
+        builder.call(function, [address, number(0), number(3), number(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), emit
+
+
 def _lanewise(arguments, combine):
     """Signature and code of an operation on vectors; a number stands for a vector of it."""
     vector = next(x for x in arguments if isinstance(x, Vector))
@@ -202,3 +219,35 @@ def entry(function):
         return njit(nogil=True, error_model="numpy", cache=True)(function)
     except RuntimeError:  # numba found no directory to write to: compile in every process
         return inlined(function)
+
+
+@inlined
+def load(array, index, count):
+    """A vector from array[index] on; past `count` numbers, zeros."""
+    return load_all(array, index) if count >= lanes(array) else load_some(array, index, count)
+
+
+@inlined
+def store(array, index, x, count):
+    """x to array[index] on, `count` numbers at most."""
+    if count >= lanes(array):
+        store_all(array, index, x)
+    else:
+        store_some(array, index, x, count)
+
+
+@inlined
+def fetch(array, row, size, start, count):
+    """Ask for numbers start to start + count of a row ahead of its use, wherever it may lie."""
+    for i in range(start, min(start + count, size), 64 // array.itemsize):
+        prefetch(array, row * size + i)
+
+
+@inlined
+def scratch(like, rows, columns):
+    """Unwritten rows of `columns` numbers padded to whole vectors, aligned to a cache line."""
+    W = lanes(like)
+    line = 64 // like.itemsize
+    array = np.empty(rows * (-(-columns // W) * W) + line, like.dtype)
+    skip = (-array.ctypes.data % 64) // like.itemsize
+    return array[skip:]

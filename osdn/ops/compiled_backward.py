@@ -1,159 +1,34 @@
-"""The token recurrence and its derivative as machine code for the CPU; see osdn.ops.compiled.
+"""The derivative of the token recurrence as machine code; the layout is compiled_forward.py's.
 
-A job is one head of one sequence. Its memory S is cut into panels of as many columns as a vector
-has lanes. Columns of S never mix, so a panel (K × 128 bytes) runs through the whole sequence in the
-first-level cache, and one pass over it serves one token (w_t = β_t d_t ⊙ k_t, G = ∂/∂S):
+Of what the forward knew it wants e_t alone; nothing of size K × V is kept or computed twice. d_t is
+computed again by the forward's instructions, so that the clip mask is the forward's. Then, with G
+the gradient of S, which needs e but not S, two passes a token:
 
-    forward    S += w_{t−1} e_{t−1}ᵀ; the same pass sums Sᵀk_t and Sᵀq_{t−1}
-    backward   reversed in time, G += scale q_t do_tᵀ − k_{t+1} de_{t+1}ᵀ; the same pass sums
-               a = Gᵀ(d_t ⊙ k_t) and G e_t:  dv = de = β a,  dβ = ⟨a, e⟩,  ∂/∂(d ⊙ k) = β G e
-               forward in time over Sᵀ:  dq = scale S_t do,  dk −= S_{t−1} de
+    last token first over G:    G += scale q_t do_tᵀ − k_{t+1} de_{t+1}ᵀ, with a = Gᵀ(d_t ⊙ k_t) and
+                                G e_t;  dv = de = β a,  dβ = ⟨a, e⟩,  ∂/∂(d ⊙ k) = β G e
+    first token first over Sᵀ:  dq = scale S_t do,  dk −= S_{t−1} de,  S += w_t e_tᵀ
 
-The preconditioner comes first, for all tokens, exact clip included. Of what the forward knew the
-backward wants e_t alone: it computes d_t again, by the same instructions, so that its clip mask is
-the forward's.
-
-Arrays are flat and contiguous. Row r of q is q[r K : (r + 1) K] with r = token H + head; job
-n H + h has the tokens from bounds[n] to bounds[n + 1]. `sizes` is (H, K, V), `rule` is (η,
-beta_aware, d_min, d_max, scale, whether d moves); an array of size 0 stands for one that was not
-given or is not wanted.
+and between them phase 1 reversed.
 """
 
-import numpy as np
-
+from osdn.ops.compiled_forward import energy, moved, preconditioners, weigh
 from osdn.ops.compiled_vectors import (
+    AHEAD,
     choose,
     entry,
+    fetch,
     fma,
     inlined,
     lanes,
+    load,
     load_all,
-    load_some,
+    scratch,
     spread,
+    store,
     store_all,
-    store_some,
     total,
     zeros,
 )
-
-
-@inlined
-def load(array, index, count):
-    """A vector from array[index] on; past `count` numbers, zeros."""
-    return load_all(array, index) if count >= lanes(array) else load_some(array, index, count)
-
-
-@inlined
-def store(array, index, x, count):
-    """x to array[index] on, `count` numbers at most."""
-    if count >= lanes(array):
-        store_all(array, index, x)
-    else:
-        store_some(array, index, x, count)
-
-
-@inlined
-def scratch(like, rows, columns):
-    """Zeros for rows of `columns` numbers padded to whole vectors, aligned to a cache line."""
-    W = lanes(like)
-    line = 64 // like.itemsize
-    array = np.zeros(rows * (-(-columns // W) * W) + line, like.dtype)
-    skip = (-array.ctypes.data % 64) // like.itemsize
-    return array[skip:]
-
-
-@inlined
-def energy(d, at, k, row, K):
-    """⟨d_t, k_t ⊙ k_t⟩."""
-    x = zeros(d)
-    for i in range(0, K, lanes(d)):
-        key = load(k, row + i, K - i)
-        x = fma(fma(key, load_all(d, at + i), 0.0), key, x)
-    return total(x)
-
-
-@inlined
-def moved(d, key, gamma, rate):
-    """γ d + rate k ⊙ k: the next preconditioner before the clip."""
-    return fma(fma(rate, key, 0.0), key, fma(gamma, d, 0.0))
-
-
-@inlined
-def preconditioners(job, first, T, sizes, rule, k, beta, gamma, start):
-    """d_1 .. d_{T+1} in padded rows, and the row length; one row and 0 where d does not move."""
-    H, K = sizes[:2]
-    eta, aware, low, high, _, moves = rule
-    W = lanes(k)
-    wide = -(-K // W) * W
-    d = scratch(k, T + 1 if moves else 1, K)
-    for i in range(0, K, W):
-        store_all(d, i, load(start, job * K + i, K - i))
-    for t in range(T if moves else 0):
-        row, at = first + t * H, t * wide
-        b = beta[row] if aware else 1.0
-        retention = gamma[row] if gamma.size else 1.0
-        rate = eta * b * (1.0 - b * energy(d, at, k, row * K, K))
-        for i in range(0, K, W):
-            key = load(k, row * K + i, K - i)
-            u = moved(load_all(d, at + i), key, retention, rate)
-            store_all(d, at + wide + i, choose(u, low, high, low, u, high))
-    return d, wide if moves else 0
-
-
-@inlined
-def weigh(w, d, at, k, row, K, factor):
-    """w = factor d_t ⊙ k_t."""
-    for i in range(0, K, lanes(w)):
-        key = load(k, row + i, K - i)
-        store_all(w, i, fma(fma(factor, load_all(d, at + i), 0.0), key, 0.0))
-
-
-@inlined
-def forward_panel(p, job, first, T, sizes, scale, d, wide, S, w, arrays):
-    """o and e of columns p and following of the values, and the memory after the last token."""
-    H, K, V = sizes
-    q, k, v, beta, state, o, errors, final_state = arrays
-    W, count = lanes(S), V - p
-    for i in range(K):
-        store_all(S, i * W, load(state, (job * K + i) * V + p, count))
-        w[i] = 0
-    e = zeros(S)
-    for t in range(T + 1):
-        row, last = first + min(t, T - 1) * H, first + max(t - 1, 0) * H
-        a, b = zeros(S), zeros(S)
-        for i in range(K):
-            s = fma(spread(w, i), e, load_all(S, i * W))
-            store_all(S, i * W, s)
-            a = fma(spread(k, row * K + i), s, a)
-            b = fma(spread(q, last * K + i), s, b)
-        if t > 0:
-            store(o, last * V + p, fma(scale, b, 0.0), count)
-        if t < T:
-            e = fma(-1.0, a, load(v, row * V + p, count))
-            if errors.size:
-                store(errors, row * V + p, e, count)
-            weigh(w, d, t * wide, k, row * K, K, beta[row])
-    for i in range(K):
-        store(final_state, (job * K + i) * V + p, load_all(S, i * W), count)
-
-
-@entry
-def forward(jobs, bounds, sizes, rule, given, out):
-    """The jobs from jobs[0] to jobs[1]: given (q, k, v, beta, gamma, state, precond), out (o, e,
-    final_state, final_precond); the last two may be the memory that state and precond are in."""
-    H, K, V = sizes
-    q, k, v, beta, gamma, state, precond = given
-    o, e, final_state, final_precond = out
-    W, arrays = lanes(k), (q, k, v, beta, state, o, e, final_state)
-    S, w = scratch(k, K, W), scratch(k, 1, K)
-    for job in range(jobs[0], jobs[1]):
-        n, h = divmod(job, H)
-        first, T = bounds[n] * H + h, bounds[n + 1] - bounds[n]
-        d, wide = preconditioners(job, first, T, sizes, rule, k, beta, gamma, precond)
-        for p in range(0, V, W):
-            forward_panel(p, job, first, T, sizes, rule[4], d, wide, S, w, arrays)
-        for i in range(0, K, W):
-            store(final_precond, job * K + i, load_all(d, T * wide + i), K - i)
 
 
 @inlined
@@ -169,6 +44,13 @@ def backward_memory(p, job, first, T, sizes, scale, d, wide, scratches, arrays, 
     de, after = zeros(G), first + (T - 1) * H
     for t in range(T - 1, -1, -1):
         row = first + t * H
+        ahead = row - AHEAD * H
+        fetch(q, ahead, K, 0, K)
+        fetch(k, ahead, K, 0, K)
+        fetch(dk, ahead, K, 0, K)
+        fetch(errors, ahead, V, p, W)
+        fetch(do, ahead, V, p, W)
+        fetch(dv, ahead, V, p, W)
         weigh(w, d, t * wide, k, row * K, K, 1.0)
         e = load(errors, row * V + p, count)
         read = fma(scale, load(do, row * V + p, count), 0.0)
@@ -202,6 +84,13 @@ def backward_reads(p, job, first, T, sizes, scale, d, wide, S, arrays, gradients
             S[j * W + i] = state[(job * K + p + i) * V + j] if i < count else 0
     for t in range(T):
         row = first + t * H
+        ahead = row + AHEAD * H
+        fetch(k, ahead, K, p, W)
+        fetch(dq, ahead, K, p, W)
+        fetch(dk, ahead, K, p, W)
+        fetch(dv, ahead, V, 0, V)
+        fetch(errors, ahead, V, 0, V)
+        fetch(do, ahead, V, 0, V)
         key = load(k, row * K + p, count)
         w = fma(fma(beta[row], load_all(d, t * wide + p), 0.0), key, 0.0)
         a, b = zeros(S), zeros(S)
@@ -232,6 +121,8 @@ def backward_precond(job, first, T, sizes, rule, d, wide, carry, k, beta, gamma,
         store_all(carry, i, load(dfinal_precond, job * K + i, K - i))
     for t in range(T - 1, -1, -1):
         row, at = first + t * H, t * wide
+        fetch(k, row - 2 * AHEAD * H, K, 0, K)
+        fetch(dk, row - 2 * AHEAD * H, K, 0, K)
         b = beta[row] if aware else 1.0
         retention = gamma[row] if gamma.size else 1.0
         rate, dx = 0.0, 0.0
