@@ -224,3 +224,22 @@ def test_the_recipes_load(name):
     path = Path(__file__).parents[2] / "recipes" / f"{name}.yaml"
     recipe = load_sections(MQARRecipe, path)
     assert {"delta_net", "osdn", "attention"} <= set(recipe.mixers)
+
+
+def test_the_demos_comparison_is_eight_models_with_table_and_plot(tmp_path, monkeypatch):
+    """With outcomes in place of training: OSDN's are all right, DeltaNet's all wrong."""
+    import osdn.evals.mqar_grid as grid
+    from osdn.evals.mqar_demo import RECIPE, small_comparison
+
+    cells = MQARRecipe.model_validate(RECIPE).cells()
+    assert len(cells) == 8
+
+    def outcomes(recipe, left):
+        for cell in left:
+            right = {"accuracy": float(cell.mixer == "osdn"), "steps": 1, "diverged": False}
+            yield cell, {"cell": recipe.describe(cell), "state_size": 1, **right}
+
+    monkeypatch.setattr(grid, "_train_all", outcomes)
+    result, plot = small_comparison(tmp_path)
+    assert {one["name"]: one["value"] for one in result["scores"]} == {"delta_net": 0, "osdn": 1}
+    assert plot.read_bytes().startswith(b"\x89PNG")
