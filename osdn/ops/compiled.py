@@ -88,7 +88,7 @@ def backward(
     out = [torch.empty(x.shape, dtype=beta.dtype) for x in wanted]
     dq, dk, dv, dbeta, dgamma, dstate, dprecond = out
     moves = not rule.constant_precond(log_gamma is not None)
-    arrays = _flat(beta.dtype, *given, *saved), _flat(beta.dtype, *out)
+    arrays = tuple(_flat(beta.dtype, *given, *saved)), tuple(_flat(beta.dtype, *out))
     _run(compiled_backward.backward, v, k.shape[-1], cu_seqlens, (_numbers(rule, moves), *arrays))
     gradients = [dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbeta, dstate, dprecond]
     return gradients if log_gamma is None else [*gradients, dgamma * gamma]
@@ -105,12 +105,11 @@ def step(
     rule: Rule,
 ) -> Tensor:
     """o [B, H, V] for one token; state [B, H, K, V] and precond [B, H, K] change in place."""
-    q, k, v, beta = (x[:, None] for x in (q, k, v, beta))
-    log_gamma = None if log_gamma is None else log_gamma[:, None]
     o = torch.empty(v.shape, dtype=beta.dtype)
-    arrays = (o, beta.new_empty(0), state, precond)
-    _forward(q, k, v, beta, log_gamma, state, precond, None, rule, arrays)
-    return o[:, 0].to(v.dtype)
+    out = (o, beta.new_empty(0), state, precond)
+    _forward(q, k, v[:, None], beta, log_gamma, state, precond, None, rule, out)
+    torch.autograd.graph.increment_version((state, precond))  # numpy wrote to them, unseen
+    return o.to(v.dtype)
 
 
 def _forward(q, k, v, beta, log_gamma, state, precond, cu_seqlens, rule: Rule, out) -> None:
@@ -118,13 +117,18 @@ def _forward(q, k, v, beta, log_gamma, state, precond, cu_seqlens, rule: Rule, o
     gamma = beta.new_empty(0) if log_gamma is None else log_gamma.exp()
     moves = not rule.constant_precond(log_gamma is not None)
     given = _flat(beta.dtype, q, k, v, beta, gamma, state, precond)
-    arguments = (_numbers(rule, moves), given, _flat(beta.dtype, *out))
+    arguments = (_numbers(rule, moves), tuple(given), tuple(_flat(beta.dtype, *out)))
     _run(compiled_forward.forward, v, k.shape[-1], cu_seqlens, arguments)
 
 
-def _flat(dtype: torch.dtype, *tensors: Tensor) -> tuple[ndarray, ...]:
+def _flat(dtype: torch.dtype, *tensors: Tensor) -> list[ndarray]:
     """Views, or copies where the dtype or the layout asks for one."""
-    return tuple(x.detach().to(dtype).contiguous().view(-1).numpy() for x in tensors)
+    flat = []
+    for x in tensors:
+        x = x.detach() if x.dtype == dtype else x.detach().to(dtype)
+        x = x if x.is_contiguous() else x.contiguous()
+        flat.append(x.numpy().reshape(-1))
+    return flat
 
 
 def _numbers(rule: Rule, moves: bool) -> tuple[float, bool, float, float, float, bool]:

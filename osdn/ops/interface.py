@@ -180,7 +180,9 @@ def online_scaled_delta_step(
     if backend == "reference":
         return reference.step(*given, rule), state, precond
     beta, log_gamma = _cast(beta, accumulate), _cast(log_gamma, accumulate)
-    o = BACKENDS[backend].step(q, k, v, beta, log_gamma, state, precond, *rule)
+    traced = torch.compiler.is_compiling() or type(q) is not Tensor
+    step = BACKENDS[backend].step if traced else BACKENDS[backend].eager_step
+    o = step(q, k, v, beta, log_gamma, state, precond, *rule)
     return o, state, precond
 
 

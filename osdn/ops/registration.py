@@ -27,10 +27,14 @@ from osdn.ops.rule import Rule
 
 
 class Backend(NamedTuple):
-    """The operators of one backend; see the interface for what they compute."""
+    """The operators of one backend; see the interface for what they compute.
+
+    eager_step is step without PyTorch's dispatcher, which takes longer than a small step does.
+    """
 
     rule: Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]
     step: Callable[..., Tensor]
+    eager_step: Callable[..., Tensor]
 
 
 def register(name: str, module_name: str) -> Backend:
@@ -138,4 +142,4 @@ def register(name: str, module_name: str) -> Backend:
         return dq, dk, dv, dbeta, dgamma, dstate, dprecond, None, *[None] * 6
 
     rule.register_autograd(differentiate, setup_context=setup_context)
-    return Backend(rule, step)
+    return Backend(rule, step, step_op)

@@ -32,6 +32,29 @@ def test_step_by_step_equals_the_rule(backend, rule, dtype):
     assert_close(precond, whole["final_precond"], min(tolerance, 2e-6))
 
 
+def test_autograd_hears_of_the_change(backend):
+    """A state that a graph has saved may not change behind its back."""
+    x = detached(make_inputs(1, 1, 2, 4, 6))
+    token = [x[name][:, 0] for name in ("q", "k", "v", "beta", "log_gamma")]
+    state, precond = (x[name].clone() for name in ("initial_state", "initial_precond"))
+    weight = torch.ones(1, requires_grad=True, dtype=torch.float64)
+    loss = (weight * state).sum()
+    online_scaled_delta_step(*token, state=state, precond=precond, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_inference_mode(backend):
+    x = detached(make_inputs(1, 1, 2, 4, 6))
+    with torch.inference_mode():
+        token = [x[name][:, 0] for name in ("q", "k", "v", "beta", "log_gamma")]
+        state, precond = (x[name].clone() for name in ("initial_state", "initial_precond"))
+        o, *_ = online_scaled_delta_step(*token, state=state, precond=precond, backend=backend)
+    want = outputs(x, "reference")
+    assert_close(o, want["o"][:, 0], 1e-10)
+    assert_close(state, want["final_state"], 1e-10)
+
+
 def zeros(*shape: int) -> torch.Tensor:
     return torch.zeros(*shape)
 
