@@ -5,6 +5,7 @@ help. `UserError` ends a command with one line and exit code 1.
 """
 
 import argparse
+import os
 import sys
 from importlib import import_module
 
@@ -42,16 +43,36 @@ def main(argv: list[str] | None = None) -> int:
             module = import_module(module_name)
             module.add_arguments(command)
             command.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
+    args = _parse(parser, argv)
     try:
         args.run(args)
+        sys.stdout.flush()
     except UserError as error:
         print(f"osdn {args.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"osdn {args.command}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader left, as `head` does; nothing more can be shown to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return 0
+
+
+def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """The arguments, with key=value overrides anywhere after the command.
+
+    argparse takes a list of positional words in one place only and leaves the rest over.
+    """
+    args, rest = parser.parse_known_args(argv)
+    late = [word for word in rest if "=" in word and not word.startswith("-")]
+    if not hasattr(args, "overrides") or len(late) < len(rest):
+        late = []
+    if rest and not late:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if late:
+        args.overrides = [*args.overrides, *late]
+    return args
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """`osdn generate`: continue a prompt, token by token, in memory that does not grow."""
 
 import argparse
+import math
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 import osdn.model.modeling  # noqa: F401  registers the model class
@@ -14,12 +17,27 @@ def load(directory: str | Path) -> tuple:
     """(model, tokenizer) of a local checkpoint directory, or a Hugging Face name.
 
     Raises:
-        UserError: nothing there that can be loaded, weights in pickle form, or no tokenizer.
+        UserError: nothing there that can be loaded, weights that are damaged, missing, of another
+            shape or in pickle form, or no tokenizer.
     """
+    if (Path(directory) / "model" / "config.json").is_file():
+        raise UserError(f"{directory}: a run's directory; its model is {Path(directory) / 'model'}")
+    name = str(directory)
+    path_like = name.startswith((".", "/", "~")) or name.count("/") > 1  # a hub name is owner/name
+    if path_like and not Path(directory).exists():
+        raise UserError(f"{directory}: no such directory; `osdn train` writes one at its end")
     try:
-        model = AutoModelForCausalLM.from_pretrained(directory, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory}: no model to load ({_first_line(error)})") from error
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"{directory}: no model to load ({_first_line(error)}); give a checkpoint directory, "
+            "or a hub name with a network"
+        ) from error
+    model, info = loaded
+    if info["missing_keys"]:
+        raise UserError(f"{directory}: weights missing, {min(info['missing_keys'])} among them")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
@@ -28,7 +46,7 @@ def load(directory: str | Path) -> tuple:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,16 +62,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens: expected at least 1, got {args.max_new_tokens}")
-    if args.temperature < 0:
+    if not 0 <= args.temperature < math.inf:
         raise UserError(f"--temperature: expected 0 or more, got {args.temperature}")
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError as error:  # Python's stand-in for a byte that is not UTF-8
+        raise UserError(f"--prompt: not UTF-8 at character {error.start}") from error
     model, tokenizer = load(args.model)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     ids = tokenizer(args.prompt, return_tensors="pt").input_ids.long()
     if ids.numel() == 0:
-        start = tokenizer.bos_token_id or tokenizer.eos_token_id
+        start = tokenizer.bos_token_id
+        start = tokenizer.eos_token_id if start is None else start
         if start is None:
             raise UserError("--prompt: this tokenizer has no start token, so give some text")
         ids = torch.tensor([[start]])
+    pad = tokenizer.pad_token_id
     torch.manual_seed(args.seed)
     sampling = {"do_sample": args.temperature > 0}
     if args.temperature > 0:
@@ -63,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=args.max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id if pad is None else pad,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
         **sampling,
     )

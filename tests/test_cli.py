@@ -1,6 +1,12 @@
 """The command line: its help, its errors, and the generate and demo commands on tiny models."""
 
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +66,61 @@ def test_unknown_command_is_refused(capsys):
     assert end.value.code == 2 and "trian" in capsys.readouterr().err
 
 
+@pytest.fixture
+def overrides_seen(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "osdn.train.command.run", lambda args: seen.append((args.overrides, args.out))
+    )
+    return seen
+
+
+def test_overrides_stand_anywhere_after_the_recipe(overrides_seen):
+    for words in (
+        ("r.yaml", "a=1", "b=2", "--out", "d"),
+        ("r.yaml", "--out", "d", "a=1", "b=2"),
+        ("r.yaml", "a=1", "--out", "d", "b=2"),
+        ("--out", "d", "r.yaml", "a=1", "b=2"),
+    ):
+        assert main(["train", *words]) == 0
+        assert overrides_seen.pop() == (["a=1", "b=2"], Path("d"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train", "r.yaml", "--out", "d", "a"),
+        ("train", "r.yaml", "--outt=d"),
+        ("train", "r.yaml", "a=1", "--out", "d", "b=2", "--x=1"),
+        ("generate", "m", "--prompt", "a", "b=1"),
+    ],
+)
+def test_other_words_too_many_are_refused(capsys, overrides_seen, words):
+    with pytest.raises(SystemExit) as end:
+        main(list(words))
+    assert end.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
+    assert not overrides_seen
+
+
+def test_a_reader_that_leaves_ends_a_command_quietly(checkpoint):
+    words = [sys.executable, "-m", "osdn", "generate", checkpoint, "--temperature", "1"]
+    process = subprocess.Popen(
+        [*words, "--max-new-tokens", "400"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.wait(120) == 141 and b"Error" not in process.stderr.read()
+
+
+def test_start_token_zero_is_a_start_token(capsys, checkpoint, monkeypatch):
+    model, tokenizer = load(checkpoint)
+    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(0)
+    tokenizer.eos_token = None
+    monkeypatch.setattr("osdn.generate.load", lambda _: (model, tokenizer))
+    given = []
+    monkeypatch.setattr(model, "generate", lambda ids, **_: given.append(ids.tolist()))
+    assert run(capsys, "generate", checkpoint)[0] == 0 and given == [[[0]]]
+
+
 def test_generate_continues_the_prompt(capsys, checkpoint):
     code, out, _ = run(capsys, "generate", checkpoint, "--prompt", "def f", "--max-new-tokens", 8)
     model, tokenizer = load(checkpoint)
@@ -85,6 +146,13 @@ def test_sampled_generation_repeats_with_its_seed(capsys, checkpoint):
         (("{empty}",), "no model to load"),
         (("{bare}", "--prompt", "a"), "no tokenizer to load"),
         (("{pickled}", "--prompt", "a"), "no model to load"),
+        (("{damaged}", "--prompt", "a"), "no model to load"),
+        (("{wider}", "--prompt", "a"), "no model to load"),
+        (("{deeper}", "--prompt", "a"), "weights missing"),
+        (("{run}", "--prompt", "a"), "its model is"),
+        (("./nowhere/at/all",), "no such directory"),
+        (("{model}", "--temperature", "nan"), "--temperature: expected 0 or more"),
+        (("{model}", "--prompt", "a\udcff"), "--prompt: not UTF-8 at character 1"),
     ],
 )
 def test_generate_says_in_one_line_what_is_wrong(capsys, checkpoint, tmp_path, words, message):
@@ -94,7 +162,16 @@ def test_generate_says_in_one_line_what_is_wrong(capsys, checkpoint, tmp_path, w
     model.save_pretrained(tmp_path / "bare")
     model.config.save_pretrained(tmp_path / "pickled")
     torch.save(model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
-    places = {name: tmp_path / name for name in ("empty", "bare", "pickled")}
+    shutil.copytree(checkpoint, tmp_path / "run" / "model")
+    for name in ("damaged", "wider", "deeper"):
+        shutil.copytree(checkpoint, tmp_path / name)
+    os.truncate(tmp_path / "damaged" / "model.safetensors", 1000)
+    for name, field in (("wider", "hidden_size"), ("deeper", "num_hidden_layers")):
+        path = tmp_path / name / "config.json"
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps(config | {field: 2 * config[field]}))
+    names = ("empty", "bare", "pickled", "damaged", "wider", "deeper", "run")
+    places = {name: tmp_path / name for name in names}
     code, _, err = run(capsys, "generate", *(w.format(model=checkpoint, **places) for w in words))
     last = err.strip().splitlines()[-1]
     assert code == 1 and last.startswith("osdn generate: ") and message in last
