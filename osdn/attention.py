@@ -1,5 +1,7 @@
 """Causal softmax attention as a token mixer: the baseline, and the other half of a hybrid."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,8 +62,12 @@ class Attention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, past, self.rope_theta), rotate(k, past, self.rope_theta)
-        if past_key_values is not None and self.layer_idx is not None and use_cache:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        if past_key_values is not None and self.layer_idx is not None:
+            if use_cache:
+                k, v = past_key_values.update(k, v, self.layer_idx)
+            elif past:
+                seen: Any = past_key_values.layers[self.layer_idx]
+                k, v = torch.cat([seen.keys, k], dim=-2), torch.cat([seen.values, v], dim=-2)
         mask = attention_pattern(q, k, attention_mask, cu_seqlens)
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.o_proj(o.transpose(1, 2).flatten(-2)), None, past_key_values

@@ -29,12 +29,9 @@ def l2_normalize(x: Tensor) -> Tensor:
 
 
 def token_mask(attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:
-    """The last T columns of a padding mask [B, ≥T], or None where nothing in this call is padding.
-
-    A single token is a decoding step and never padding, so the mask need not be read there.
-    """
+    """The last T columns of a padding mask [B, ≥T], as booleans."""
     B, T, _ = hidden_states.shape
-    if attention_mask is None or (T == 1 and attention_mask.shape[-1] > 1):
+    if attention_mask is None:
         return None
     if attention_mask.ndim != 2 or len(attention_mask) != B or attention_mask.shape[1] < T:
         raise ValueError(

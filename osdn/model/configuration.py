@@ -1,5 +1,6 @@
 """The configuration of an OSDN language model, in Hugging Face's form."""
 
+import math
 from difflib import get_close_matches
 from typing import ClassVar, get_args
 
@@ -9,6 +10,8 @@ from osdn.layers import Forgetting
 from osdn.ops.validation import check_rule
 
 MIXERS = ("osdn", "delta_net", "attention")
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "head_dim", "head_v_dim",
+         "intermediate_size", "conv_size")  # fmt: skip
 
 
 class OSDNConfig(PretrainedConfig):
@@ -82,16 +85,31 @@ class OSDNConfig(PretrainedConfig):
         for name in kwargs:
             if close := get_close_matches(name, fields, n=1, cutoff=0.75):
                 raise ValueError(f"{name}: OSDNConfig has no such field; did you mean {close[0]}?")
+        before = set(vars(self))
         super().__post_init__(**kwargs)
+        unknown = sorted((set(vars(self)) - before) & set(kwargs))
+        if unknown and "model_type" not in kwargs:  # a file may hold what other versions wrote
+            raise ValueError(f"{unknown[0]}: OSDNConfig has no such field")
         self._validate()
 
     def _validate(self) -> None:
         if self.intermediate_size is None:
             self.intermediate_size = 256 * -(-int(self.hidden_size * 8 / 3) // 256)
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "conv_size"):
+        for name in SIZES:
             value = getattr(self, name)
+            if name in ("head_dim", "head_v_dim") and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        for name in ("norm_eps", "rope_theta", "initializer_range", "eta"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
+        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+            raise ValueError(
+                f"pad_token_id: expected less than vocab_size = {self.vocab_size}, "
+                f"got {self.pad_token_id}"
+            )
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(
                 f"num_heads: expected a divisor of hidden_size = {self.hidden_size}, "
@@ -104,6 +122,9 @@ class OSDNConfig(PretrainedConfig):
         for name in self.mixers:
             if name not in MIXERS:
                 raise ValueError(f"mixer: expected one of {MIXERS}, got {name!r}")
+        K = self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+        if "attention" in self.mixers and K % 2:
+            raise ValueError(f"head_dim: expected an even number for attention layers, got {K}")
         if len(self.mixers) != self.num_hidden_layers:
             raise ValueError(
                 f"mixer: expected {self.num_hidden_layers} names, one a layer, "

@@ -152,6 +152,11 @@ class OSDNModel(OSDNPreTrainedModel):
             use_cache = self.config.use_cache and not self.training and cu_seqlens is None
         if self.gradient_checkpointing and self.training:
             use_cache = False
+            if past_key_values is not None:
+                raise ValueError(
+                    "past_key_values: expected none in training with gradient checkpointing, which "
+                    "runs every block twice; call model.eval() before generating"
+                )
         if use_cache and past_key_values is None:
             past_key_values = OSDNCache(self.config)
         if attention_mask is not None and not torch.compiler.is_compiling():
@@ -180,6 +185,7 @@ class OSDNModel(OSDNPreTrainedModel):
 class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
     """The language model: OSDNModel and an output layer onto the vocabulary."""
 
+    accepts_loss_kwargs = True  # so that transformers' Trainer gives num_items_in_batch
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012
 
     def __init__(self, config: OSDNConfig):
@@ -194,7 +200,12 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         """Start `generate` from an OSDNCache where transformers would make a DynamicCache."""
         implementation = generation_config.cache_implementation
         given = model_kwargs.get("past_key_values") is not None
-        if not given and generation_config.use_cache and implementation in (None, "dynamic"):
+        if implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation: expected none or 'dynamic', got {implementation!r}: the "
+                "memory of an osdn or delta_net layer has one constant size"
+            )
+        if not given and generation_config.use_cache:
             model_kwargs["past_key_values"] = OSDNCache(self.config)
         else:
             prepare: Any = GenerationMixin._prepare_cache_for_generation
@@ -213,6 +224,9 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         cu_seqlens: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, vocabulary] in the weights' dtype and, given labels, the mean loss.
@@ -222,7 +236,9 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
                 t is scored on label t+1, within its own packed sequence. In training mode the
                 loss is taken in chunks and logits is None; in evaluation logits are always there.
             logits_to_keep: logits of only the last so many positions; 0 means all.
-            cu_seq_lens_q: transformers' name for cu_seqlens.
+            cu_seq_lens_q: transformers' name for cu_seqlens. DataCollatorWithFlattening gives it
+                with return_flash_attn_kwargs=True and return_position_ids=False, beside
+                cu_seq_lens_k (the same offsets), max_length_q and max_length_k: not needed here.
             num_items_in_batch: what the summed loss is divided by, from transformers' Trainer.
         """
         if cu_seqlens is None:

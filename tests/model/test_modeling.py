@@ -1,34 +1,26 @@
-"""The language model: sizes, initial values, loss, padding, packing, caches, generation."""
+"""The language model: sizes, initial values, loss, padding, packing, compilation, Trainer."""
 
 import itertools
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    Trainer,
+    TrainingArguments,
+)
 
 from osdn import OSDNConfig, OSDNForCausalLM, OSDNModel
 from osdn.model import loss as loss_module
+from tests.model.tiny import MIXERS, SIZES, build, tokens
 from tests.numerics import assert_close
-
-SIZES = {"hidden_size": 32, "num_heads": 2, "num_hidden_layers": 2, "vocab_size": 61}
-MIXERS = ["osdn", "delta_net", "attention", ["osdn", "attention"], ["attention", "delta_net"]]
-
-
-def build(mixer="osdn", **fields):
-    torch.manual_seed(0)
-    model = OSDNForCausalLM(OSDNConfig(**SIZES | {"mixer": mixer} | fields)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and "precond" not in name:
-                parameter.normal_(std=0.3)
-    return model
-
-
-def tokens(B=2, T=21, seed=1):
-    return torch.randint(0, 61, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize(
@@ -163,74 +155,6 @@ def test_padding_gives_the_same_logits(mixer, side):
     assert_close(padded[mask.bool()], model(ids).logits[0], 2e-5)
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_pieces_then_tokens_equal_one_forward(mixer):
-    model, ids = build(mixer, forgetting="data"), tokens()
-    cache, logits = DynamicCache(config=model.config), []
-    with torch.no_grad():
-        for piece in ids.split([6, 2, 9, 1, 1, 1, 1], dim=1):
-            result = model(piece, past_key_values=cache, use_cache=True)
-            logits.append(result.logits)
-        assert_close(torch.cat(logits, 1), model(ids).logits, 2e-5)
-
-
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_greedy_generation_is_repeated_forward(mixer):
-    model, ids = build(mixer), tokens()
-    generated = model.generate(ids, max_new_tokens=6, do_sample=False)
-    for _ in range(6):
-        with torch.no_grad():
-            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
-    assert torch.equal(generated, ids)
-
-
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_generation_goes_on_from_a_cache(mixer):
-    """Two turns with one cache equal one call on everything, on transformers' sampling loop."""
-    model, ids = build(mixer), tokens(1)
-    options = {"do_sample": False, "return_dict_in_generate": True}
-    first = model.generate(ids, max_new_tokens=4, **options)
-    turn = torch.cat([first.sequences, tokens(1, 5, seed=7)], 1)
-    assert first.past_key_values.get_seq_length() == first.sequences.shape[1] - 1
-    second = model.generate(
-        turn, max_new_tokens=4, past_key_values=first.past_key_values, **options
-    )
-    assert torch.equal(second.sequences, model.generate(turn, max_new_tokens=4, do_sample=False))
-
-
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_beam_search_reorders_the_states(mixer):
-    """With and without a cache the beams must be the same ones."""
-    model, ids = build(mixer), tokens()
-    options = {"max_new_tokens": 6, "num_beams": 4, "do_sample": False}
-    with_cache = model.generate(ids, use_cache=True, **options)
-    assert torch.equal(with_cache, model.generate(ids, use_cache=False, **options))
-
-
-@pytest.mark.parametrize("mixer", ["osdn", ["osdn", "attention"]])
-def test_left_padded_batch_generates_as_one_by_one(mixer):
-    model = build(mixer, pad_token_id=0)
-    prompts = [tokens(1, n, seed=n) + 0 for n in (3, 11, 7)]
-    width = max(p.shape[1] for p in prompts)
-    ids, mask = torch.zeros(3, width, dtype=torch.long), torch.zeros(3, width, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - prompt.shape[1] :] = prompt
-        mask[row, width - prompt.shape[1] :] = 1
-    options = {"max_new_tokens": 5, "do_sample": False}
-    together = model.generate(ids, attention_mask=mask, **options)[:, width:]
-    for row, prompt in enumerate(prompts):
-        alone = model.generate(prompt, **options)[0, prompt.shape[1] :]
-        assert torch.equal(together[row], alone)
-
-
-def test_sampling_is_seeded():
-    model, ids = build(), tokens()
-    torch.manual_seed(3)
-    first = model.generate(ids, max_new_tokens=8, do_sample=True)
-    torch.manual_seed(3)
-    assert torch.equal(first, model.generate(ids, max_new_tokens=8, do_sample=True))
-
-
 def test_gradient_checkpointing_gives_the_same_gradients():
     model, ids = build(["osdn", "attention"]).train(), tokens()
     model(ids, labels=ids).loss.backward()
@@ -240,6 +164,33 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     model(ids, labels=ids).loss.backward()
     for name, parameter in model.named_parameters():
         assert_close(parameter.grad, expected[name], 1e-6, name)
+
+
+def test_fields_of_other_versions_in_a_file_are_let_be(tmp_path):
+    build().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"later_field": 1}))
+    assert torch.equal(
+        AutoModelForCausalLM.from_pretrained(tmp_path)(tokens()).logits, build()(tokens()).logits
+    )
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_trainer_on_flattened_documents(tmp_path, accumulate):
+    """The loss that transformers' Trainer reports is the mean over every target of a step."""
+    model = build()
+    documents = [tokens(1, n, seed=n)[0].tolist() for n in (5, 9, 13, 7)]
+    nats = [plain_loss(model(x).logits, x).item() * (x.shape[1] - 1)
+            for x in map(torch.tensor, ([d] for d in documents))]  # fmt: skip
+    options = TrainingArguments(
+        tmp_path, max_steps=1, per_device_train_batch_size=4 // accumulate, use_cpu=True,
+        gradient_accumulation_steps=accumulate, report_to=[], disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_position_ids=False)
+    trainer = Trainer(
+        model, options, train_dataset=[{"input_ids": d} for d in documents], data_collator=collator
+    )
+    assert trainer.train().training_loss == pytest.approx(sum(nats) / 30, rel=1e-5)
 
 
 def test_tied_embeddings(tmp_path):
@@ -284,6 +235,14 @@ def test_compiled_model_gives_the_same_loss_and_gradient(mixer):
         ({"num_heads": 5}, "num_heads"),
         ({"vocab_size": 0}, "vocab_size"),
         ({"num_head": 2}, "did you mean num_heads"),
+        ({"use_gate": True}, "use_gate: OSDNConfig has no such field"),
+        ({"head_dim": 0}, "head_dim"),
+        ({"head_v_dim": -3}, "head_v_dim"),
+        ({"head_dim": 3, "mixer": "attention"}, "head_dim"),
+        ({"intermediate_size": 0}, "intermediate_size"),
+        ({"norm_eps": -1.0}, "norm_eps"),
+        ({"eta": "1"}, "eta"),
+        ({"pad_token_id": 61}, "pad_token_id"),
     ],
 )
 def test_configuration_is_checked_when_it_is_made(fields, word):
