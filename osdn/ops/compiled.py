@@ -46,8 +46,8 @@ def forward(
     tensors = (q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
     saved = saved_like(*tensors, save)
     o = torch.empty(v.shape, dtype=beta.dtype)
-    final_state, final_precond = torch.empty_like(initial_state), torch.empty_like(initial_precond)
-    _forward(*tensors, rule, (o, *saved, final_state, final_precond))
+    final_state, final_precond = initial_state.clone(), initial_precond.clone()
+    _forward(*tensors[:5], cu_seqlens, rule, (o, *saved, final_state, final_precond))
     return o.to(v.dtype), final_state, final_precond, saved
 
 
@@ -83,10 +83,13 @@ def backward(
 ) -> list[Tensor]:
     """[dq, dk, dv, dbeta, dinitial_state, dinitial_precond] and dlog_gamma, if that was given."""
     gamma = beta.new_empty(0) if log_gamma is None else log_gamma.exp()
-    given = (do, dfinal_state, dfinal_precond, q, k, beta, gamma, initial_state, initial_precond)
-    wanted = (q, k, v, beta, gamma, initial_state, initial_precond)
-    out = [torch.empty(x.shape, dtype=beta.dtype) for x in wanted]
-    dq, dk, dv, dbeta, dgamma, dstate, dprecond = out
+    given = (do, q, k, beta, gamma, initial_state, initial_precond)
+    out = [torch.empty(x.shape, dtype=beta.dtype) for x in (q, k, v, beta, gamma)]
+    dq, dk, dv, dbeta, dgamma = out
+    dstate, dprecond = (
+        x.clone(memory_format=torch.contiguous_format) for x in (dfinal_state, dfinal_precond)
+    )
+    out += [dstate, dprecond]
     moves = not rule.constant_precond(log_gamma is not None)
     arrays = tuple(_flat(beta.dtype, *given, *saved)), tuple(_flat(beta.dtype, *out))
     _run(compiled_backward.backward, v, k.shape[-1], cu_seqlens, (_numbers(rule, moves), *arrays))
@@ -107,16 +110,16 @@ def step(
     """o [B, H, V] for one token; state [B, H, K, V] and precond [B, H, K] change in place."""
     o = torch.empty(v.shape, dtype=beta.dtype)
     out = (o, beta.new_empty(0), state, precond)
-    _forward(q, k, v[:, None], beta, log_gamma, state, precond, None, rule, out)
+    _forward(q, k, v[:, None], beta, log_gamma, None, rule, out)
     torch.autograd.graph.increment_version((state, precond))  # numpy wrote to them, unseen
     return o.to(v.dtype)
 
 
-def _forward(q, k, v, beta, log_gamma, state, precond, cu_seqlens, rule: Rule, out) -> None:
-    """Fill out = (o, e, final_state, final_precond); the last two may be state and precond."""
+def _forward(q, k, v, beta, log_gamma, cu_seqlens, rule: Rule, out) -> None:
+    """Fill out = (o, e, state, precond), of which the last two hold the start."""
     gamma = beta.new_empty(0) if log_gamma is None else log_gamma.exp()
     moves = not rule.constant_precond(log_gamma is not None)
-    given = _flat(beta.dtype, q, k, v, beta, gamma, state, precond)
+    given = _flat(beta.dtype, q, k, v, beta, gamma)
     arguments = (_numbers(rule, moves), tuple(given), tuple(_flat(beta.dtype, *out)))
     _run(compiled_forward.forward, v, k.shape[-1], cu_seqlens, arguments)
 
@@ -151,7 +154,7 @@ def _run(kernel: Callable, v: Tensor, K: int, cu_seqlens: Tensor | None, argumen
     if threads <= 1:
         kernel((0, jobs), bounds, (H, K, V), *arguments)
         return
-    parts = min(jobs, 4 * threads)
+    parts = min(jobs, 2 * threads)
     edges = [jobs * part // parts for part in range(parts + 1)]
     if threads not in _pools:
         _pools[threads] = ThreadPoolExecutor(threads, "osdn")

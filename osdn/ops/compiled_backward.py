@@ -1,6 +1,6 @@
 """The derivative of the token recurrence as machine code; the layout is compiled_forward.py's.
 
-Of what the forward knew it wants e_t alone; nothing of size K × V is kept or computed twice. d_t is
+Of what the forward knew it wants e_t alone; no state is kept or computed twice but S, once. d_t is
 computed again by the forward's instructions, so that the clip mask is the forward's. Then, with G
 the gradient of S, which needs e but not S, two passes a token:
 
@@ -11,9 +11,10 @@ the gradient of S, which needs e but not S, two passes a token:
 and between them phase 1 reversed.
 """
 
-from osdn.ops.compiled_forward import energy, moved, preconditioners, weigh
+from osdn.ops.compiled_forward import begin, energy, moved, preconditioners, weigh
 from osdn.ops.compiled_vectors import (
     AHEAD,
+    BLOCK,
     choose,
     entry,
     fetch,
@@ -32,15 +33,15 @@ from osdn.ops.compiled_vectors import (
 
 
 @inlined
-def backward_memory(p, job, first, T, sizes, scale, d, wide, scratches, arrays, gradients):
+def backward_memory(p, job, first, T, sizes, scale, d, at, wide, scratches, arrays, gradients):
     """Over G, last token first: dv, this panel's share of dβ and of ∂/∂(d ⊙ k), left in dk."""
     H, K, V = sizes
-    q, k, beta, errors, do, dfinal_state = arrays
+    q, k, beta, errors, do = arrays
     dk, dv, dbeta, dstate = gradients
     G, w, r = scratches
     W, count = lanes(G), V - p
     for i in range(K):
-        store_all(G, i * W, load(dfinal_state, (job * K + i) * V + p, count))
+        store_all(G, i * W, load(dstate, (job * K + i) * V + p, count))
     de, after = zeros(G), first + (T - 1) * H
     for t in range(T - 1, -1, -1):
         row = first + t * H
@@ -51,7 +52,7 @@ def backward_memory(p, job, first, T, sizes, scale, d, wide, scratches, arrays, 
         fetch(errors, ahead, V, p, W)
         fetch(do, ahead, V, p, W)
         fetch(dv, ahead, V, p, W)
-        weigh(w, d, t * wide, k, row * K, K, 1.0)
+        weigh(w, d, at + t * wide, k, row * K, K, 1.0)
         e = load(errors, row * V + p, count)
         read = fma(scale, load(do, row * V + p, count), 0.0)
         a = zeros(G)
@@ -73,15 +74,22 @@ def backward_memory(p, job, first, T, sizes, scale, d, wide, scratches, arrays, 
 
 
 @inlined
-def backward_reads(p, job, first, T, sizes, scale, d, wide, S, arrays, gradients):
-    """Over Sᵀ, first token first, columns p and following of the keys: dq, and dk −= S_{t−1} de."""
-    H, K, V = sizes
-    k, beta, state, errors, do = arrays
-    dq, dk, dv = gradients
-    W, count = lanes(S), K - p
+def transpose(S, at, state, job, p, K, V):
+    """Sᵀ of a job in columns p and following of the keys: V vectors from S[at] on."""
+    W = lanes(S)
     for j in range(V):
         for i in range(W):
-            S[j * W + i] = state[(job * K + p + i) * V + j] if i < count else 0
+            S[at + j * W + i] = state[(job * K + p + i) * V + j] if p + i < K else 0
+
+
+@inlined
+def backward_reads(p, first, T, sizes, scale, d, at, wide, S, panel, arrays, gradients):
+    """Over Sᵀ at S[panel], first token first, for columns p and following of the keys: dq, and
+    dk −= S_{t−1} de."""
+    H, K, V = sizes
+    k, beta, errors, do = arrays
+    dq, dk, dv = gradients
+    W, count = lanes(S), K - p
     for t in range(T):
         row = first + t * H
         ahead = row + AHEAD * H
@@ -92,20 +100,20 @@ def backward_reads(p, job, first, T, sizes, scale, d, wide, S, arrays, gradients
         fetch(errors, ahead, V, 0, V)
         fetch(do, ahead, V, 0, V)
         key = load(k, row * K + p, count)
-        w = fma(fma(beta[row], load_all(d, t * wide + p), 0.0), key, 0.0)
+        w = fma(fma(beta[row], load_all(d, at + t * wide + p), 0.0), key, 0.0)
         a, b = zeros(S), zeros(S)
         for j in range(V):
-            s = load_all(S, j * W)
+            s = load_all(S, panel + j * W)
             a = fma(spread(dv, row * V + j), s, a)
             s = fma(spread(errors, row * V + j), w, s)
-            store_all(S, j * W, s)
+            store_all(S, panel + j * W, s)
             b = fma(spread(do, row * V + j), s, b)
         store(dq, row * K + p, fma(scale, b, 0.0), count)
         store(dk, row * K + p, fma(-1.0, a, load(dk, row * K + p, count)), count)
 
 
 @inlined
-def backward_precond(job, first, T, sizes, rule, d, wide, carry, k, beta, gamma, ends, gradients):
+def backward_precond(job, first, T, sizes, rule, d, at, wide, carry, k, beta, gamma, gradients):
     """Phase 1 reversed, carrying λ = ∂/∂d_{t+1}: turns ∂/∂(d ⊙ k), found in dk, into dk.
 
     With g = λ where the clip let u through, else 0, and x, b, s, u as in the forward:
@@ -114,13 +122,12 @@ def backward_precond(job, first, T, sizes, rule, d, wide, carry, k, beta, gamma,
     """
     H, K = sizes[:2]
     eta, aware, low, high, _, moves = rule
-    dfinal_precond, dprecond = ends
-    dk, dbeta, dgamma = gradients
+    dk, dbeta, dgamma, dprecond = gradients
     W = lanes(d)
-    for i in range(0, K, W):
-        store_all(carry, i, load(dfinal_precond, job * K + i, K - i))
-    for t in range(T - 1, -1, -1):
-        row, at = first + t * H, t * wide
+    begin(carry, 0, dprecond, job, K)
+    at += T * wide
+    for row in range(first + (T - 1) * H, first - 1, -H):
+        at -= wide
         fetch(k, row - 2 * AHEAD * H, K, 0, K)
         fetch(dk, row - 2 * AHEAD * H, K, 0, K)
         b = beta[row] if aware else 1.0
@@ -155,24 +162,57 @@ def backward_precond(job, first, T, sizes, rule, d, wide, carry, k, beta, gamma,
         store(dprecond, job * K + i, load_all(carry, i), K - i)
 
 
+@inlined
+def backward_sequence(n, jobs, bounds, sizes, rule, given, out, scratches):
+    """The jobs of sequence n: d for all tokens, the two reversed scans, then the reads."""
+    H, K, V = sizes
+    do, q, k, beta, gamma, state, precond, e = given
+    dq, dk, dv, dbeta, dgamma, dstate, dprecond = out
+    G, w, r = scratches
+    W, scale, moves = lanes(k), rule[4], rule[5]
+    heads, begins, ends = jobs[1] - jobs[0], bounds[n], bounds[n + 1]
+    rows, panels = ends - begins + 1 if moves else 1, -(-K // W)
+    wide, length = panels * W if moves else 0, rows * panels * W
+    d, S = scratch(k, heads * rows, K), scratch(k, heads * panels * V, W)
+    for j in range(jobs[0], jobs[1]):
+        begin(d, (j - jobs[0]) * length, precond, j, K)
+        for p in range(panels):
+            transpose(S, ((j - jobs[0]) * panels + p) * V * W, state, j, p * W, K, V)
+    for t in range(begins, ends if moves else begins, BLOCK):
+        for j in range(jobs[0], jobs[1]):
+            at = (j - jobs[0]) * length + (t - begins) * wide
+            first, T = (t - n) * H + j, min(BLOCK, ends - t)
+            preconditioners(d, at, first, T, sizes, rule, k, beta, gamma)
+    for t in range(begins + (ends - begins - 1) // BLOCK * BLOCK, begins - 1, -BLOCK):
+        for j in range(jobs[0], jobs[1]):
+            at = (j - jobs[0]) * length + (t - begins) * wide
+            first, T = (t - n) * H + j, min(BLOCK, ends - t)
+            for p in range(0, V, W):
+                backward_memory(p, j, first, T, sizes, scale, d, at, wide, (G, w, r),
+                                (q, k, beta, e, do), (dk, dv, dbeta, dstate))  # fmt: skip
+            backward_precond(j, first, T, sizes, rule, d, at, wide, r, k, beta, gamma,
+                             (dk, dbeta, dgamma, dprecond))  # fmt: skip
+    for t in range(begins, ends, BLOCK):
+        for j in range(jobs[0], jobs[1]):
+            at = (j - jobs[0]) * length + (t - begins) * wide
+            first, T = (t - n) * H + j, min(BLOCK, ends - t)
+            for p in range(panels):
+                panel = ((j - jobs[0]) * panels + p) * V * W
+                backward_reads(p * W, first, T, sizes, scale, d, at, wide, S, panel,
+                               (k, beta, e, do), (dq, dk, dv))  # fmt: skip
+
+
 @entry
 def backward(jobs, bounds, sizes, rule, given, out):
-    """The jobs from jobs[0] to jobs[1]: given (do, dfinal_state, dfinal_precond, q, k, beta, gamma,
-    state, precond, e), out (dq, dk, dv, dbeta, dgamma, dstate, dprecond)."""
-    H, K, V = sizes
-    do, dfinal_state, dfinal_precond, q, k, beta, gamma, state, precond, e = given
-    dq, dk, dv, dbeta, dgamma, dstate, dprecond = out
-    W, scale = lanes(k), rule[4]
-    S, w, r = scratch(k, max(K, V), W), scratch(k, 1, K), scratch(k, 1, K)
-    memory, reads = (q, k, beta, e, do, dfinal_state), (k, beta, state, e, do)
-    for job in range(jobs[0], jobs[1]):
+    """The jobs from jobs[0] to jobs[1]: given (do, q, k, beta, gamma, state, precond, e), out (dq,
+    dk, dv, dbeta, dgamma, dstate, dprecond), of which the last two hold the gradients of the final
+    states before, and of the initial ones after."""
+    H, K = sizes[:2]
+    k = given[2]
+    scratches = scratch(k, K, lanes(k)), scratch(k, 1, K), scratch(k, 1, K)
+    job = jobs[0]
+    while job < jobs[1]:
         n, h = divmod(job, H)
-        first, T = bounds[n] * H + h, bounds[n + 1] - bounds[n]
-        d, wide = preconditioners(job, first, T, sizes, rule, k, beta, gamma, precond)
-        for p in range(0, V, W):
-            backward_memory(p, job, first, T, sizes, scale, d, wide, (S, w, r), memory,
-                            (dk, dv, dbeta, dstate))  # fmt: skip
-        backward_precond(job, first, T, sizes, rule, d, wide, r, k, beta, gamma,
-                         (dfinal_precond, dprecond), (dk, dbeta, dgamma))  # fmt: skip
-        for p in range(0, K, W):
-            backward_reads(p, job, first, T, sizes, scale, d, wide, S, reads, (dq, dk, dv))
+        stop = job + min(H - h, jobs[1] - job)
+        backward_sequence(n, (job, stop), bounds, sizes, rule, given, out, scratches)
+        job = stop

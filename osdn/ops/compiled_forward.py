@@ -1,9 +1,10 @@
 """The token recurrence as machine code for the CPU; see osdn.ops.compiled.
 
-A job is one head of one sequence. The preconditioner comes first, for all its tokens, exact clip
-included (docs/operator.md, phase 1). Then the memory S, cut into panels of as many columns as a
-vector has lanes: columns of S never mix, so a panel (K × 128 bytes) runs through the whole sequence
-in the first-level cache, and one pass over it serves one token. With w_t = β_t d_t ⊙ k_t,
+A job is one head of one sequence. Time goes in blocks, and within one from head to head, since the
+rows of a token's heads lie side by side. In a block of a head the preconditioner comes first, exact
+clip included (docs/operator.md, phase 1). Then the memory S, cut into panels of as many columns as
+a vector has lanes: columns of S never mix, so a panel (K × 128 bytes) stays in the first-level
+cache, and one pass over it serves one token. With w_t = β_t d_t ⊙ k_t,
 
     S += w_{t−1} e_{t−1}ᵀ, and in the same pass Sᵀk_t and Sᵀq_{t−1}, whence e_t and o_{t−1}.
 
@@ -15,6 +16,7 @@ given or is not wanted.
 
 from osdn.ops.compiled_vectors import (
     AHEAD,
+    BLOCK,
     choose,
     entry,
     fetch,
@@ -49,17 +51,20 @@ def moved(d, key, gamma, rate):
 
 
 @inlined
-def preconditioners(job, first, T, sizes, rule, k, beta, gamma, start):
-    """d_1 .. d_{T+1} in padded rows, and the row length; one row and 0 where d does not move."""
+def begin(d, at, precond, job, K):
+    """The preconditioner of a job from its place among all to the row of d at `at`."""
+    for i in range(0, K, lanes(d)):
+        store_all(d, at + i, load(precond, job * K + i, K - i))
+
+
+@inlined
+def preconditioners(d, at, first, T, sizes, rule, k, beta, gamma):
+    """d_2 .. d_{T+1} in the padded rows after d_1, which is at `at`; phase 1."""
     H, K = sizes[:2]
-    eta, aware, low, high, _, moves = rule
-    W = lanes(k)
+    eta, aware, low, high = rule[:4]
+    W = lanes(d)
     wide = -(-K // W) * W
-    d = scratch(k, T + 1 if moves else 1, K)
-    for i in range(0, K, W):
-        store_all(d, i, load(start, job * K + i, K - i))
-    for t in range(T if moves else 0):
-        row, at = first + t * H, t * wide
+    for row in range(first, first + T * H, H):
         fetch(k, row + 2 * AHEAD * H, K, 0, K)
         b = beta[row] if aware else 1.0
         retention = gamma[row] if gamma.size else 1.0
@@ -68,7 +73,7 @@ def preconditioners(job, first, T, sizes, rule, k, beta, gamma, start):
             key = load(k, row * K + i, K - i)
             u = moved(load_all(d, at + i), key, retention, rate)
             store_all(d, at + wide + i, choose(u, low, high, low, u, high))
-    return d, wide if moves else 0
+        at += wide
 
 
 @inlined
@@ -81,9 +86,9 @@ def weigh(w, d, at, k, row, K, factor):
 
 @inlined
 def forward_panel(p, job, first, T, sizes, scale, d, wide, S, w, arrays):
-    """o and e of columns p and following of the values, and the memory after the last token."""
+    """o, e and the memory in columns p and following of the values; d_t is at t wide."""
     H, K, V = sizes
-    q, k, v, beta, state, o, errors, final_state = arrays
+    q, k, v, beta, o, errors, state = arrays
     W, count = lanes(S), V - p
     for i in range(K):
         store_all(S, i * W, load(state, (job * K + i) * V + p, count))
@@ -112,23 +117,32 @@ def forward_panel(p, job, first, T, sizes, scale, d, wide, S, w, arrays):
                 store(errors, row * V + p, e, count)
             weigh(w, d, t * wide, k, row * K, K, beta[row])
     for i in range(K):
-        store(final_state, (job * K + i) * V + p, load_all(S, i * W), count)
+        store(state, (job * K + i) * V + p, load_all(S, i * W), count)
 
 
 @entry
 def forward(jobs, bounds, sizes, rule, given, out):
-    """The jobs from jobs[0] to jobs[1]: given (q, k, v, beta, gamma, state, precond), out (o, e,
-    final_state, final_precond); the last two may be the memory that state and precond are in."""
+    """The jobs from jobs[0] to jobs[1]: given (q, k, v, beta, gamma), out (o, e, state, precond),
+    of which the last two hold the start before and the end after."""
     H, K, V = sizes
-    q, k, v, beta, gamma, state, precond = given
-    o, e, final_state, final_precond = out
-    W, arrays = lanes(k), (q, k, v, beta, state, o, e, final_state)
-    S, w = scratch(k, K, W), scratch(k, 1, K)
-    for job in range(jobs[0], jobs[1]):
+    q, k, v, beta, gamma = given
+    o, e, state, precond = out
+    W, moves, arrays = lanes(k), rule[5], (q, k, v, beta, o, e, state)
+    S, w, d = scratch(k, K, W), scratch(k, 1, K), scratch(k, BLOCK + 1, K)
+    wide = -(-K // W) * W if moves else 0
+    job = jobs[0]
+    while job < jobs[1]:
         n, h = divmod(job, H)
-        first, T = bounds[n] * H + h, bounds[n + 1] - bounds[n]
-        d, wide = preconditioners(job, first, T, sizes, rule, k, beta, gamma, precond)
-        for p in range(0, V, W):
-            forward_panel(p, job, first, T, sizes, rule[4], d, wide, S, w, arrays)
-        for i in range(0, K, W):
-            store(final_precond, job * K + i, load_all(d, T * wide + i), K - i)
+        stop = job + min(H - h, jobs[1] - job)
+        for t in range(bounds[n], bounds[n + 1], BLOCK):
+            T = min(BLOCK, bounds[n + 1] - t)
+            for j in range(job, stop):
+                first = (t - n) * H + j
+                begin(d, 0, precond, j, K)
+                if moves:
+                    preconditioners(d, 0, first, T, sizes, rule, k, beta, gamma)
+                for p in range(0, V, W):
+                    forward_panel(p, j, first, T, sizes, rule[4], d, wide, S, w, arrays)
+                for i in range(0, K, W):
+                    store(precond, j * K + i, load_all(d, T * wide + i), K - i)
+        job = stop

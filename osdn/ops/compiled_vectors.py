@@ -20,6 +20,7 @@ from numba.core.datamodel import models
 intrinsic: Any = extending.intrinsic  # numba's annotation is of the emitter, not of what it makes
 BYTES = 128  # a vector: two registers with AVX-512, four with AVX2, eight with NEON
 AHEAD = 2  # tokens between asking for a row and using it
+BLOCK = 128  # tokens that one head goes through before the next head does
 
 
 class Vector(types.Type):
