@@ -34,22 +34,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    recipes = {
+        mixer: load_recipe(args.recipe, [*args.overrides, f"model.mixer={mixer}"])
+        for mixer in NAMES
+    }
     print("Recall: 16 key-value pairs in a memory of 16 × 16, two seeds, two learning rates")
     comparison, recall_plot = small_comparison(args.out / "recall")
     print(markdown(comparison["tables"][0]))
     results = {}
     for mixer, name in NAMES.items():
         print(f"\nTraining the {name} language model", flush=True)
-        recipe = load_recipe(args.recipe, [*args.overrides, f"model.mixer={mixer}"])
-        results[mixer] = train(recipe, args.out / mixer)
+        results[mixer] = train(recipes[mixer], args.out / mixer)
     print("\n" + table(results))
 
     model, tokenizer = load(args.out / "osdn" / "model")
-    preconds = final_preconds(model, held_out_ids(recipe, tokenizer))
+    preconds = final_preconds(model, held_out_ids(recipes["osdn"], tokenizer))
     path = args.out / "demo.png"
     draw(results, preconds, path)
     print(f"\nOSDN goes on from {PROMPT!r} (temperature 0.7):\n")
-    torch.manual_seed(recipe.train.seed)
+    torch.manual_seed(recipes["osdn"].train.seed)
     model.generate(
         tokenizer(PROMPT, return_tensors="pt").input_ids.long(),
         max_new_tokens=PASSAGE_TOKENS,

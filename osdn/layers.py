@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step
-from osdn.ops.validation import check_rule
+from osdn.ops.validation import check_box_holds_one, check_rule
 
 Forgetting = Literal["none", "data"]
 Mixed = tuple[Tensor, None, Cache | None]
@@ -134,14 +134,14 @@ class OSDN(nn.Module):
         if forgetting not in ("none", "data"):
             raise ValueError(f"forgetting: expected 'none' or 'data', got {forgetting!r}")
         check_rule(eta, precond_min, precond_max)
+        check_box_holds_one(precond_min, precond_max)
         self.num_heads, self.layer_idx, self.backend = num_heads, layer_idx, "auto"
         self.head_dim = head_size(hidden_size, num_heads, head_dim)
         self.head_v_dim = self.head_dim if head_v_dim is None else head_v_dim
         self.adaptive, self.allow_neg_eigval = adaptive, allow_neg_eigval
-        self.rule: dict[str, Any] = {"eta": 0.0}
-        if adaptive:
-            self.rule = {"eta": eta, "beta_aware": beta_aware}
-            self.rule |= {"precond_min": precond_min, "precond_max": precond_max}
+        box = {"precond_min": precond_min, "precond_max": precond_max}
+        method: dict[str, Any] = {"eta": eta, "beta_aware": beta_aware, **box}
+        self.rule = method if adaptive else {"eta": 0.0}
 
         key_size, value_size = num_heads * self.head_dim, num_heads * self.head_v_dim
         self.q_proj = nn.Linear(hidden_size, key_size, bias=False)
@@ -175,10 +175,14 @@ class OSDN(nn.Module):
         """Numbers that a sequence's memory holds: H (K V + K)."""
         return self.num_heads * self.head_dim * (self.head_v_dim + 1)
 
+    def start_precond(self) -> Tensor | None:
+        """d_1 [H, K], or None for 1; in the box, where else a first token, if padding, put it."""
+        d, low, high = self.initial_precond, *map(self.rule.get, ("precond_min", "precond_max"))
+        return d if d is None or low is None else d.clamp(low, high)
+
     def gates(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
         """(β, log γ), each [B, T, H] in float32; log γ is None without forgetting."""
-        beta = self.b_proj(hidden_states).float().sigmoid()
-        beta = 2 * beta if self.allow_neg_eigval else beta
+        beta = self.b_proj(hidden_states).float().sigmoid() * (2 if self.allow_neg_eigval else 1)
         log_gamma = (
             None if self.a_proj is None else F.logsigmoid(self.a_proj(hidden_states).float())
         )
@@ -212,10 +216,8 @@ class OSDN(nn.Module):
             k, beta = k * mask[..., None, None], beta * mask[..., None]
             log_gamma = None if log_gamma is None else log_gamma * mask[..., None]
 
-        state: Tensor | None = None
-        precond: Tensor | None = self.initial_precond
-        if past is not None:
-            state, precond = past.recurrent_states[0], past.recurrent_states[1]
+        states = None, self.start_precond()
+        state, precond = states if past is None else (past.recurrent_states[i] for i in (0, 1))
         decode = use_cache and q.shape[1] == 1 and not torch.is_grad_enabled()
         if decode and state is not None and precond is not None:
             q, k, v, beta = (x.squeeze(1) for x in (q, k, v, beta))
@@ -238,10 +240,9 @@ class OSDN(nn.Module):
             cache.update_conv_state(torch.cat(history[:2], dim=1), state_idx=0)
             cache.update_conv_state(history[2], state_idx=1)
 
-        o = self.o_norm(o).flatten(-2)
-        if self.g_proj is not None:
-            o = o * F.silu(self.g_proj(hidden_states))
-        return self.o_proj(o), None, past_key_values
+        o = self.o_norm(o.to(self.o_norm.weight.dtype)).flatten(-2)
+        gate = 1.0 if self.g_proj is None else F.silu(self.g_proj(hidden_states))
+        return self.o_proj(o * gate), None, past_key_values
 
     def _convolve(
         self, hidden_states: Tensor, cache: LinearAttentionLayer | None, cu_seqlens: Tensor | None

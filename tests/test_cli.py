@@ -216,3 +216,8 @@ def test_demo_shows_the_preconditioner_of_the_model(checkpoint):
     for d, expected in zip(drawn, final_preconds(model, ids), strict=True):
         assert d.shape == (2, 16) and (d - 1).abs().max() > 1e-3
         assert_close(d, expected, 1e-5)
+
+
+def test_demo_reads_its_recipe_before_it_trains(capsys, tmp_path):
+    code, out, err = run(capsys, "demo", "--out", tmp_path, "--recipe", tmp_path / "none.yaml")
+    assert code == 1 and "none.yaml: cannot read the recipe" in err and not out

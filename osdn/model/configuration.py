@@ -7,7 +7,7 @@ from typing import ClassVar, get_args
 from transformers import PretrainedConfig
 
 from osdn.layers import Forgetting
-from osdn.ops.validation import check_rule
+from osdn.ops.validation import check_box_holds_one, check_rule
 
 MIXERS = ("osdn", "delta_net", "attention")
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "head_dim", "head_v_dim",
@@ -31,7 +31,8 @@ class OSDNConfig(PretrainedConfig):
         forgetting: "none" or "data" (Adaptive Preconditioner Forgetting).
         eta: step size of the preconditioner's hypergradient descent, in [0, 2].
         beta_aware: let the hypergradient see the token's own write strength β.
-        precond_min, precond_max: the box the preconditioner is kept in; both or neither.
+        precond_min, precond_max: the box the preconditioner is kept in; both or neither; it must
+            hold 1.
         learn_initial_precond: d_1 is learned, from 1; else it stays 1.
         allow_neg_eigval: β in (0, 2) instead of (0, 1).
         use_output_gate: gate each osdn and delta_net layer's output by silu(W_g x).
@@ -131,6 +132,7 @@ class OSDNConfig(PretrainedConfig):
                 f"got {len(self.mixers)}"
             )
         check_rule(self.eta, self.precond_min, self.precond_max)
+        check_box_holds_one(self.precond_min, self.precond_max)
 
     @property
     def mixers(self) -> list[str]:

@@ -12,6 +12,7 @@ from osdn.ops.registration import register
 from osdn.ops.rule import Rule
 from osdn.ops.validation import (
     check_cu_seqlens,
+    check_kinds,
     check_rule,
     check_shapes,
     check_step_shapes,
@@ -92,9 +93,12 @@ def online_scaled_delta_rule(
 
     Source: arXiv 2605.13473; the delta rule in chunks is arXiv 2406.06484.
     """
+    optional = {"log_gamma": log_gamma, "initial_state": initial_state,
+                "initial_precond": initial_precond}  # fmt: skip
+    numbers = {"eta": eta, "precond_min": precond_min, "precond_max": precond_max, "scale": scale}
+    check_kinds({"q": q, "k": k, "v": v, "beta": beta}, optional, numbers)
     q, k, v = _autocast(q, k, v)
-    check_tensors(q=q, k=k, v=v, beta=beta, log_gamma=log_gamma,
-                  initial_state=initial_state, initial_precond=initial_precond)  # fmt: skip
+    check_tensors(q=q, k=k, v=v, beta=beta, **optional)
     sequences = check_shapes(q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, q)
@@ -155,6 +159,9 @@ def online_scaled_delta_step(
     Raises:
         ValueError: as the rule does, and where a gradient would be needed.
     """
+    required = {"q": q, "k": k, "v": v, "beta": beta, "state": state, "precond": precond}
+    numbers = {"eta": eta, "precond_min": precond_min, "precond_max": precond_max, "scale": scale}
+    check_kinds(required, {"log_gamma": log_gamma}, numbers)
     q, k, v = _autocast(q, k, v)
     check_tensors(q=q, k=k, v=v, beta=beta, log_gamma=log_gamma, state=state, precond=precond)
     check_step_shapes(q, k, v, beta, log_gamma, state, precond)

@@ -1,23 +1,48 @@
 """What the front door refuses, and how it says so: the argument, what was expected, what came."""
 
 from itertools import pairwise
+from math import isfinite
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _last_checked: tuple[Tensor, int, int] | None = None
 
 
-def check_tensors(q: Tensor, **others: Tensor | None) -> None:
-    """All floating point, on the device of q; k and v of its dtype."""
-    tensors: dict[str, Tensor | None] = {"q": q, **others}
-    for name, x in tensors.items():
-        if x is None:
+def check_kinds(
+    required: dict[str, Tensor],
+    optional: dict[str, Tensor | None],
+    numbers: dict[str, float | None],
+) -> None:
+    """Tensors are floating-point tensors, the optional ones may be None; numbers are finite.
+
+    None stands for a number's default, but for eta, which has none of that kind.
+    """
+    for name, x in {**required, **optional}.items():
+        if x is None and name in optional:
             continue
         if not isinstance(x, Tensor):
             raise ValueError(f"{name}: expected a tensor, got {type(x).__name__}")
         if not x.is_floating_point():
             raise ValueError(f"{name}: expected a floating-point tensor, got {x.dtype}")
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+            raise ValueError(
+                f"{name}: expected no forward-mode tangent, which only the reference would carry "
+                "on; differentiate in reverse mode"
+            )
+    for name, value in numbers.items():
+        if (value is not None or name == "eta") and (
+            not isinstance(value, int | float) or not isfinite(value)
+        ):
+            raise ValueError(f"{name}: expected a finite number, got {value!r}")
+
+
+def check_tensors(q: Tensor, **others: Tensor | None) -> None:
+    """On the device of q; k and v of its dtype."""
+    for name, x in others.items():
+        if x is None:
+            continue
         if x.device != q.device:
             raise ValueError(
                 f"{name}: expected a tensor on {q.device} like q, got one on {x.device}"
@@ -42,6 +67,8 @@ def check_shapes(
     (B, T, H, K), V = q.shape, v.shape[-1]
     N = B
     if cu_seqlens is not None:
+        if not isinstance(cu_seqlens, Tensor):
+            raise ValueError(f"cu_seqlens: expected a tensor, got {type(cu_seqlens).__name__}")
         if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
             raise ValueError(
                 f"cu_seqlens: expected N + 1 offsets in a vector, got {tuple(cu_seqlens.shape)}"
@@ -120,6 +147,15 @@ def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
             )
     if not cu_seqlens.is_inference():  # such a tensor does not tell when it is changed
         _last_checked = (cu_seqlens, version, T)
+
+
+def check_box_holds_one(precond_min: float | None, precond_max: float | None) -> None:
+    """A layer's d starts at 1, so its box must hold 1; else no gradient would reach d_1."""
+    if precond_min is not None and precond_max is not None and not precond_min <= 1 <= precond_max:
+        raise ValueError(
+            "precond_min, precond_max: expected a box that holds 1, where d starts, "
+            f"got [{precond_min}, {precond_max}]"
+        )
 
 
 def check_rule(eta: float, precond_min: float | None, precond_max: float | None) -> None:

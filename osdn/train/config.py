@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -42,7 +42,7 @@ class Data(Section):
     shuffle_bytes: UTF-8 bytes of training documents that are shuffled together in memory.
     """
 
-    corpus: str | list[str] = "stdlib"
+    corpus: str | Annotated[list[str], Field(min_length=1)] = "stdlib"
     text_field: str = "text"
     separator: str | None = Field(default=None, min_length=1)
     subset: str | None = None

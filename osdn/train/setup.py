@@ -45,7 +45,8 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> OSDNForCau
     """The model with its initial weights, which train.seed decides.
 
     Raises:
-        UserError: the embedding has fewer rows than the tokenizer has tokens.
+        UserError: the embedding has fewer rows than the tokenizer has tokens, or the two do not
+            fit otherwise.
     """
     known = {
         "vocab_size": len(tokenizer),
@@ -54,12 +55,16 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> OSDNForCau
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    config = OSDNConfig(**{**known, **recipe.model})
-    if config.vocab_size < len(tokenizer):
+    fields = {**known, **recipe.model}
+    if fields["vocab_size"] < len(tokenizer):
         raise UserError(
-            f"model.vocab_size: {config.vocab_size} is too small for the {len(tokenizer)} tokens "
-            f"of data.tokenizer {recipe.data.tokenizer!r}; raise it, or leave it out"
+            f"model.vocab_size: {fields['vocab_size']} is too small for the {len(tokenizer)} "
+            f"tokens of data.tokenizer {recipe.data.tokenizer!r}; raise it, or leave it out"
         )
+    try:
+        config = OSDNConfig(**fields)
+    except ValueError as error:
+        raise UserError(f"model: {error}") from error
     torch.manual_seed(recipe.train.seed)
     return OSDNForCausalLM(config)
 
@@ -115,8 +120,8 @@ def export(out: Path, model: OSDNForCausalLM, tokenizer: PreTrainedTokenizerBase
     except Exception as error:  # the writers of weights and tokenizers have errors of their own
         shutil.rmtree(unfinished, ignore_errors=True)
         raise UserError(
-            f"{target}: cannot write the finished model: {error}; the last checkpoint holds it: "
-            "make room and give the same command again"
+            f"{target}: cannot write the finished model: {error}; make room and give the same "
+            "command again, which goes on from the newest checkpoint there is"
         ) from error
     finally:
         if bars:

@@ -92,6 +92,15 @@ def test_padding_changes_nothing(kind, side, B):
         assert_close(y[row, kept], layer(x[row, kept][None])[0][0], 1e-5, f"row {row}")
 
 
+def test_padding_changes_nothing_where_d_starts_outside_its_box():
+    """d_1 is learned and may leave the box; the first token would put it back, padding or not."""
+    layer, x = build(precond_min=0.9, precond_max=1.1), hidden(1)
+    assert layer.initial_precond.max() > 1.1
+    mask = torch.cat([torch.zeros(1, 4), torch.ones(1, T)], 1)
+    padded = layer(torch.cat([hidden(1, 4), x], 1), attention_mask=mask)[0]
+    assert_close(padded[:, 4:], layer(x)[0], 1e-5)
+
+
 @pytest.mark.parametrize("kind", [OSDN, Attention])
 def test_packed_sequences_do_not_see_each_other(kind):
     layer, x = build(kind, **({"forgetting": "data"} if kind is OSDN else {})), hidden(1)
@@ -124,6 +133,14 @@ def test_states_stay_float32_in_a_bfloat16_layer():
         assert layer(x, past_key_values=cache, use_cache=True)[0].dtype == torch.bfloat16
         layer(x[:, :1], past_key_values=cache, use_cache=True)
     assert {s.dtype for s in cache.layers[0].recurrent_states.values()} == {torch.float32}
+
+
+def test_bfloat16_autocast_keeps_to_the_fused_norm(recwarn):
+    layer = build()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(hidden())[0]
+    assert not [w for w in recwarn if "rms_norm" in str(w.message) or "fused" in str(w.message)]
+    assert_close(y, layer(hidden())[0], 2e-2)  # bfloat16 products
 
 
 def test_gradients_reach_every_parameter():
@@ -161,6 +178,7 @@ def test_l2_normalize_keeps_zero_and_dtype():
         ({"forgetting": "later"}, "forgetting"),
         ({"eta": 3.0}, "eta"),
         ({"precond_min": 0.5}, "both or neither"),
+        ({"precond_min": 1.5, "precond_max": 2.0}, "holds 1"),
     ],
 )
 def test_wrong_options_are_named(options, word):

@@ -64,7 +64,7 @@ REFUSED = {
     ),
     "eta below": ({"eta": -0.1}, "eta: expected a step size in [0, 2], got -0.1"),
     "eta above": ({"eta": 2.5}, "eta: expected a step size in [0, 2], got 2.5"),
-    "eta nan": ({"eta": float("nan")}, "eta: expected a step size in [0, 2], got nan"),
+    "eta nan": ({"eta": float("nan")}, "eta: expected a finite number, got nan"),
     "one bound": (
         {"precond_max": 2.0},
         "precond_min, precond_max: expected both or neither, got None, 2.0",
@@ -228,3 +228,32 @@ def test_a_nan_comes_out_as_one(backend, name):
         assert o[1, first:, 0].isnan().all() and got["final_state"][1, 0].isnan().all()
     o[1, 64 if backend == "chunkwise" else first :, 0] = 0
     assert o.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": [1.0]}, "q: expected a tensor, got list"),
+        ({"k": None}, "k: expected a tensor, got NoneType"),
+        ({"eta": "1"}, "eta: expected a finite number, got '1'"),
+        ({"eta": None}, "eta: expected a finite number, got None"),
+        ({"scale": float("nan")}, "scale: expected a finite number, got nan"),
+        (
+            {"precond_min": float("nan"), "precond_max": 2.0},
+            "precond_min: expected a finite number",
+        ),
+        ({"cu_seqlens": [0, 5]}, "cu_seqlens: expected a tensor, got list"),
+    ],
+)
+def test_wrong_kinds_are_named(change, message):
+    x = torch.rand(1, 5, 2, 3)
+    given = {"q": x, "k": x, "v": x, "beta": x[..., 0]} | change
+    with pytest.raises(ValueError) as error:
+        online_scaled_delta_rule(**given)
+    assert message in str(error.value)
+
+
+def test_forward_mode_is_refused_where_it_would_be_lost():
+    x = torch.rand(1, 5, 2, 3)
+    with pytest.raises(ValueError, match="q: expected no forward-mode tangent"):
+        torch.func.jvp(lambda q: online_scaled_delta_rule(q, x, x, x[..., 0])[0], (x,), (x,))

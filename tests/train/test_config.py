@@ -89,3 +89,10 @@ def test_resolved_holds_the_models_defaults(path):
     before, after = load_recipe(path), load_recipe(path, ["model.eta=1.0", "model.mixer=osdn"])
     assert before.resolved() == after.resolved()
     assert before.resolved()["model"]["conv_size"] == 4
+
+
+def test_a_corpus_of_no_names_is_refused(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("model: {hidden_size: 32, num_heads: 2, num_hidden_layers: 1}\n")
+    with pytest.raises(UserError, match=r"data\.corpus"):
+        load_recipe(path, ["data.corpus=[]"])

@@ -204,6 +204,10 @@ def test_too_small_an_embedding_and_an_unknown_device(texts, tmp_path):
     small = small.model_copy(update={"model": {**small.model, "vocab_size": 200}})
     with pytest.raises(UserError, match=r"model\.vocab_size: 200 is too small for the 258 tokens"):
         train(small, tmp_path / "a")
+    padded = recipe(texts)
+    padded = padded.model_copy(update={"model": {**padded.model, "pad_token_id": 9999}})
+    with pytest.raises(UserError, match=r"model: pad_token_id: expected less than"):
+        train(padded, tmp_path / "a")
     with pytest.raises(UserError, match=r"train\.device"):
         train(recipe(texts, device="gpu"), tmp_path / "b")
     assert not list(tmp_path.iterdir())  # nothing was begun
