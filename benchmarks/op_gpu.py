@@ -45,7 +45,7 @@ def grid(**options):
 
 GRIDS = {
     "inverse": grid(num_warps=[1], BK=[16, 32], maxnreg=[96, 128, 168, 255]),
-    "scan": grid(num_warps=[2, 4, 8]),
+    "scan": grid(num_warps=[2, 4, 8], STAGES=[2, 3, 4]),
     "token_scan": grid(num_warps=[1]),
     "write_keys": grid(num_warps=[1], BK=[16, 32], maxnreg=[96, 128, 168, 255]),
     "memory": grid(num_warps=[4, 8], num_stages=[1, 2], BV=[64, 128]),
@@ -53,7 +53,7 @@ GRIDS = {
     "memory_reverse": grid(num_warps=[4, 8], num_stages=[1, 2], BV=[64, 128]),
     "gradients": grid(num_warps=[4, 8], num_stages=[1, 2, 3], BK=[64, 128], BV=[64]),
     "couple": grid(num_warps=[4, 8], BK=[32, 64, 128]),
-    "scan_reverse": grid(num_warps=[2, 4, 8]),
+    "scan_reverse": grid(num_warps=[2, 4, 8], STAGES=[2, 3, 4]),
     "precond_gradients": grid(num_warps=[4, 8], BK=[32, 64, 128]),
     "step": grid(num_warps=[4, 8, 16], BV=[32, 64, 128]),
 }
@@ -69,12 +69,14 @@ def stages(B, T, H):
     beta = torch.rand(B, T, H, device="cuda")
     S0, d0 = torch.zeros(B, H, K, K, device="cuda"), torch.ones(B, H, K, device="cuda")
     chunks = cut(B, T, None)
-    x, starts, w, ka, A, e = saved_like(q, k, v, beta, None, S0, d0, None, True)
+    saved = saved_like(q, k, v, beta, None, S0, d0, None, True)
+    x, starts, w, ka, A, clipped, e = saved[:7]
     chunk_scan(k, beta, None, d0, x, starts, chunks, RULE)
-    write_keys(k, beta, None, x, starts, w, A, ka, chunks, RULE)
-    memory(q, w, ka, v, A, S0, e, chunks, RULE)
-    dv, dS, _ = memory_reverse(q, w, ka, A, do, S0, chunks, RULE)
-    S = states(w, e, S0, chunks)
+    write_keys(k, beta, None, x, starts, w, A, ka, clipped, chunks, RULE, repair=False)
+    *_, parts = memory(q, w, ka, v, A, S0, e, chunks, RULE)
+    dv, dS, _ = memory_reverse(q, w, ka, A, do, S0, parts, chunks, RULE)
+    S = states(w, e, S0, parts, chunks)
+    dbeta = torch.empty_like(beta)
     _, dk, dw = gradients(q, k, w, e, do, dv, S, dS, chunks, RULE)
     state0 = torch.randn(64, H, K, K, device="cuda")
     precond0 = torch.ones(64, H, K, device="cuda")
@@ -87,21 +89,29 @@ def stages(B, T, H):
         return (solved(chunk_inverse(k, beta, None, chunks, RULE)),)
 
     def keys():
-        write_keys(k, beta, None, x, starts, w, A, ka, chunks, RULE)
+        write_keys(k, beta, None, x, starts, w, A, ka, clipped, chunks, RULE, repair=False)
         return w, ka, solved(A)
 
     def scan():
         return (chunk_scan(k, beta, None, d0, x, starts, chunks, RULE), x, starts)
 
     def tokens():
-        w2, x2, starts2 = (torch.empty_like(t) for t in (w, x, starts))
-        token_scan(k, beta, None, d0, w2, x2, starts2, chunks, BOX)
-        return token_scan_reverse(k, beta, None, x2, starts2, dw, d0, dk.clone(), chunks, BOX)[::2]
+        """Every token, as where the box clips in each sequence's first chunk."""
+        w2, x2, starts2, part, final = (t.clone() for t in (w, x, starts, dk, d0))
+        first = torch.arange(B, device="cuda", dtype=torch.int32) * (chunks.bound // B)
+        first = first[:, None].expand(B, H).contiguous()
+        token_scan(k, beta, None, w2, x2, starts2, final, first, chunks, BOX)
+        gradient = token_scan_reverse(
+            k, beta, None, x2, starts2, dw, d0, part, dbeta, None, first, chunks, BOX
+        )
+        return w2, x2, final, gradient, part, dbeta
 
     def reverse():
         part = dk.clone()
-        found = chunk_scan_reverse(k, beta, None, x, starts, dw, d0, part, chunks, RULE)
-        return found[0], found[2], part
+        found = chunk_scan_reverse(
+            k, beta, None, x, starts, dw, d0, part, dbeta, None, clipped, chunks, RULE
+        )
+        return dbeta, found, part
 
     def step():
         state, precond = state0.clone(), precond0.clone()
@@ -113,9 +123,9 @@ def stages(B, T, H):
         "scan": scan,
         "token_scan": tokens,
         "write_keys": keys,
-        "memory": lambda: memory(q, w, ka, v, A, S0, e, chunks, RULE),
-        "states": lambda: (states(w, e, S0, chunks),),
-        "memory_reverse": lambda: memory_reverse(q, w, ka, A, do, S0, chunks, RULE),
+        "memory": lambda: memory(q, w, ka, v, A, S0, e, chunks, RULE)[:2],
+        "states": lambda: (states(w, e, S0, parts, chunks),),
+        "memory_reverse": lambda: memory_reverse(q, w, ka, A, do, S0, parts, chunks, RULE),
         "gradients": lambda: gradients(q, k, w, e, do, dv, S, dS, chunks, RULE),
         "couple": reverse,
         "scan_reverse": reverse,

@@ -48,6 +48,7 @@ class Case(NamedTuple):
 
 
 BOX = {"precond_min": 0.9, "precond_max": 1.05}
+LATE = {"precond_min": 0.93, "precond_max": 1.07}
 CASES = [
     Case("one token", 2, 1, 2, 64, 64, {}),
     Case("T 63", 2, 63, 2, 64, 64, {"beta_aware": True}),
@@ -59,6 +60,8 @@ CASES = [
     Case("delta rule", 2, 300, 2, 128, 128, {"eta": 0.0}, gamma=False),
     Case("box", 2, 300, 2, 128, 128, BOX),
     Case("box, beta-aware", 1, 257, 2, 64, 128, BOX | {"beta_aware": True}),
+    Case("box, left late", 1, 320, 2, 64, 64, LATE, gamma=False, odd="late"),
+    Case("long, in segments", 1, 4160, 1, 64, 64, {"beta_aware": True}),
     Case("packed", 1, 400, 2, 64, 64, {}, cu_seqlens=(0, 1, 64, 129, 400)),
     Case("packed, box", 1, 200, 2, 128, 64, BOX, cu_seqlens=(0, 3, 131, 200)),
     # Here every later token erases what an earlier one wrote, so that d log γ and dβ are what is
@@ -89,6 +92,9 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[st
     log_gamma = logsigmoid(normal(B, T, H) + 4)
     if case.odd == "repeated":
         k = k[:, :1].expand(B, T, H, K)
+    if case.odd == "late":  # unit keys leave d at 1; these leave the box, and in one head only
+        k[:, 150:, 0] *= 1.3
+        d = torch.ones_like(d)
     if case.odd == "strong":
         beta = 1.0 + torch.arange(T).view(1, T, 1).expand(B, T, H) % 2
         d = d.clamp(0.3, 0.9)

@@ -14,8 +14,9 @@ pytest.importorskip("triton", reason="Triton cannot be installed here")
 from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step
 from osdn.ops.interface import BACKENDS
 from osdn.ops.rule import Rule
+from osdn.ops.triton import forward as backend_forward
 from osdn.ops.triton import step as backend_step
-from osdn.ops.triton.chunks import CHUNK, cut
+from osdn.ops.triton.chunks import CHUNK, count_segments, cut
 from tests.numerics import assert_close, make_inputs, relative_error
 from tests.ops.running import detached, everything
 
@@ -87,6 +88,47 @@ def test_clip_that_never_acts_is_no_clip():
     boxed = everything(inputs, "triton", precond_min=-100.0, precond_max=100.0)
     for name, x in free.items():
         assert_close(boxed[name], x, 5e-6, name)
+
+
+def test_box_is_left_late_or_by_some_heads_only():
+    """Chunks before the first clip are made in parallel, those from there on token by token."""
+    inputs = make_inputs(2, 140, 2, 20, 16, gamma=False, dtype=torch.float32)
+    precond = torch.ones(2, 2, 20)
+    k = inputs["k"].detach()
+    k[0, 70:, 0] *= 1.3  # unit keys leave d at 1; these do not
+    inputs |= {"initial_precond": precond, "k": k}
+    bounds = {"precond_min": 0.93, "precond_max": 1.07}
+    check(inputs, **bounds)
+    saved = _saved(on_device(inputs), bounds)
+    assert saved.tolist() == [[1, 6], [6, 6]]
+    check(inputs, beta_aware=True, **bounds)
+
+
+def _saved(inputs: dict, bounds: dict) -> torch.Tensor:
+    """The number of the first chunk that was clipped, [N, H]; the bound where none was."""
+    rule = Rule(1.0, False, *bounds.values(), 0.25)
+    tensors = {n: None if x is None else x.detach() for n, x in inputs.items()}
+    return backend_forward(*tensors.values(), None, rule, True)[3][5]
+
+
+def test_when_walks_are_cut_into_segments():
+    assert count_segments(1, 65536, 32) == 16  # of 64 chunks each: 512 programs
+    assert count_segments(1, 4096, 32) == 4  # of 16 chunks, the least
+    assert count_segments(1, 3072, 32) == 1  # too short for four of them
+    assert count_segments(2, 65536, 64) == 1  # enough programs as it is
+
+
+@pytest.mark.parametrize("T, V, options", [(300, 20, {}), (257, 70, BOX)])
+def test_walks_in_segments(monkeypatch, T, V, options):
+    monkeypatch.setattr("osdn.ops.triton.chunks.LEAST", 1)
+    assert count_segments(1, T, 2) == 5
+    check(make_inputs(1, T, 1, 24, V, dtype=torch.float32), **options)
+
+
+def test_segments_of_several_sequences_and_heads(monkeypatch):
+    monkeypatch.setattr("osdn.ops.triton.chunks.LEAST", 2)
+    assert count_segments(2, 390, 2) == 4  # of two chunks each, the last of one
+    check(make_inputs(2, 390, 2, 16, 16, dtype=torch.float32), beta_aware=True)
 
 
 @pytest.mark.parametrize("options", [{}, BOX])

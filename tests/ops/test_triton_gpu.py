@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step
-from osdn.selfcheck import check_all
-from tests.numerics import assert_close, make_inputs
+from osdn.ops.triton.chunks import count_segments
+from osdn.selfcheck import FLOORS, check_all
+from tests.numerics import assert_close, make_inputs, relative_error
 from tests.ops.running import BOX
 
 pytestmark = [
@@ -22,6 +23,34 @@ def inputs_on_gpu(*sizes: int, dtype: torch.dtype = torch.bfloat16, **options) -
 def test_every_case_of_selfcheck():
     wrong = [result for result in check_all() if not result.right]
     assert not wrong
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("options", [{}, {"beta_aware": True, "precond_min": 0.0}])
+def test_long_sequences_walk_in_segments(dtype, options):
+    """Against the plain backend in float64: twice its own error and selfcheck's floor."""
+    assert count_segments(1, 5000, 4) > 1
+    options = options | ({"precond_max": 1.4} if options else {})
+    inputs = inputs_on_gpu(1, 5000, 2, 128, 128, dtype=dtype)
+    exact = {n: x.detach().double().requires_grad_() for n, x in inputs.items()}
+    expected = _everything(exact, "chunkwise", options)
+    plain, actual = (_everything(inputs, name, options) for name in ("chunkwise", "triton"))
+    for name, x in expected.items():
+        limit = 2 * relative_error(plain[name], x) + FLOORS[dtype]
+        assert_close(actual[name], x, limit, name)
+
+
+def _everything(inputs: dict, backend: str, options: dict) -> dict:
+    """Results and gradients of a random linear function of them, by name."""
+    results = online_scaled_delta_rule(
+        **inputs, output_final_state=True, backend=backend, **options
+    )
+    g = torch.Generator("cuda").manual_seed(5)
+    loss = sum(
+        (x.double() * torch.randn(x.shape, generator=g, device="cuda")).sum() for x in results
+    )
+    gradients = torch.autograd.grad(loss, list(inputs.values()))
+    return dict(zip("oSd", results)) | {f"d{n}": x for n, x in zip(inputs, gradients)}
 
 
 def test_full_graph_compile_is_eager():

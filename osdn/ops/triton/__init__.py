@@ -1,8 +1,8 @@
 """The online scaled delta rule on a GPU, in Triton: the backend "triton" of osdn.ops.interface.
 
 Phase 1 makes the preconditioner's path from the keys alone: in chunks (`precond_forward`,
-`precond_backward`), or token by token where a box clips it (`precond_tokens`). `write_keys` turns
-it into the operands of phase 2, which walks the memory (`memory_forward`, `memory_backward`).
+`precond_backward`), and token by token from where a box clips it (`precond_tokens`). `write_keys`
+turns it into the operands of phase 2, which walks the memory (`memory_forward`, `memory_backward`).
 `decode` is one token. docs/kernels.md says what each kernel reads, writes and costs.
 """
 
@@ -15,10 +15,11 @@ from osdn.ops.rule import Rule
 from osdn.ops.triton.chunks import CHUNK, Chunks, chunk_bound, cut
 from osdn.ops.triton.decode import decode
 from osdn.ops.triton.memory_backward import gradients, memory_reverse, states
-from osdn.ops.triton.memory_forward import memory
+from osdn.ops.triton.memory_forward import memory, segments_like
 from osdn.ops.triton.precond_backward import chunk_scan_reverse
 from osdn.ops.triton.precond_forward import chunk_scan
-from osdn.ops.triton.precond_tokens import token_scan, token_scan_reverse
+from osdn.ops.triton.precond_tokens import token_scan
+from osdn.ops.triton.precond_tokens_backward import token_scan_reverse
 from osdn.ops.triton.write_keys import write_keys
 
 
@@ -38,22 +39,23 @@ def forward(
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     with _on(q):
         chunks = cut(q.shape[0], q.shape[1], cu_seqlens)
-        x, starts, w, ka, A = _operands(k, beta, cu_seqlens)
+        x, starts, w, ka, A, clipped = _operands(k, beta, initial_precond, cu_seqlens)
         e = torch.empty_like(v) if save else None
         gates = (k, beta, log_gamma)
         if cu_seqlens is not None:
             starts.zero_()  # those past the last chunk are never written
-        if rule.precond_min is not None:
-            precond = token_scan(*gates, initial_precond, w, x, starts, chunks, rule)
-        elif rule.constant_precond(log_gamma is not None):
+        if rule.constant_precond(log_gamma is not None):
             precond = initial_precond.clone()
             starts.copy_(_at_chunks(initial_precond, chunks))
             x.zero_()
         else:
             precond = chunk_scan(*gates, initial_precond, x, starts, chunks, rule)
-        write_keys(*gates, x, starts, w, A, ka, chunks, rule)
-        o, state = memory(q, w, ka, v, A, initial_state, e, chunks, rule)
-    return o, state, precond, [] if e is None else [x, starts, w, ka, A, e]
+        write_keys(*gates, x, starts, w, A, ka, clipped, chunks, rule, repair=False)
+        if rule.precond_min is not None:  # both return at once where no token left the box
+            token_scan(*gates, w, x, starts, precond, clipped, chunks, rule)
+            write_keys(*gates, x, starts, w, A, ka, clipped, chunks, rule, repair=True)
+        o, state, segments = memory(q, w, ka, v, A, initial_state, e, chunks, rule)
+    return o, state, precond, [] if e is None else [x, starts, w, ka, A, clipped, e, *segments]
 
 
 def saved_like(
@@ -67,12 +69,17 @@ def saved_like(
     cu_seqlens: Tensor | None,
     save: bool,
 ) -> list[Tensor]:
-    """Empty x, d at chunk starts, w, A k and A (see `_operands`), and e [B, T, H, V]."""
-    return [*_operands(k, beta, cu_seqlens), v.new_empty(v.shape)] if save else []
+    """Empty: `_operands`, e [B, T, H, V], and what `memory` leaves of segments."""
+    if not save:
+        return []
+    operands = _operands(k, beta, initial_precond, cu_seqlens)
+    return [*operands, v.new_empty(v.shape), *segments_like(q, v, cu_seqlens)]
 
 
-def _operands(k: Tensor, beta: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
-    """Empty x [B, T, H], d [chunks, H, K], w and A k [B, T, H, K], A [B, T, H, CHUNK]."""
+def _operands(k: Tensor, beta: Tensor, precond: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
+    """Empty x [B, T, H], d [chunks, H, K], w and A k [B, T, H, K], A [B, T, H, CHUNK], and
+    clipped [N, H] int32: with a box, the number of the first chunk where d left it, or the bound.
+    """
     B, T, H, K = k.shape
     return [
         beta.new_empty(beta.shape),
@@ -80,6 +87,7 @@ def _operands(k: Tensor, beta: Tensor, cu_seqlens: Tensor | None) -> list[Tensor
         k.new_empty(k.shape),
         k.new_empty(k.shape),
         k.new_empty(B, T, H, CHUNK),
+        precond.new_empty(precond.shape[:2], dtype=torch.int32),
     ]
 
 
@@ -99,18 +107,25 @@ def backward(
     rule: Rule,
 ) -> list[Tensor]:
     """[dq, dk, dv, dβ, dinitial_state, dinitial_precond] and dlog γ, as the contract has them."""
-    x, starts, w, ka, A, e = saved
+    x, starts, w, ka, A, clipped, e, *segments = saved
     q, k, do = q.contiguous(), k.contiguous(), do.contiguous()
     dfinal_state, dfinal_precond = dfinal_state.contiguous(), dfinal_precond.contiguous()
     with _on(q):
         chunks = cut(q.shape[0], q.shape[1], cu_seqlens)
-        dv, dS, dstate = memory_reverse(q, w, ka, A, do, dfinal_state, chunks, rule)
-        S = states(w, e, initial_state, chunks)
+        dv, dS, dstate = memory_reverse(q, w, ka, A, do, dfinal_state, segments, chunks, rule)
+        S = states(w, e, initial_state, segments, chunks)
         dq, dk, dw = gradients(q, k, w, e, do, dv, S, dS, chunks, rule)
         del S, dS
-        reverse = chunk_scan_reverse if rule.precond_min is None else token_scan_reverse
-        dbeta, dlog_gamma, dprecond = reverse(
-            k, beta, log_gamma, x, starts, dw, dfinal_precond, dk, chunks, rule
+        gates = (k, beta, log_gamma)
+        dbeta = torch.empty_like(beta)
+        dlog_gamma = None if log_gamma is None else torch.empty_like(beta)
+        found = (dk, dbeta, dlog_gamma)
+        if rule.precond_min is not None:
+            dfinal_precond = token_scan_reverse(
+                *gates, x, starts, dw, dfinal_precond, *found, clipped, chunks, rule
+            )
+        dprecond = chunk_scan_reverse(
+            *gates, x, starts, dw, dfinal_precond, *found, clipped, chunks, rule
         )
     gradient = [dq, dk, dv, dbeta, dstate, dprecond]
     return gradient if dlog_gamma is None else [*gradient, dlog_gamma]

@@ -14,10 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 64
+# A walk over chunks is cut into segments where it would run on at most FEW programs, so that about
+# PROGRAMS run (four on each of an H100's 132 multiprocessors), of at least LEAST chunks each.
+FEW, PROGRAMS, LEAST = 64, 512, 16
 
 
 class Chunks(NamedTuple):
     """The cut of one call. Without cu_seqlens, offsets and indices are None.
+
+    sequences: how many there are, or how many segments of them.
+    segment: chunks of a segment, or of a whole sequence; not used with cu_seqlens.
 
     bound: at least the number of chunks.  cu_seqlens [N + 1] int64.
     offsets: [N] int32, number of each sequence's first chunk.
@@ -26,6 +32,7 @@ class Chunks(NamedTuple):
 
     sequences: int
     bound: int
+    segment: int
     cu_seqlens: Tensor | None
     offsets: Tensor | None
     indices: Tensor | None
@@ -49,7 +56,7 @@ def cut(B: int, T: int, cu_seqlens: Tensor | None) -> Chunks:
     """
     bound = chunk_bound(B, T, cu_seqlens)
     if cu_seqlens is None:
-        return Chunks(B, bound, None, None, None)
+        return Chunks(B, bound, bound // B, None, None, None)
     global _last
     if _last is not None and _last[0] is cu_seqlens and _last[1] == cu_seqlens._version:
         return _last[2]
@@ -61,10 +68,27 @@ def cut(B: int, T: int, cu_seqlens: Tensor | None) -> Chunks:
     local = number - starts[sequence]
     used = sequence < lengths.numel()
     pairs = torch.stack([torch.where(used, sequence, -1), torch.where(used, local, 0)], 1)
-    chunks = Chunks(lengths.numel(), bound, cu_seqlens.long(), starts[:-1].int(), pairs.int())
+    tables = cu_seqlens.long(), starts[:-1].int(), pairs.int()
+    chunks = Chunks(lengths.numel(), bound, bound, *tables)
     if not (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
         _last = (cu_seqlens, cu_seqlens._version, chunks)
     return chunks
+
+
+def count_segments(B: int, T: int, programs: int) -> int:
+    """Of a sequence of T tokens, where B of them walk on `programs` programs each; 1: not cut.
+
+    At least four, or the extra pass over them does not pay.
+    """
+    walk = triton.cdiv(T, CHUNK)
+    count = triton.cdiv(walk, max(LEAST, triton.cdiv(B * walk * programs, PROGRAMS)))
+    return count if B * programs <= FEW and count >= 4 else 1
+
+
+def split(chunks: Chunks, count: int) -> Chunks:
+    """Each sequence in `count` segments; sequences without cu_seqlens only."""
+    segment = triton.cdiv(chunks.segment, count)
+    return chunks._replace(sequences=chunks.sequences * count, segment=segment)
 
 
 def tile(size: int) -> int:
@@ -97,17 +121,35 @@ def locate_chunk(i_c, cu_seqlens, indices, T, BT: tl.constexpr, IS_VARLEN: tl.co
 
 
 @triton.jit
-def locate_sequence(i_n, cu_seqlens, offsets, T, BT: tl.constexpr, IS_VARLEN: tl.constexpr):
-    """Of sequence i_n: its first token's row (int64), its length, its first chunk (int64)."""
+def locate_sequence(
+    i_n, cu_seqlens, offsets, T, segment, BT: tl.constexpr, IS_VARLEN: tl.constexpr
+):
+    """Of sequence i_n: its first token's row (int64), its length, its first chunk (int64).
+
+    Without cu_seqlens, sequences are cut into segments of `segment` chunks, numbered in order.
+    """
     if IS_VARLEN:
         begin = tl.load(cu_seqlens + i_n)
         length = (tl.load(cu_seqlens + i_n + 1) - begin).to(tl.int32)
         first = tl.load(offsets + i_n).to(tl.int64)
     else:
-        begin = i_n.to(tl.int64) * T
-        length = T.to(tl.int32)
-        first = i_n.to(tl.int64) * tl.cdiv(T, BT)
+        NT = tl.cdiv(T, BT)
+        NS = tl.cdiv(NT, segment)
+        skip = i_n % NS * segment
+        begin = (i_n // NS).to(tl.int64) * T + skip * BT
+        length = tl.minimum(segment * BT, T - skip * BT).to(tl.int32)
+        first = (i_n // NS).to(tl.int64) * NT + skip
     return begin, length, first
+
+
+@triton.jit
+def sequence_of(i_c, indices, T, BT: tl.constexpr, IS_VARLEN: tl.constexpr):
+    """The sequence of chunk number i_c, which there must be."""
+    if IS_VARLEN:
+        i_n = tl.load(indices + 2 * i_c)
+    else:
+        i_n = i_c // tl.cdiv(T, BT)
+    return i_n
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from osdn.ops.triton.chunks import tile
 
 CONFIG: dict[str, dict[str, Any]] = {
     "inverse": {"num_warps": 1, "BK": 16},
-    "scan": {"num_warps": 4},
+    "scan": {"num_warps": 4, "STAGES": 3},
     "token_scan": {"num_warps": 1},
     "write_keys": {"num_warps": 1, "BK": 32},
     "memory": {"num_warps": 4, "num_stages": 1, "BV": 64},
@@ -22,27 +22,27 @@ CONFIG: dict[str, dict[str, Any]] = {
     "memory_reverse": {"num_warps": 4, "num_stages": 1, "BV": 64},
     "gradients": {"num_warps": 8, "num_stages": 3, "BK": 128, "BV": 64},
     "couple": {"num_warps": 4, "BK": 128},
-    "scan_reverse": {"num_warps": 4},
+    "scan_reverse": {"num_warps": 4, "STAGES": 3},
     "precond_gradients": {"num_warps": 4, "BK": 32},
     "step": {"num_warps": 4, "BV": 128},
 }
 # Where tiles are larger, they must still fit registers and shared memory.
 WIDE: dict[str, dict[str, Any]] = {  # K > 128
-    "scan": {"num_warps": 8},
+    "scan": {"num_warps": 8, "STAGES": 2},
     "memory": {"num_warps": 8, "num_stages": 1, "BV": 64},
     "memory_reverse": {"num_warps": 8, "num_stages": 1, "BV": 64},
-    "scan_reverse": {"num_warps": 8},
+    "scan_reverse": {"num_warps": 8, "STAGES": 2},
     "step": {"num_warps": 4, "BV": 64},
 }
 FLOAT32: dict[str, dict[str, Any]] = {
-    "scan": {"num_warps": 8},
+    "scan": {"num_warps": 8, "STAGES": 2},
     "write_keys": {"num_warps": 4, "BK": 16},
     "memory": {"num_warps": 8, "num_stages": 1, "BV": 32},
     "states": {"num_warps": 4, "num_stages": 1, "BK": 64, "BV": 64},
     "memory_reverse": {"num_warps": 8, "num_stages": 1, "BV": 32},
     "gradients": {"num_warps": 8, "num_stages": 1, "BK": 32, "BV": 32},
     "couple": {"num_warps": 8, "BK": 32},
-    "scan_reverse": {"num_warps": 8},
+    "scan_reverse": {"num_warps": 8, "STAGES": 2},
     "precond_gradients": {"num_warps": 8, "BK": 32},
 }
 PIPELINE_BYTES = 160 * 1024  # of shared memory a block; with less, loads are not pipelined
@@ -55,8 +55,8 @@ def launch(name: str, x: Tensor, K: int, V: int = 1) -> dict[str, Any]:
     for block, size in (("BK", K), ("BV", V)):
         if block in config:
             config[block] = min(config[block], tile(size))
-    if "num_stages" in config and x.is_cuda and _shared_bytes(x.device.index) < PIPELINE_BYTES:
-        config["num_stages"] = 1
+    if x.is_cuda and _shared_bytes(x.device.index) < PIPELINE_BYTES:
+        config |= {stages: 1 for stages in ("num_stages", "STAGES") if stages in config}
     return config
 
 

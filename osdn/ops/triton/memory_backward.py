@@ -7,9 +7,9 @@ With P = tril(q wᵀ) and dS the gradient of a chunk's final memory, S the memor
     dk = −dv Sᵀ − tril(dv eᵀ, −1) w                       phase 1 adds its part
     dw = e dSᵀ + scale · triu(e doᵀ) q − triu(e dvᵀ, 1) k
 
-S ← S + wᵀ e needs no solve, since e was kept. Wherever a product's transpose is wanted it is
-computed as a product of its own: on Hopper, Triton 3.4 to 3.7.0 miscompiles a dot whose operand is
-another dot's result, transposed.
+S ← S + wᵀ e needs no solve, since e was kept. Segments are joined as in `memory_forward`, by Mᵀ.
+Wherever a product's transpose is wanted it is computed as a product of its own: on Hopper, Triton
+3.4 to 3.7.0 miscompiles a dot whose operand is another dot's result, transposed.
 """
 
 import torch
@@ -24,15 +24,17 @@ from osdn.ops.triton.chunks import (
     load_tile,
     locate_chunk,
     locate_sequence,
+    split,
     store_tile,
     tile,
 )
 from osdn.ops.triton.config import launch, precision
+from osdn.ops.triton.segments import link
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "segment"])
 def states_kernel(
-    w, e, initial, S, cu_seqlens, offsets, T,
+    w, e, initial, S, cu_seqlens, offsets, T, segment,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     IS_VARLEN: tl.constexpr, PREC: tl.constexpr,
@@ -44,7 +46,7 @@ def states_kernel(
     i_k = tl.program_id(0) // NV % NK
     i_h = tl.program_id(0) // (NV * NK) % H
     i_n = tl.program_id(0) // (NV * NK * H)
-    begin, length, first = locate_sequence(i_n, cu_seqlens, offsets, T, BT, IS_VARLEN)
+    begin, length, first = locate_sequence(i_n, cu_seqlens, offsets, T, segment, BT, IS_VARLEN)
     o_t = tl.arange(0, BT)
     o_k = i_k * BK + tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
@@ -65,19 +67,22 @@ def states_kernel(
         S += H * K * V
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "segment"])
 def memory_reverse_kernel(
-    q, w, ka, A, do, dfinal, dv, dS, dinitial, cu_seqlens, offsets, scale, T,
+    q, w, ka, A, do, dfinal, dv, dS, dinitial, cu_seqlens, offsets, scale, T, segment,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    IS_VARLEN: tl.constexpr, PREC: tl.constexpr,
+    IS_VARLEN: tl.constexpr, SAVE: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """dv [B, T, H, V], dS [chunks, H, K, V], dinitial [N, H, K, V]. Grid: N · H · blocks of V."""
+    """dv [B, T, H, V] and dS [chunks, H, K, V] if SAVE, dinitial [N, H, K, V].
+
+    Grid: N · H · blocks of V; N counts segments where there are any.
+    """
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % NV
     i_h = tl.program_id(0) // NV % H
     i_n = tl.program_id(0) // (NV * H)
-    begin, length, first = locate_sequence(i_n, cu_seqlens, offsets, T, BT, IS_VARLEN)
+    begin, length, first = locate_sequence(i_n, cu_seqlens, offsets, T, segment, BT, IS_VARLEN)
     NT = tl.cdiv(length, BT)
     o_t = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
@@ -101,11 +106,12 @@ def memory_reverse_kernel(
         b_w = load_tile(w, o_t, left, H * K, o_k, K)
         b_ka = load_tile(ka, o_t, left, H * K, o_k, K)
         b_do = load_tile(do, o_t, left, H * V, o_v, V)
-        # Aᵀ, read transposed: column j of the tile is row j of A.
-        m_A = o_t[None, :] < left
-        b_At = tl.load(A + o_t[None, :] * (H * BT) + o_t[:, None], mask=m_A, other=0.0)
+        if SAVE:
+            # Aᵀ, read transposed: column j of the tile is row j of A.
+            m_A = o_t[None, :] < left
+            b_At = tl.load(A + o_t[None, :] * (H * BT) + o_t[:, None], mask=m_A, other=0.0)
+            store_tile(dS, b_dS, o_k, K, V, o_v, V)
 
-        store_tile(dS, b_dS, o_k, K, V, o_v, V)
         b_Pt = tl.dot(b_w, tl.trans(b_q), input_precision=PREC)
         b_Pt = tl.where(acausal, b_Pt * scale, 0.0).to(type)
         b_z = tl.dot(b_Pt, b_do, input_precision=PREC)
@@ -113,8 +119,9 @@ def memory_reverse_kernel(
         b_z = b_z.to(type)
         b_dS += scale * tl.dot(tl.trans(b_q), b_do, input_precision=PREC)
         b_dS -= tl.dot(tl.trans(b_ka), b_z, input_precision=PREC)
-        b_dv = tl.dot(b_At, b_z, input_precision=PREC)
-        store_tile(dv, b_dv, o_t, left, H * V, o_v, V)
+        if SAVE:
+            b_dv = tl.dot(b_At, b_z, input_precision=PREC)
+            store_tile(dv, b_dv, o_t, left, H * V, o_v, V)
 
         q -= BT * H * K
         w -= BT * H * K
@@ -189,14 +196,19 @@ def gradients_kernel(
     store_tile(dw + row * K, b_dw, o_t, left, H * K, o_k, K)
 
 
-def states(w: Tensor, e: Tensor, initial_state: Tensor, chunks: Chunks) -> Tensor:
-    """S [chunks, H, K, V] at every chunk's start, in w's dtype."""
+def states(
+    w: Tensor, e: Tensor, initial_state: Tensor, segments: list[Tensor], chunks: Chunks
+) -> Tensor:
+    """S [chunks, H, K, V] at every chunk's start, in w's dtype; segments as `memory` left them."""
     (T, H, K), V = w.shape[1:], e.shape[-1]
     config = launch("states", w, K, V)
     blocks = triton.cdiv(K, config["BK"]) * triton.cdiv(V, config["BV"])
     S = w.new_empty(chunks.bound, H, K, V)
+    if segments:
+        initial_state = segments[1]
+        chunks = split(chunks, len(initial_state) // chunks.sequences)
     states_kernel[(chunks.sequences * H * blocks,)](
-        w, e, initial_state, S, chunks.cu_seqlens, chunks.offsets, T,
+        w, e, initial_state, S, chunks.cu_seqlens, chunks.offsets, T, chunks.segment,
         H=H, K=K, V=V, BT=CHUNK,
         IS_VARLEN=chunks.offsets is not None, PREC=precision(w), **config,
     )  # fmt: skip
@@ -210,21 +222,48 @@ def memory_reverse(
     A: Tensor,
     do: Tensor,
     dfinal_state: Tensor,
+    segments: list[Tensor],
     chunks: Chunks,
     rule: Rule,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dv, dS [chunks, H, K, V] at every chunk's end, dinitial_state)."""
+    H, K, V = *q.shape[2:], do.shape[-1]
+    dv, dS = torch.empty_like(do), q.new_empty(chunks.bound, H, K, V)
+    if not segments:
+        dinitial = torch.empty_like(dfinal_state)
+        _walk(q, w, ka, A, do, dfinal_state, dv, dS, dinitial, chunks, rule)
+        return dv, dS, dinitial
+    M, starts = segments
+    chunks = split(chunks, len(starts) // chunks.sequences)
+    R = torch.empty_like(starts)
+    _walk(q, w, ka, A, do, torch.zeros_like(R), None, None, R, chunks, rule)
+    ends, dinitial = link(M, R, dfinal_state, reverse=True)
+    _walk(q, w, ka, A, do, ends, dv, dS, R, chunks, rule)
+    return dv, dS, dinitial
+
+
+def _walk(
+    q: Tensor,
+    w: Tensor,
+    ka: Tensor,
+    A: Tensor,
+    do: Tensor,
+    dfinal: Tensor,
+    dv: Tensor | None,
+    dS: Tensor | None,
+    dinitial: Tensor,
+    chunks: Chunks,
+    rule: Rule,
+) -> None:
+    """Launch the reverse kernel; without dv and dS only dinitial is written."""
     (T, H, K), V = q.shape[1:], do.shape[-1]
     config = launch("memory_reverse", q, K, V)
-    dv, dinitial = torch.empty_like(do), torch.empty_like(dfinal_state)
-    dS = q.new_empty(chunks.bound, H, K, V)
     memory_reverse_kernel[(chunks.sequences * H * triton.cdiv(V, config["BV"]),)](
-        q, w, ka, A, do, dfinal_state, dv, dS, dinitial,
-        chunks.cu_seqlens, chunks.offsets, rule.scale, T,
-        H=H, K=K, V=V, BT=CHUNK, BK=tile(K),
-        IS_VARLEN=chunks.offsets is not None, PREC=precision(q), **config,
+        q, w, ka, A, do, dfinal, do if dv is None else dv, q if dS is None else dS, dinitial,
+        chunks.cu_seqlens, chunks.offsets, rule.scale, T, chunks.segment,
+        H=H, K=K, V=V, BT=CHUNK, BK=tile(K), IS_VARLEN=chunks.offsets is not None,
+        SAVE=dv is not None, PREC=precision(q), **config,
     )  # fmt: skip
-    return dv, dS, dinitial
 
 
 def gradients(

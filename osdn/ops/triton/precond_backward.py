@@ -29,6 +29,7 @@ from osdn.ops.triton.chunks import (
     load_tile,
     locate_chunk,
     locate_sequence,
+    sequence_of,
     store_tile,
     tile,
 )
@@ -39,9 +40,10 @@ from osdn.ops.triton.solve import mul
 
 @triton.jit(do_not_specialize=["T"])
 def couple_kernel(
-    k, beta, log_gamma, dw, r, dd, cu_seqlens, indices, T,
+    k, beta, log_gamma, dw, r, dd, clipped, cu_seqlens, indices, T,
     H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-    HAS_GAMMA: tl.constexpr, IS_VARLEN: tl.constexpr, MOVES: tl.constexpr, PREC: tl.constexpr,
+    HAS_GAMMA: tl.constexpr, IS_VARLEN: tl.constexpr, MOVES: tl.constexpr, BOXED: tl.constexpr,
+    PREC: tl.constexpr,
 ):  # fmt: skip
     """r [B, T, H] without λ_end's part; dd [chunks, H, K], Σ exp(pre_i) dd_i. Grid: chunks · H."""
     i_h = tl.program_id(0) % H
@@ -49,6 +51,10 @@ def couple_kernel(
     begin, left = locate_chunk(i_c, cu_seqlens, indices, T, BT, IS_VARLEN)
     if left <= 0:
         return
+    if BOXED:  # the token scan has done what follows
+        i_n = sequence_of(i_c, indices, T, BT, IS_VARLEN)
+        if i_c >= tl.load(clipped + i_n * H + i_h):
+            return
     o_t = tl.arange(0, BT)
     row = begin * H + i_h
     dd += (i_c.to(tl.int64) * H + i_h) * K
@@ -74,16 +80,24 @@ def couple_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def scan_reverse_kernel(
-    k, beta, log_gamma, inverse, r, dd, dfinal, a, ends, dinitial, cu_seqlens, offsets, eta, T,
+    k, beta, log_gamma, inverse, r, dd, dfinal, a, ends, dinitial, clipped,
+    cu_seqlens, offsets, eta, T,
     H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, IS_VARLEN: tl.constexpr,
-    MOVES: tl.constexpr,
+    MOVES: tl.constexpr, BOXED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """a [B, T, H], ends [chunks, H, K] (λ after each chunk), dinitial [N, H, K]. Grid: N · H."""
+    """a [B, T, H], ends [chunks, H, K] (λ after each chunk), dinitial [N, H, K]. Grid: N · H.
+
+    BOXED: from chunk clipped[n, h] on, the token scan has walked, and dfinal is what it left.
+    """
     i_h = tl.program_id(0) % H
     i_n = tl.program_id(0) // H
-    begin, length, first = locate_sequence(i_n, cu_seqlens, offsets, T, BT, IS_VARLEN)
+    begin, length, first = locate_sequence(
+        i_n, cu_seqlens, offsets, T, tl.cdiv(T, BT), BT, IS_VARLEN
+    )
     NT = tl.cdiv(length, BT)
+    if BOXED:
+        NT = tl.minimum(NT, tl.load(clipped + i_n * H + i_h) - first.to(tl.int32))
     o_t = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     m_k = o_k < K
@@ -101,23 +115,13 @@ def scan_reverse_kernel(
     state = (i_n.to(tl.int64) * H + i_h) * K
 
     lam = tl.load(dfinal + state + o_k, mask=m_k, other=0.0)
-    left = length - (NT - 1) * BT
-    b_k = load_tile(k, o_t, left, H * K, o_k, K)
-    m_X = lower & (o_t[:, None] < left)
-    b_X = tl.load(inverse + o_t[:, None] * (H * BT) + o_t[None, :], mask=m_X & MOVES, other=0.0)
-    b_dd = tl.load(dd + o_k, mask=m_k, other=0.0)
-    for i_t in range(NT - 1, -1, -1):
-        left = length - i_t * BT
-        # The chunk before is whole, if there is one: its loads run ahead of this one's arithmetic.
-        before = tl.where(i_t > 0, BT, 0)
-        k -= BT * H * K
-        inverse -= BT * H * BT
-        dd -= H * K
-        next_dd = tl.load(dd + o_k, mask=m_k & (i_t > 0), other=0.0)
+    for i in tl.range(0, NT, num_stages=STAGES):
+        left = length - (NT - 1 - i) * BT
+        b_dd = tl.load(dd + o_k, mask=m_k, other=0.0)
         if MOVES:
-            next_k = load_tile(k, o_t, before, H * K, o_k, K)
-            m_X = lower & (o_t[:, None] < before)
-            next_X = tl.load(inverse + o_t[:, None] * (H * BT) + o_t[None, :], mask=m_X, other=0.0)
+            b_k = load_tile(k, o_t, left, H * K, o_k, K)
+            m_X = lower & (o_t[:, None] < left)
+            b_X = tl.load(inverse + o_t[:, None] * (H * BT) + o_t[None, :], mask=m_X, other=0.0)
             tl.store(ends + o_k, lam, mask=m_k)
             pre, post, end = load_retention(log_gamma, o_t, left, 0.0, H, HAS_GAMMA)
             b_s = b_k.to(tl.float32)
@@ -138,10 +142,10 @@ def scan_reverse_kernel(
                 b_y *= tl.exp(pre)
                 lam *= tl.exp(end)
             lam -= tl.sum(b_s * b_y[:, None], 0)
-            b_k = next_k
-            b_X = next_X
         lam += b_dd
-        b_dd = next_dd
+        k -= BT * H * K
+        inverse -= BT * H * BT
+        dd -= H * K
         beta -= BT * H
         log_gamma -= BT * H
         r -= BT * H
@@ -152,10 +156,11 @@ def scan_reverse_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def precond_gradients_kernel(
-    k, beta, log_gamma, x, a, starts, ends, dw, dk, dbeta, dlog_gamma, cu_seqlens, indices, eta, T,
+    k, beta, log_gamma, x, a, starts, ends, dw, dk, dbeta, dlog_gamma,
+    clipped, cu_seqlens, indices, eta, T,
     H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, IS_VARLEN: tl.constexpr,
-    MOVES: tl.constexpr, PREC: tl.constexpr,
+    MOVES: tl.constexpr, BOXED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Completes dk [B, T, H, K]; writes dbeta and dlog_gamma [B, T, H]. Grid: chunks · H."""
     i_h = tl.program_id(0) % H
@@ -163,6 +168,10 @@ def precond_gradients_kernel(
     begin, left = locate_chunk(i_c, cu_seqlens, indices, T, BT, IS_VARLEN)
     if left <= 0:
         return
+    if BOXED:  # the token scan has done what follows
+        i_n = sequence_of(i_c, indices, T, BT, IS_VARLEN)
+        if i_c >= tl.load(clipped + i_n * H + i_h):
+            return
     o_t = tl.arange(0, BT)
     row = begin * H + i_h
     k += row * K
@@ -230,31 +239,34 @@ def chunk_scan_reverse(
     dw: Tensor,
     dfinal_precond: Tensor,
     dk: Tensor,
+    dbeta: Tensor,
+    dlog_gamma: Tensor | None,
+    clipped: Tensor,
     chunks: Chunks,
     rule: Rule,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(dβ, dlog γ, dinitial_precond); completes dk in place."""
+) -> Tensor:
+    """dinitial_precond; completes dk and fills dβ and dlog γ, before chunk `clipped` with a box."""
     T, H, K = k.shape[1:]
     moves = not rule.constant_precond(log_gamma is not None)
     gate = beta if log_gamma is None else log_gamma
     inverse = chunk_inverse(k, beta, log_gamma, chunks, rule) if moves else beta
-    r, a, dbeta = (torch.empty_like(beta) for _ in range(3))
-    dlog_gamma = None if log_gamma is None else torch.empty_like(beta)
+    r, a = (torch.empty_like(beta) for _ in range(2))
     dd, ends, dinitial = (torch.empty_like(x) for x in (starts, starts, dfinal_precond))
     shape = {"H": H, "K": K, "BT": CHUNK, "HAS_GAMMA": log_gamma is not None, "MOVES": moves}
-    shape["IS_VARLEN"] = chunks.indices is not None
+    shape |= {"IS_VARLEN": chunks.indices is not None, "BOXED": rule.precond_min is not None}
     couple_kernel[(chunks.bound * H,)](
-        k, beta, gate, dw, r, dd, chunks.cu_seqlens, chunks.indices, T,
+        k, beta, gate, dw, r, dd, clipped, chunks.cu_seqlens, chunks.indices, T,
         **shape, **launch("couple", k, K), PREC=precision(k),
     )  # fmt: skip
     scan_reverse_kernel[(chunks.sequences * H,)](
-        k, beta, gate, inverse, r, dd, dfinal_precond, a, ends, dinitial,
+        k, beta, gate, inverse, r, dd, dfinal_precond, a, ends, dinitial, clipped,
         chunks.cu_seqlens, chunks.offsets, rule.eta, T,
         **shape, BK=tile(K), BETA_AWARE=rule.beta_aware, **launch("scan_reverse", k, K),
     )  # fmt: skip
     precond_gradients_kernel[(chunks.bound * H,)](
         k, beta, gate, x, a, starts, ends, dw, dk, dbeta,
-        dbeta if dlog_gamma is None else dlog_gamma, chunks.cu_seqlens, chunks.indices, rule.eta, T,
+        dbeta if dlog_gamma is None else dlog_gamma,
+        clipped, chunks.cu_seqlens, chunks.indices, rule.eta, T,
         **shape, **launch("precond_gradients", k, K), BETA_AWARE=rule.beta_aware, PREC=precision(k),
     )  # fmt: skip
-    return dbeta, dlog_gamma, dinitial
+    return dinitial

@@ -135,14 +135,17 @@ def scan_kernel(
     k, beta, log_gamma, inverse, initial, x, starts, final, cu_seqlens, offsets, eta, T,
     H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, IS_VARLEN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """x [B, T, H], starts [chunks, H, K] and final [N, H, K], all float32. Grid: N · H.
 
-    The keys and the inverse of the next chunk are loaded before this chunk's arithmetic.
+    The loads of STAGES − 1 chunks run ahead of the arithmetic, through shared memory.
     """
     i_h = tl.program_id(0) % H
     i_n = tl.program_id(0) // H
-    begin, length, first = locate_sequence(i_n, cu_seqlens, offsets, T, BT, IS_VARLEN)
+    begin, length, first = locate_sequence(
+        i_n, cu_seqlens, offsets, T, tl.cdiv(T, BT), BT, IS_VARLEN
+    )
     o_t = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     m_k = o_k < K
@@ -157,17 +160,11 @@ def scan_kernel(
     state = (i_n.to(tl.int64) * H + i_h) * K
 
     b_d = tl.load(initial + state + o_k, mask=m_k, other=0.0)
-    b_k = load_tile(k, o_t, length, H * K, o_k, K)
-    m_X = lower & (o_t[:, None] < length)
-    b_X = tl.load(inverse + o_t[:, None] * (H * BT) + o_t[None, :], mask=m_X, other=0.0)
-    for i_t in range(tl.cdiv(length, BT)):
+    for i_t in tl.range(0, tl.cdiv(length, BT), num_stages=STAGES):
         left = length - i_t * BT
-        k += BT * H * K
-        inverse += BT * H * BT
-        next_k = load_tile(k, o_t, left - BT, H * K, o_k, K)
-        m_X = lower & (o_t[:, None] < left - BT)
-        next_X = tl.load(inverse + o_t[:, None] * (H * BT) + o_t[None, :], mask=m_X, other=0.0)
-
+        b_k = load_tile(k, o_t, left, H * K, o_k, K)
+        m_X = lower & (o_t[:, None] < left)
+        b_X = tl.load(inverse + o_t[:, None] * (H * BT) + o_t[None, :], mask=m_X, other=0.0)
         tl.store(starts + o_k, b_d, mask=m_k)
         pre, post, end = load_retention(log_gamma, o_t, left, 0.0, H, HAS_GAMMA)
         b_s = b_k.to(tl.float32)
@@ -188,8 +185,8 @@ def scan_kernel(
             b_d *= tl.exp(end)
         b_d += tl.sum(b_s * b_y[:, None], 0)
 
-        b_k = next_k
-        b_X = next_X
+        k += BT * H * K
+        inverse += BT * H * BT
         beta += BT * H
         log_gamma += BT * H
         x += BT * H
