@@ -1,4 +1,4 @@
-"""Time the operator and decoding against their peers and this GPU's ceilings, in one run.
+"""Time the operator, decoding and a model against their peers and this GPU's ceilings, in one run.
 
 Peers: the same kernels with the preconditioner held (eta = 0: the plain delta rule), and where
 flash-linear-attention is installed its `chunk_delta_rule`, which has no preconditioner. Candidates
@@ -21,18 +21,37 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, normalize
 
+from osdn.bench_model import model_step
 from osdn.errors import UserError
 from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step
 
+PARTS = ("operator", "decode", "table", "model")
 SHAPES = ((16, 4096, 16, 128), (1, 65536, 16, 128))  # B, T, H, K = V
 BATCHES = (1, 8, 64, 256)  # of decoding
-BOX = {"precond_min": 0.0, "precond_max": 2.0}
+# Of the table: T from 1k to 256k, batch × heads from 8 to 512, at most 4 Mi token-heads each.
+TABLE = tuple(
+    (B, T, 8, 128)
+    for B in (1, 8, 64)
+    for T in (1024, 4096, 16384, 65536, 262144)
+    if B * 8 * T <= 2**22
+)
+TABLE_NAMES = ("osdn", "delta rule (eta 0)", "FLA chunk_delta_rule")
+BOX = {"precond_min": 0.0, "precond_max": 2.0}  # unit keys and d_1 = 1 never leave it
+TIGHT = {"precond_min": 0.9, "precond_max": 1.1}  # left at once from d_1 = 1 ± 0.3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shapes", nargs="+", type=_shape, default=SHAPES, metavar="B,T,H,D",
         help="operator sizes, D = K = V (default: 16,4096,16,128 1,65536,16,128)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=["operator", "decode", "model"],
+        help="what to time; table: the operator over lengths and batches (default: all but table)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model", type=_model, default=(8, 4096, 24), metavar="B,T,LAYERS",
+        help="batch and depth of the model step, of the 340M model's width (default: 8,4096,24)",
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=12, help="turns of each candidate")
     parser.add_argument("--output", type=Path, help="write all figures there as JSON")
@@ -45,6 +64,13 @@ def _shape(text: str) -> tuple[int, ...]:
     return sizes
 
 
+def _model(text: str) -> tuple[int, ...]:
+    sizes = tuple(int(x) for x in text.split(","))
+    if len(sizes) != 3:
+        raise argparse.ArgumentTypeError(f"expected B,T,LAYERS, got {text!r}")
+    return sizes
+
+
 def run(args: argparse.Namespace) -> None:
     """Run every comparison, print the tables and write the JSON."""
     if not torch.cuda.is_available():
@@ -52,8 +78,15 @@ def run(args: argparse.Namespace) -> None:
     report: dict[str, Any] = {"versions": versions(), "ceilings": ceilings()}
     copy, matmul = report["ceilings"]["copy_TBps"], report["ceilings"]["matmul_TFLOPs"]
     print(f"{report['versions']}\ncopy {copy:.2f} TB/s, bf16 matmul {matmul:.0f} TFLOP/s")
-    report["operator"] = [row for shape in args.shapes for row in operator(shape, args.rounds)]
-    report["decode"] = [row for B in BATCHES for row in decode(B, args.rounds, copy)]
+    if "operator" in args.parts:
+        report["operator"] = [row for shape in args.shapes for row in operator(shape, args.rounds)]
+    if "decode" in args.parts:
+        report["decode"] = [row for B in BATCHES for row in decode(B, args.rounds, copy)]
+    if "table" in args.parts:
+        shapes = [operator(shape, args.rounds, TABLE_NAMES) for shape in TABLE]
+        report["table"] = [row for rows in shapes for row in rows]
+    if "model" in args.parts:
+        report["model"] = model_step(args.model, args.rounds, take_turns)
     if args.output:
         args.output.write_text(json.dumps(report, indent=1) + "\n")
 
@@ -133,6 +166,7 @@ def variants(shape: tuple[int, ...]) -> dict[str, tuple[Callable[..., Tensor], d
     """Each candidate of the operator: a function of its tensors, and the tensors."""
     inputs = make_inputs(*shape)
     precond = torch.ones(shape[2], shape[3], device="cuda", requires_grad=True)
+    apart = (1 + 0.3 * torch.randn_like(precond.detach())).requires_grad_()
     log_gamma = logsigmoid(torch.randn(shape[:3], device="cuda") + 6.9).requires_grad_()
 
     def ours(**options: Any) -> Callable[..., Tensor]:
@@ -144,6 +178,7 @@ def variants(shape: tuple[int, ...]) -> dict[str, tuple[Callable[..., Tensor], d
         "osdn": (ours(), learned),
         "osdn beta-aware APF": (ours(beta_aware=True), forgetting),
         "osdn box": (ours(**BOX), learned),
+        "osdn box left": (ours(**TIGHT), learned | {"initial_precond": apart}),
         "delta rule (eta 0)": (ours(eta=0.0), inputs),
     }
     fla = _fla_delta_rule()
@@ -153,9 +188,11 @@ def variants(shape: tuple[int, ...]) -> dict[str, tuple[Callable[..., Tensor], d
     return found
 
 
-def operator(shape: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
+def operator(
+    shape: tuple[int, ...], rounds: int, only: tuple[str, ...] | None = None
+) -> list[dict[str, Any]]:
     """Forward, forward and backward, and peak extra memory of every variant at one size."""
-    found = variants(shape)
+    found = {n: x for n, x in variants(shape).items() if only is None or n in only}
     do = torch.randn(shape, device="cuda").bfloat16()
 
     def forward(name: str) -> None:
