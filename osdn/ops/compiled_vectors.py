@@ -8,6 +8,7 @@ checked.
 """
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -217,9 +218,17 @@ def entry(function):
     )
     function.__qualname__ += "_" + hashlib.sha256(text).hexdigest()[:16]
     try:
-        return njit(nogil=True, error_model="numpy", cache=True)(function)
+        compiled: Any = njit(nogil=True, error_model="numpy", cache=True)(function)
     except RuntimeError:  # numba found no directory to write to: compile in every process
         return inlined(function)
+    save = compiled._cache.save_overload
+
+    def save_if_there_is_room(signature, data):
+        with suppress(OSError):  # a full disk; this process has the machine code all the same
+            save(signature, data)
+
+    compiled._cache.save_overload = save_if_there_is_room
+    return compiled
 
 
 @inlined

@@ -1,5 +1,6 @@
 """What is the numba backend's own: threads, its machine-code cache, and what would crash it."""
 
+import errno
 import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
 
@@ -80,6 +81,19 @@ def test_a_cache_that_cannot_be_written_costs_time_alone(monkeypatch):
         return 2 * x
 
     assert entry(double)(21) == 42
+
+
+def test_a_disk_that_fills_while_the_cache_is_written_costs_time_alone(monkeypatch):
+    from numba.core import caching
+
+    def full(self, data):
+        tried.append(data)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    tried = []
+    monkeypatch.setattr(caching.IndexDataCacheFile, "_save_index", full)
+    twice = entry(lambda x: 2 * x)
+    assert twice(21) == 42 and tried
 
 
 def test_compiled_graph_with_wrong_offsets_is_an_error_not_a_crash():
