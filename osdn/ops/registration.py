@@ -17,11 +17,13 @@ the first call, so that a backend's dependencies (numba, Triton) cost nothing un
 """
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 from osdn.ops.rule import Rule
 
@@ -37,12 +39,18 @@ class Backend(NamedTuple):
     eager_step: Callable[..., Tensor]
 
 
+Module = Callable[[], Any]
+
+
 def register(name: str, module_name: str) -> Backend:
     """Define osdn::{name}, its _backward and its _step over the module's functions."""
+    module = partial(import_module, module_name)
+    rule = _rule(name, module)
+    _make_differentiable(rule, _backward(name, module))
+    return Backend(rule, *_step(name, module))
 
-    def module() -> Any:
-        return import_module(module_name)
 
+def _rule(name: str, module: Module) -> CustomOpDef:
     def rule_op(
         q: Tensor,
         k: Tensor,
@@ -63,6 +71,19 @@ def register(name: str, module_name: str) -> Backend:
         rule = Rule(eta, beta_aware, precond_min, precond_max, scale)
         return module().forward(*tensors, rule, save)
 
+    rule = torch.library.custom_op(f"osdn::{name}", rule_op, mutates_args=())
+
+    @rule.register_fake
+    def _(q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens, *rest):
+        tensors = (q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
+        saved = module().saved_like(*tensors, rest[-1])
+        final_states = torch.empty_like(initial_state), torch.empty_like(initial_precond)
+        return v.new_empty(v.shape), *final_states, saved
+
+    return rule
+
+
+def _backward(name: str, module: Module) -> CustomOpDef:
     def backward_op(
         do: Tensor,
         dfinal_state: Tensor,
@@ -86,6 +107,20 @@ def register(name: str, module_name: str) -> Backend:
         rule = Rule(eta, beta_aware, precond_min, precond_max, scale)
         return module().backward(do, dfinal_state, dfinal_precond, *tensors, saved, rule)
 
+    backward = torch.library.custom_op(f"osdn::{name}_backward", backward_op, mutates_args=())
+
+    @backward.register_fake
+    def _(do, dS, dd, q, k, v, beta, log_gamma, initial_state, initial_precond, *rest):
+        wanted = [q, k, v, beta, initial_state, initial_precond]
+        wanted += [] if log_gamma is None else [log_gamma]
+        return [x.new_empty(x.shape) for x in wanted]
+
+    return backward
+
+
+def _step(name: str, module: Module) -> tuple[CustomOpDef, Callable[..., Tensor]]:
+    """The operator, and the same without PyTorch's dispatcher."""
+
     def step_op(
         q: Tensor,
         k: Tensor,
@@ -103,27 +138,16 @@ def register(name: str, module_name: str) -> Backend:
         rule = Rule(eta, beta_aware, precond_min, precond_max, scale)
         return module().step(q, k, v, beta, log_gamma, state, precond, rule)
 
-    rule = torch.library.custom_op(f"osdn::{name}", rule_op, mutates_args=())
-    backward = torch.library.custom_op(f"osdn::{name}_backward", backward_op, mutates_args=())
     step = torch.library.custom_op(f"osdn::{name}_step", step_op, mutates_args=("state", "precond"))
-
-    @rule.register_fake
-    def _(q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens, *rest):
-        tensors = (q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
-        saved = module().saved_like(*tensors, rest[-1])
-        final_states = torch.empty_like(initial_state), torch.empty_like(initial_precond)
-        return v.new_empty(v.shape), *final_states, saved
-
-    @backward.register_fake
-    def _(do, dS, dd, q, k, v, beta, log_gamma, initial_state, initial_precond, *rest):
-        wanted = [q, k, v, beta, initial_state, initial_precond]
-        wanted += [] if log_gamma is None else [log_gamma]
-        return [x.new_empty(x.shape) for x in wanted]
 
     @step.register_fake
     def _(q, k, v, *rest):
         return v.new_empty(v.shape)
 
+    return step, step_op
+
+
+def _make_differentiable(rule: CustomOpDef, backward: CustomOpDef) -> None:
     def setup_context(ctx, inputs, output):
         # Nobody differentiates through what is saved: zeros for it would cost as much as it does.
         ctx.set_materialize_grads(False)
@@ -142,4 +166,3 @@ def register(name: str, module_name: str) -> Backend:
         return dq, dk, dv, dbeta, dgamma, dstate, dprecond, None, *[None] * 6
 
     rule.register_autograd(differentiate, setup_context=setup_context)
-    return Backend(rule, step, step_op)
