@@ -217,7 +217,7 @@ def test_every_result_is_written(fast_backend, rule):
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "beta", "log_gamma"])
 def test_a_nan_comes_out_as_one(backend, name):
-    """From its token on, in its head alone (chunkwise: from its chunk of 64 tokens on)."""
+    """From its token on, in its head alone (chunkwise: from its chunk of 32 tokens on)."""
     x = detached(make_inputs(2, 70, 2, 5, 7))
     x[name][1, 66, 0] = float("nan")
     got = outputs(x, backend, beta_aware=True, **BOX)
