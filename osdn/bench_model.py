@@ -2,7 +2,8 @@
 
 Forward, loss over every next token, backward: parameters float32, arithmetic under bfloat16
 autocast, each model as its own library means it to be used: ours with every block through
-`torch.compile`, FLA's with its fused kernels in eager. The optimiser is left out: it is the same for both.
+`torch.compile`, FLA's with its fused kernels in eager. The optimiser is left out: it is the same
+for both.
 """
 
 from __future__ import annotations
