@@ -1,5 +1,10 @@
 """The custom operators as PyTorch sees them: opcheck, torch.compile without a break, autocast."""
 
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -72,6 +77,11 @@ def test_compiled_rule_and_its_gradient(fast_backend, packed):
             assert torch.equal(a, b)
 
 
+@pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None
+    or not Path(sysconfig.get_path("include"), "Python.h").exists(),
+    reason="Inductor needs a C++ compiler and Python's headers",
+)
 def test_inductor():
     """The compiler that users get, with the rule between two matrix products."""
     x = make_inputs(**SIZES, dtype=torch.float32)
