@@ -1,12 +1,15 @@
 """Next-token cross-entropy that never holds the logits of all tokens at once."""
 
+from functools import cache
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 IGNORED = -100
-CHUNK_LOGITS = 2**26  # logits held at a time: 256 MiB in float32
+CHUNK_LOGITS = 2**27  # logits held at a time: 256 MiB in bfloat16
 
 
 def next_token_labels(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -21,28 +24,87 @@ def next_token_labels(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    num_items: Tensor | float | None = None,
+    *,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Σ_t −log softmax(W h_t)[label_t] over the labels that are not −100, divided by their number.
 
-    Tokens are taken in chunks whose logits are recomputed in the backward, so that memory does not
-    grow with tokens × vocabulary. The logits' softmax is taken in float32.
+    Tokens are taken in chunks. Each chunk's part of the gradients is made while its logits are
+    there, so that memory does not grow with tokens × vocabulary and no logits are made twice; there
+    is no second derivative. The softmax is taken in float32, the gradient of W summed in it.
 
     Args:
         hidden: [N, D].  weight: [vocabulary, D].  labels: [N] int64.
         num_items: divide by this instead (transformers' Trainer, over accumulated batches).
+        z_loss: z_loss · Σ_t log² Z_t is added to the sum, Z_t = Σ_i exp(W h_t)_i, which keeps the
+            logits from drifting together (PaLM, arXiv 2204.02311, section 5).
     """
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    total = _Summed.apply(hidden, weight, labels, z_loss, dtype, torch.is_grad_enabled())
+    return total / ((labels != IGNORED).sum() if num_items is None else num_items)
 
-    def summed(h: Tensor, y: Tensor) -> Tensor:
-        logits = F.linear(h, weight).float()
-        return F.cross_entropy(logits, y, ignore_index=IGNORED, reduction="sum")
 
-    rows = max(1, CHUNK_LOGITS // len(weight))
-    pieces = list(zip(hidden.split(rows), labels.split(rows)))
-    if len(pieces) == 1:
-        total = summed(*pieces[0])
-    else:
-        losses = [checkpoint(summed, h, y, use_reentrant=False) for h, y in pieces]
-        total = torch.stack(losses).sum()
-    count = (labels != IGNORED).sum() if num_items is None else num_items
-    return total / count
+class _Summed(torch.autograd.Function):
+    """The sum, and the gradients of hidden and weight in the same pass over the chunks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        z_loss: float,
+        dtype: torch.dtype,
+        training: bool,
+    ) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            h_all, w = hidden.to(dtype), weight.to(dtype)
+            rows = max(1, CHUNK_LOGITS // len(weight))
+            wide = torch.promote_types(dtype, torch.float32)
+            total = torch.zeros((), dtype=wide, device=hidden.device)
+            dh, dw = torch.empty_like(h_all), torch.zeros_like(w, dtype=wide)
+            score = _compiled_score() if hidden.is_cuda else _score
+            for start in range(0, len(labels), rows):
+                h, y = h_all[start : start + rows], labels[start : start + rows]
+                loss, dlogits = score(h @ w.T, y, z_loss, training)
+                total += loss
+                if training:
+                    dh[start : start + rows] = dlogits @ w
+                    dw += dlogits.T @ h
+        if training:
+            ctx.save_for_backward(dh, dw)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        dh, dw = ctx.saved_tensors
+        hidden, weight = ctx.dtypes
+        return (dh * grad).to(hidden), (dw * grad).to(weight), None, None, None, None
+
+
+def _score(logits: Tensor, labels: Tensor, z_loss: float, training: bool) -> tuple[Tensor, Tensor]:
+    """(summed loss, in training its gradient in their dtype) of logits [n, vocabulary]."""
+    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    log_z = logits[:, 0] - log_p[:, 0]
+    there = labels != IGNORED
+    picked = log_p.gather(-1, labels.clamp(min=0)[:, None]).squeeze(-1)
+    loss = torch.where(there, z_loss * log_z.square() - picked, 0.0).sum()
+    if not training:
+        return loss, logits
+    scale = torch.where(there, 1 + 2 * z_loss * log_z, 0.0)
+    hit = torch.arange(logits.shape[-1], device=logits.device) == labels[:, None]
+    gradient = log_p.exp_().mul_(scale[:, None]).sub_(hit.to(log_p.dtype))
+    return loss, gradient.to(logits.dtype)
+
+
+@cache
+def _compiled_score() -> Any:
+    """`_score` with its passes over the logits fused, which is most of its time on a GPU."""
+    return torch.compile(_score)
