@@ -2,20 +2,26 @@
 
 from osdn.data.corpora import Document, open_corpus
 from osdn.data.packing import Batch, Row, TrainingRows, collate, pack
+from osdn.data.rows import RankRows, RowSource
 from osdn.data.split import TrainingDocuments, held_out_texts
 from osdn.data.tokenizers import byte_tokenizer, encode_document, load_tokenizer
+from osdn.data.workers import WorkerRows, open_rows
 
 __all__ = [
     "Batch",
     "Document",
+    "RankRows",
     "Row",
+    "RowSource",
     "TrainingDocuments",
     "TrainingRows",
+    "WorkerRows",
     "byte_tokenizer",
     "collate",
     "encode_document",
     "held_out_texts",
     "load_tokenizer",
     "open_corpus",
+    "open_rows",
     "pack",
 ]

@@ -2,11 +2,15 @@
 
 A corpus has a `fingerprint` (a string that changes when its files do) and
 
-    read(order=..., position=...) -> iterator of (Document, position after it)
+    read(order=..., position=..., share=...) -> iterator of (Document, position after it)
 
 `order` seeds the permutation of the files (None: sorted by name); `position` is what an earlier
-reading with the same order gave, and the reading goes on behind it. A position is a list or
-dictionary of plain numbers and strings. Nothing is held in memory but the document being read.
+reading with the same order and share gave, and the reading goes on behind it. A position is a list
+or dictionary of plain numbers and strings. Nothing is held in memory but the document being read.
+
+`share` is one of n parts that make up the corpus. Each part reads files of its own where there are
+n files or more; else the files fall into as many groups as the largest divisor of n allows, and the
+parts of a group all read it, each keeping every so-manieth document.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +21,7 @@ from random import Random
 from sysconfig import get_path
 from typing import Any, NamedTuple, Protocol
 
-from osdn.data.files import READERS, read_text
+from osdn.data.files import READERS, Found, read_text
 from osdn.data.hub import hub_is_reachable
 from osdn.errors import UserError
 
@@ -31,13 +35,28 @@ class Document(NamedTuple):
     key: int
 
 
+class Share(NamedTuple):
+    """Part `part` of `of` parts of a corpus, counted from 0."""
+
+    part: int
+    of: int
+
+    def among(self, files: int) -> tuple[int, int, int, int]:
+        """(groups, this part's group, parts in a group, this part's number in it)."""
+        groups = max(d for d in range(1, self.of + 1) if self.of % d == 0 and d <= max(files, 1))
+        return groups, self.part % groups, self.of // groups, self.part // groups
+
+
+WHOLE = Share(0, 1)
+
+
 class Corpus(Protocol):
     """See the module's docstring."""
 
     fingerprint: str
 
     def read(
-        self, *, order: str | None = None, position: Any = None
+        self, *, order: str | None = None, position: Any = None, share: Share = WHOLE
     ) -> Iterator[tuple[Document, Any]]: ...
 
 
@@ -106,7 +125,10 @@ def expand(patterns: Sequence[str]) -> list[Path]:
 
 
 class FileCorpus:
-    """Documents of local files; a position is [file number in this order, offset, key or None]."""
+    """Documents of local files.
+
+    A position is [file number in this order, offset, key or None, documents of the group read].
+    """
 
     def __init__(self, files: list[Path], *, text_field: str, separator: str | None) -> None:
         sizes = [path.stat().st_size for path in files]
@@ -119,33 +141,41 @@ class FileCorpus:
         self.fingerprint = blake2b(listing, digest_size=16).hexdigest()
 
     def read(
-        self, *, order: str | None = None, position: Any = None
+        self, *, order: str | None = None, position: Any = None, share: Share = WHOLE
     ) -> Iterator[tuple[Document, Any]]:
         files = list(self.files)
         if order is not None:
             Random(order).shuffle(files)
-        first, offset, key = position or (0, 0, None)
+        groups, group, every, mine = share.among(len(files))
+        files = files[group::groups]
+        first, offset, key, count = position or (0, 0, None, 0)
         for number, path in enumerate(files[first:], start=first):
-            reader = READERS.get(path.suffix.lower())
-            try:
-                found = (
-                    read_text(path, offset, self.separator)
-                    if reader is None
-                    else reader(path, offset, self.text_field)
-                )
-                for text, where, after, goes_on in found:
-                    own = Document(text, content_key(text, f"{path}, {where}"))
-                    document = own if key is None else Document(text, key)
-                    key = document.key if goes_on else None
-                    if text:
-                        yield document, [number, after, key]
-            except OSError as error:
-                raise UserError(f"data.corpus: cannot read {path}: {error.strerror}") from error
+            for text, where, after, goes_on in self._pieces(path, offset):
+                own = Document(text, content_key(text, f"{path}, {where}"))
+                document = own if key is None else Document(text, key)
+                key = document.key if goes_on else None
+                if text:
+                    count += 1
+                    if (count - 1) % every == mine:
+                        yield document, [number, after, key, count]
             offset, key = 0, None
+
+    def _pieces(self, path: Path, offset: int) -> Found:
+        reader = READERS.get(path.suffix.lower())
+        try:
+            if reader is None:
+                yield from read_text(path, offset, self.separator)
+            else:
+                yield from reader(path, offset, self.text_field)
+        except OSError as error:
+            raise UserError(f"data.corpus: cannot read {path}: {error.strerror}") from error
 
 
 class HubCorpus:
-    """A streamed Hugging Face dataset; a position is the stream's own state dictionary."""
+    """A streamed Hugging Face dataset.
+
+    A position is [the stream's own state dictionary, records with text of the group read].
+    """
 
     def __init__(self, name: str, *, subset: str | None, split: str, text_field: str) -> None:
         try:
@@ -168,14 +198,16 @@ class HubCorpus:
         self.fingerprint = repr([name, subset, split, text_field])
 
     def read(
-        self, *, order: str | None = None, position: Any = None
+        self, *, order: str | None = None, position: Any = None, share: Share = WHOLE
     ) -> Iterator[tuple[Document, Any]]:
-        """The records in the dataset's order (`order` permutes files, and there are none)."""
+        """The records in the dataset's order; `order` changes nothing. Its files are its shards."""
         from copy import copy
 
-        dataset = copy(self.dataset)
-        if position is not None:
-            dataset.load_state_dict(position)
+        groups, group, every, mine = share.among(self.dataset.num_shards)
+        dataset = copy(self.dataset) if groups == 1 else self.dataset.shard(groups, group)
+        stream, count = position or (None, 0)
+        if stream is not None:
+            dataset.load_state_dict(stream)
         for number, record in enumerate(dataset):
             text = record.get(self.text_field)
             if not isinstance(text, str):
@@ -184,8 +216,10 @@ class HubCorpus:
                     f"{self.text_field!r}; they have {', '.join(record)}"
                 )
             if text:
-                key = content_key(text, f"{HUB}{self.name}, record {number} of this reading")
-                yield Document(text, key), dataset.state_dict()
+                count += 1
+                if (count - 1) % every == mine:
+                    key = content_key(text, f"{HUB}{self.name}, record {number} of this reading")
+                    yield Document(text, key), [dataset.state_dict(), count]
 
 
 def content_key(text: str, where: str) -> int:

@@ -40,30 +40,44 @@ class Batch(NamedTuple):
 
 
 class _Packer:
-    """Fills rows from token lists; `at` tokens of `tokens`, the document under way, are done."""
+    """Fills rows from token lists; `at` tokens of `tokens`, the document under way, are done.
 
-    def __init__(self, documents: Iterator[list[int]], length: int) -> None:
-        self.documents, self.length = documents, length
+    `at` may be given for the first document, which is not asked for before it is needed.
+    """
+
+    def __init__(self, documents: Iterator[list[int]], length: int, at: int = 0) -> None:
+        self.documents, self.length, self.at = documents, length, at
         self.tokens: list[int] = []
-        self.at = 0
 
     def row(self) -> Row:
         """The next row; shorter where the documents end, empty after that."""
         row = Row([], [])
-        while len(row.tokens) < self.length:
+        for tokens, first, last in self._pieces():
+            row.starts.append(len(row.tokens))
+            row.tokens.extend(tokens[first:last])
+        return row
+
+    def skip(self) -> None:
+        """Pass over a row: no token is copied."""
+        for _ in self._pieces():
+            pass
+
+    def _pieces(self) -> Iterator[tuple[list[int], int, int]]:
+        """A row's sequences, each as tokens first..last of a document."""
+        left = self.length
+        while left:
             if not self.tokens:
-                self.tokens, self.at = next(self.documents, []), 0
+                self.tokens = next(self.documents, [])
                 if not self.tokens:
                     break
-            taken = self.tokens[self.at : self.at + self.length - len(row.tokens)]
-            row.starts.append(len(row.tokens))
-            row.tokens.extend(taken)
-            self.at += len(taken)
-            if self.at == len(self.tokens):
-                self.tokens = []
+            tokens, first = self.tokens, self.at
+            last = min(first + left, len(tokens))
+            left -= last - first
+            if last == len(tokens):
+                self.tokens, self.at = [], 0
             else:
-                self.at -= 1
-        return row
+                self.at = last - 1
+            yield tokens, first, last
 
 
 def pack(documents: Iterator[list[int]], length: int) -> Iterator[Row]:
@@ -77,6 +91,7 @@ class TrainingRows:
     """Rows of `length` tokens (at least 2) from the training documents, without end.
 
     The state is that of the documents plus the number of tokens done in the one under way.
+    Restoring it reads nothing before the next row is asked for.
     """
 
     def __init__(
@@ -97,19 +112,20 @@ class TrainingRows:
     def __next__(self) -> Row:
         return self._packer.row()
 
+    def skip(self) -> None:
+        """Pass over a row."""
+        self._packer.skip()
+
     def state_dict(self) -> dict[str, Any]:
         """Where the next row begins."""
-        if self._packer.tokens:
-            return {"documents": self._before, "token": self._packer.at}
-        return {"documents": self.documents.state_dict(), "token": 0}
+        inside = bool(self._packer.tokens)
+        documents = self._before if inside else self.documents.state_dict()
+        return {"documents": documents, "token": self._packer.at}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was called."""
         self.documents.load_state_dict(state["documents"])
-        encoded = self._encoded()
-        self._packer = _Packer(encoded, self.length)
-        if state["token"]:
-            self._packer.tokens, self._packer.at = next(encoded), state["token"]
+        self._packer = _Packer(self._encoded(), self.length, state["token"])
 
     def close(self) -> None:
         """Let go of open files."""

@@ -4,7 +4,7 @@ from collections.abc import Generator, Iterator
 from random import Random
 from typing import Any
 
-from osdn.data.corpora import Corpus, Document
+from osdn.data.corpora import WHOLE, Corpus, Document, Share
 from osdn.errors import UserError
 
 
@@ -51,10 +51,19 @@ class TrainingDocuments:
         fraction: share of held-out documents, which are passed over.
         shuffle_bytes: size of a block, UTF-8 bytes.
         seed: of the order.
+        share: the part of the corpus to read; the parts of one epoch make up the whole.
     """
 
-    def __init__(self, corpus: Corpus, *, fraction: float, shuffle_bytes: int, seed: int) -> None:
-        self.corpus, self.fraction = corpus, fraction
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        fraction: float,
+        shuffle_bytes: int,
+        seed: int,
+        share: Share = WHOLE,
+    ) -> None:
+        self.corpus, self.fraction, self.share = corpus, fraction, share
         self.shuffle_bytes, self.seed = shuffle_bytes, seed
         self.state: dict[str, Any] = {"epoch": 0, "block": 0, "position": None, "done": 0}
         self._documents = self._read()
@@ -90,10 +99,11 @@ class TrainingDocuments:
         self._documents.close()
 
     def _read(self) -> Generator[str, None, None]:
-        state = self.state
+        state, share = self.state, self.share
+        suffix = f"-{share.part}" if share.of > 1 else ""
         while True:
             source = self.corpus.read(
-                order=f"{self.seed}-{state['epoch']}", position=state["position"]
+                order=f"{self.seed}-{state['epoch']}", position=state["position"], share=share
             )
             after, found = state["position"], state["block"] > 0
             while True:
@@ -101,15 +111,18 @@ class TrainingDocuments:
                 if not block:
                     break
                 found = True
-                Random(f"{self.seed}-{state['epoch']}-{state['block']}").shuffle(block)
+                order = f"{self.seed}-{state['epoch']}-{state['block']}{suffix}"
+                Random(order).shuffle(block)
                 for text in block[state["done"] :]:
                     state["done"] += 1
                     yield text
                 state.update(block=state["block"] + 1, position=after, done=0)
             if not found:
+                fewer = ", or lower data.lanes" if share.of > 1 else ""
+                part = f" (part {share.part + 1} of {share.of})" if share.of > 1 else ""
                 raise UserError(
-                    "data.corpus: no training document in it; give more text or hold out less "
-                    "(data.validation)"
+                    f"data.corpus: no training document in it{part}; give more text or hold out "
+                    f"less (data.validation){fewer}"
                 )
             state.update(epoch=state["epoch"] + 1, block=0, position=None, done=0)
 

@@ -1,0 +1,168 @@
+"""A run's rows, dealt to its ranks; and worker processes that make them ahead of time.
+
+**The global order.** Documents are dealt to `lanes` lanes, a number that belongs to the recipe and
+not to the machines. Each lane is a `TrainingRows` of its own over its share of the corpus, and
+global row i is the next row of lane i mod lanes. Rank r of w gives rows r, r + w, r + 2w, ... of
+that order, so that the rows of one optimiser step, over all ranks, are the next `batch_rows` rows
+of the global order for every w that divides batch_rows: global row s·batch_rows + j·w + r of step s
+is the j-th row that rank r gives in it. lanes = 1 is one stream, in the order of `TrainingRows`.
+
+**What a rank reads.** A rank makes rows of the lanes ≡ r modulo gcd(lanes, w). Where w divides
+lanes, nobody else uses these lanes: all text is tokenised once, by one rank. Otherwise the ranks
+that share a lane each tokenise all of it (of pre-tokenised shards: pass over it without a look)
+and keep every so-manieth row. A lane reads files of its own if the corpus has `lanes` files or
+more; of fewer files each is read by lanes/files lanes, parsed in all and tokenised in part. So at
+scale: as many lanes as ranks or a multiple, and at least as many files as lanes.
+A lane goes through its share again when it has come to its end, and shares of whole files differ
+in size, so lanes may be in different epochs; over one epoch of all lanes every document comes once.
+
+**The state** of a rank is that of its lanes; the list of all ranks' states, taken after the same
+step, restores any other number of ranks (and workers) to exactly the same rows.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from osdn.data.corpora import Corpus, Share
+from osdn.data.packing import Row, TrainingRows
+from osdn.data.split import TrainingDocuments
+from osdn.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSource:
+    """What decides the global order of rows, and nothing else; it can be sent to a process.
+
+    corpus, tokenizer: the text and its tokens.
+    length: tokens in a row.
+    fraction: share of documents held out.
+    shuffle_bytes: UTF-8 bytes that are shuffled together, over all lanes.
+    seed: of the order.
+    lanes: see the module's docstring.
+    """
+
+    corpus: Corpus
+    tokenizer: PreTrainedTokenizerBase
+    length: int
+    fraction: float
+    shuffle_bytes: int
+    seed: int
+    lanes: int = 1
+
+    def lane(self, index: int) -> TrainingRows:
+        """The rows of one lane, from its start."""
+        documents = TrainingDocuments(
+            self.corpus,
+            fraction=self.fraction,
+            shuffle_bytes=max(1, self.shuffle_bytes // self.lanes),
+            seed=self.seed,
+            share=Share(index, self.lanes),
+        )
+        return TrainingRows(documents, self.tokenizer, self.length)
+
+
+class RankRows:
+    """The rows of rank `rank` of `world`, without end; see the module's docstring.
+
+    Args:
+        lane: makes the rows of a lane, given its number.
+        lanes: how many there are.
+    """
+
+    def __init__(
+        self, lane: Callable[[int], TrainingRows], lanes: int, *, rank: int = 0, world: int = 1
+    ) -> None:
+        if not 0 <= rank < world or lanes < 1:
+            raise ValueError(
+                f"rank, world, lanes: expected 0 <= rank < world and lanes >= 1, "
+                f"got {rank}, {world}, {lanes}"
+            )
+        self.rank, self.world, self.lanes = rank, world, lanes
+        self.next = rank  # the global number of the next row
+        self.owned = range(rank % gcd(lanes, world), lanes, gcd(lanes, world))
+        self._lanes = {index: lane(index) for index in self.owned}
+        self._done = dict.fromkeys(self._lanes, 0)  # rows of each lane that are behind it
+
+    def __iter__(self) -> "RankRows":
+        return self
+
+    def __next__(self) -> Row:
+        number, index = divmod(self.next, self.lanes)
+        lane = self._lanes[index]
+        while self._done[index] < number:
+            lane.skip()
+            self._done[index] += 1
+        row = next(lane)
+        self._done[index] += 1
+        self.next += self.world
+        return row
+
+    def lane_state(self, index: int) -> dict[str, Any]:
+        """Where lane `index` is."""
+        return {"lane": index, "row": self._done[index], **self._lanes[index].state_dict()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where this rank's next rows are: plain numbers, strings and lists."""
+        lanes = [self.lane_state(index) for index in self._lanes]
+        stream = {"next": self.next, "world": self.world, "of": self.lanes, "lanes": lanes}
+        return {"streams": [stream]}
+
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go on from the states that all ranks of a run gave after the same step.
+
+        Nothing is read before the next row is asked for.
+
+        Args:
+            states: `state_dict()` of every rank, in any order, of any number of ranks.
+
+        Raises:
+            ValueError: states are missing, doubled, or not of one step.
+            UserError: the corpus or the number of lanes is another.
+        """
+        streams = [stream for state in states for stream in state["streams"]]
+        first = check_complete(streams, self.lanes)
+        self.next = first + (self.rank - first) % self.world
+        saved: dict[int, list[dict[str, Any]]] = {}
+        for stream in streams:
+            for state in stream["lanes"]:
+                saved.setdefault(state["lane"], []).append(state)
+        for index, lane in self._lanes.items():
+            number = self.next
+            while number % self.lanes != index:
+                number += self.world
+            behind = (state for state in saved[index] if state["row"] <= number // self.lanes)
+            nearest = max(behind, key=lambda state: state["row"])
+            lane.load_state_dict(nearest)
+            self._done[index] = nearest["row"]
+
+    def close(self) -> None:
+        """Let go of open files."""
+        for lane in self._lanes.values():
+            lane.close()
+
+
+def check_complete(streams: Sequence[dict[str, Any]], lanes: int) -> int:
+    """The first global row that none of the streams has given, if they are all there are.
+
+    Raises:
+        ValueError: they are not, or not of one step.
+        UserError: the number of lanes is another.
+    """
+    for stream in streams:
+        if stream["of"] != lanes:
+            raise UserError(
+                f"data.lanes: the checkpoint was saved with {stream['of']}, and this run asks for "
+                f"{lanes}; set it back, or start a run in a new directory"
+            )
+    found = sorted(stream["next"] for stream in streams)
+    worlds = {stream["world"] for stream in streams}
+    if worlds != {len(found)} or found != list(range(found[0], found[0] + len(found))):
+        raise ValueError(
+            f"states: expected those of all ranks after the same step, got next rows {found} "
+            f"of runs of {sorted(worlds)} ranks and workers"
+        )
+    return found[0]

@@ -1,0 +1,166 @@
+"""Rows made ahead of time by worker processes, with an exact state.
+
+PyTorch's DataLoader starts the workers and keeps their order; the state is our own: worker k of n
+on rank r of w is rank r + k·w of n·w (see osdn.data.rows), and sends with every row where its lane
+is behind it. So the state is that of the rows taken and not of those made, and it fits any other
+number of workers and ranks. torchdata's StatefulDataLoader (0.11) is not used: its state is opaque
+(meta-pytorch/data issue 1337) and is restored to the same number of workers only.
+"""
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from multiprocessing import get_all_start_methods, parent_process
+from threading import Thread
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from osdn.data.packing import Row
+from osdn.data.rows import RankRows, RowSource
+from osdn.errors import UserError
+
+AHEAD = 64  # rows that a worker makes ahead
+
+Made = tuple[Row, int, int, dict[str, Any]]
+
+
+def open_rows(
+    source: RowSource, *, rank: int = 0, world: int = 1, workers: int = 0
+) -> "RankRows | WorkerRows":
+    """This rank's rows: an endless iterator with state_dict, load_state_dict and close.
+
+    Args:
+        source: what the rows are.
+        rank, world: which of them are given; osdn.data.rows says how.
+        workers: processes that read and tokenise ahead, started at the first row; 0 does it in
+            this process. It changes neither the rows nor their order nor what a state restores.
+            Each costs a few seconds at the start and a copy of the tokenizer and shuffled block.
+    """
+    if workers == 0:
+        return RankRows(source.lane, source.lanes, rank=rank, world=world)
+    return WorkerRows(source, rank=rank, world=world, workers=workers)
+
+
+class WorkerRows:
+    """As RankRows, with the rows coming from processes."""
+
+    def __init__(self, source: RowSource, *, rank: int, world: int, workers: int) -> None:
+        self._source, self._total = source, world * workers
+        self._ranks = [rank + world * worker for worker in range(workers)]
+        self._rows: Iterator[Made | UserError] | None = None
+        self._load([])
+
+    def _load(self, states: Sequence[dict[str, Any]]) -> None:
+        """Set `_streams`, the workers' states by whose turn it is, and their `_order`."""
+        found = []
+        for rank in self._ranks:
+            rows = RankRows(self._source.lane, self._source.lanes, rank=rank, world=self._total)
+            if states:
+                rows.load_state_dict(states)
+            (stream,) = rows.state_dict()["streams"]
+            found.append((stream["next"], rank, stream))
+        found.sort(key=lambda each: each[0])
+        self._order = [rank for _, rank, _ in found]
+        self._streams = [stream for _, _, stream in found]
+        self._turn = 0
+        self._states = list(states)
+
+    def __iter__(self) -> "WorkerRows":
+        return self
+
+    def __next__(self) -> Row:
+        if self._rows is None:
+            self._rows = self._start()
+        try:
+            made = next(self._rows)
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error):
+                raise
+            raise UserError(
+                f"data.workers: {error}; it was killed, by the system where memory ran out: lower "
+                "data.workers or data.shuffle_bytes, or ask for more memory"
+            ) from error
+        if isinstance(made, UserError):
+            raise made
+        row, following, position, lane = made
+        stream = self._streams[self._turn]
+        stream["next"], stream["lanes"][position] = following, lane
+        self._turn = (self._turn + 1) % len(self._streams)
+        return row
+
+    def _start(self) -> Iterator[Made | UserError]:
+        # A server without threads or a CUDA context is what may be forked safely.
+        method = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
+        loader = DataLoader(
+            _Worker(self._source, self._order, self._total, self._states),
+            batch_size=None,
+            num_workers=len(self._order),
+            collate_fn=_same,
+            worker_init_fn=_prepare,
+            multiprocessing_context=method,
+            prefetch_factor=AHEAD,
+            generator=torch.Generator(),  # its own, so that the run's random numbers stay
+        )
+        return iter(loader)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the rows after the last one taken are."""
+        return {"streams": [{**s, "lanes": list(s["lanes"])} for s in self._streams]}
+
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        """As RankRows.load_state_dict."""
+        self.close()
+        self._load(states)
+
+    def close(self) -> None:
+        """End the workers."""
+        self._rows = None
+
+
+class _Worker(IterableDataset):
+    """The rows of one worker, with what the process that takes them needs for its state."""
+
+    def __init__(
+        self, source: RowSource, order: list[int], total: int, states: list[dict[str, Any]]
+    ) -> None:
+        self.source, self.order, self.total, self.states = source, order, total, states
+
+    def __iter__(self) -> Iterator[Made | UserError]:
+        info = get_worker_info()
+        assert info is not None
+        rank, source = self.order[info.id], self.source
+        rows = RankRows(source.lane, source.lanes, rank=rank, world=self.total)
+        if self.states:
+            rows.load_state_dict(self.states)
+        positions = {index: i for i, index in enumerate(rows.owned)}
+        try:
+            while True:
+                index = rows.next % source.lanes
+                row = next(rows)
+                yield row, rows.next, positions[index], rows.lane_state(index)
+        except UserError as error:  # as a value: an exception would arrive with a traceback
+            yield error
+        finally:
+            rows.close()
+
+
+def _same(made: Any) -> Any:
+    return made
+
+
+def _prepare(worker: int) -> None:
+    """Live as long as the run does: no longer, and no shorter."""
+    # Ctrl-C and SIGTERM reach the whole group; the run ends its workers when it is done.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # DataLoader's own watchdog looks at the parent's number, which is the server's and stays.
+    Thread(target=_follow, daemon=True).start()
+
+
+def _follow() -> None:
+    run = parent_process()
+    assert run is not None
+    run.join()
+    os._exit(1)
