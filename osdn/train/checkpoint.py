@@ -2,37 +2,55 @@
 
 A checkpoint is a directory step_N with
 
-    model.safetensors   weights
-    state.pt            optimiser, step, random states, data position (torch.load weights_only)
-    recipe.json         the resolved recipe
-    manifest.json       the SHA-256 of the other three
+    shard-R-model-….safetensors   parameters and moments, the share that process R wrote
+    state.json                    step, counters, the data's position in every process
+    recipe.json                   the resolved recipe
+    manifest.json                 the SHA-256 of every other file
 
-It is written under a temporary name, every file and then the directory is synced to the disk,
-and only then it gets its name: after a crash at any moment what bears the name is whole.
+PyTorch's distributed checkpoint (DCP) plans who writes what, copies it to the host and writes it in
+another thread while training goes on, with its safetensors storage, whose plan is the header of
+each file: the pickle of its default storage could hold code, so it is neither written nor read.
+It is written under a temporary name, every file is synced to the disk, then rank 0 adds the
+rest and gives the directory its name: after a crash at any moment what bears the name is whole.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_model
-from torch import nn
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 
 from osdn.errors import UserError
+from osdn.train.parallel import Parallel
 
-WEIGHTS, STATE, RECIPE, MANIFEST = "model.safetensors", "state.pt", "recipe.json", "manifest.json"
+STATE, RECIPE, MANIFEST = "state.json", "recipe.json", "manifest.json"
+SHARD = re.compile(r"shard-\d{5}-model-00001-of-00001\.safetensors")
 TEMPORARY = ".writing-"
 
-# What may differ on resumption, since the weights do not depend on it. train.steps is not among
-# them: the cosine stretches to it from the first step on.
-FREE = ("logging.", "train.checkpoint_every", "train.keep_checkpoints", "train.validate_every")
+# What may differ on resumption, since the weights depend on it by rounding at most. train.steps is
+# not among them: the cosine stretches to it from the first step on.
+FREE = (
+    "data.workers",
+    "logging.",
+    "parallel.",
+    "train.activation_checkpointing",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.rows",
+    "train.validate_every",
+)
+
+# One process needs no process group, which is no news.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
 class Checkpoint(NamedTuple):
@@ -46,47 +64,19 @@ class _Damaged(Exception):
     pass
 
 
-def save(
-    root: Path, step: int, model: nn.Module, state: dict[str, Any], recipe: dict, *, keep: int
-) -> None:
-    """Write root/step_N and then remove all but the newest `keep`.
-
-    Raises:
-        OSError: it could not be written (the disk is full, ...); the others are untouched.
-    """
-    target = root / f"step_{step}"
-    unfinished = root / f"{TEMPORARY}{target.name}"
+def load_tensors(directory: Path, tensors: dict[str, Tensor], parallel: Parallel) -> None:
+    """Fill the tensors, sharded as they may be, from a checkpoint that was found whole."""
+    reader = dcp.HuggingFaceStorageReader(str(directory))
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(root)
-        unfinished.mkdir()
-        _write_tensors(unfinished, model, state)
-        (unfinished / RECIPE).write_text(json.dumps(recipe, indent=1))
-        digests = {name: _digest(unfinished / name) for name in (WEIGHTS, STATE, RECIPE)}
-        (unfinished / MANIFEST).write_text(json.dumps(digests, indent=1))
-        for path in (*unfinished.iterdir(), unfinished):
-            sync(path)
-        os.rename(unfinished, target)
-        sync(root)
-    except OSError:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    for old in _directories(root)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_tensors(directory: Path, model: nn.Module, state: dict[str, Any]) -> None:
-    """Weights and state; what their writers make of an OSError is one again."""
-    try:
-        save_model(model, str(directory / WEIGHTS))
-        with (directory / STATE).open("wb") as file:
-            torch.save(state, file)
-    except SafetensorError as error:
-        raise OSError(None, str(error)) from error
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from error
-        raise
+        dcp.load(dict(tensors), storage_reader=reader, process_group=parallel.saving)
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        if not isinstance(cause, KeyError | RuntimeError | ValueError):
+            raise
+        raise UserError(
+            f"{directory}: its tensors are not those of this model ({cause}); the checkpoint is "
+            "refused: move it away to go on from the one before"
+        ) from error
 
 
 def load_newest(root: Path, recipe: dict, tell: Callable[[str], None]) -> Checkpoint | None:
@@ -97,8 +87,8 @@ def load_newest(root: Path, recipe: dict, tell: Callable[[str], None]) -> Checkp
     Raises:
         UserError: all are damaged, one may hold code, or the recipe is not the run's.
     """
-    directories = _directories(root)
-    for directory in directories:
+    found = directories(root)
+    for directory in found:
         try:
             _verify(directory)
         except _Damaged as error:
@@ -107,15 +97,16 @@ def load_newest(root: Path, recipe: dict, tell: Callable[[str], None]) -> Checkp
             directory.rename(aside)
             tell(f"{directory} is damaged ({error}); going back to the checkpoint before it")
             continue
-        saved = json.loads((directory / RECIPE).read_text())
+        _check_tensors(directory)
+        saved, state = _read(directory / RECIPE), _read(directory / STATE)
         if difference := first_difference(saved, recipe):
             key, before, now = difference
             raise UserError(
                 f"{key}: {directory} was made with {before!r}, and this run asks for {now!r}; "
                 "use the old value, or give the new run a directory of its own (--out)"
             )
-        return Checkpoint(directory, _load_state(directory / STATE))
-    if directories or list(root.glob("step_*.damaged")):
+        return Checkpoint(directory, state)
+    if found or list(root.glob("step_*.damaged")):
         raise UserError(
             f"{root}: holds damaged checkpoints and no whole one; move it away to start anew"
         )
@@ -123,17 +114,20 @@ def load_newest(root: Path, recipe: dict, tell: Callable[[str], None]) -> Checkp
 
 
 def _verify(directory: Path) -> None:
-    content = (WEIGHTS, STATE, RECIPE)
-    for path in directory.iterdir():
-        if path.name not in (*content, MANIFEST):
+    names = {path.name for path in directory.iterdir()}
+    for name in names:
+        if name not in (STATE, RECIPE, MANIFEST) and not SHARD.fullmatch(name):
             raise UserError(
-                f"{path}: not a file of a checkpoint, and it may hold code, as pickles do; the "
-                "checkpoint is refused: remove the file if you know where it comes from"
+                f"{directory / name}: not a file of a checkpoint, and it may hold code, as "
+                "pickles do; the checkpoint is refused: remove the file if you know where it "
+                "comes from"
             )
     try:
         digests = json.loads((directory / MANIFEST).read_text())
-        for name in content:
-            if _digest(directory / name) != digests[name]:
+        if unknown := names - {MANIFEST} - set(digests):
+            raise _Damaged(f"{min(unknown)} is not in {MANIFEST}")
+        for name in {STATE, RECIPE, *digests}:
+            if sha256(directory / Path(name).name) != digests[name]:
                 raise _Damaged(f"{name} is not what was written")
     except OSError as error:
         raise _Damaged(f"{Path(error.filename or directory).name}: {error.strerror}") from error
@@ -141,14 +135,28 @@ def _verify(directory: Path) -> None:
         raise _Damaged(f"{MANIFEST} is not readable") from error
 
 
-def _load_state(path: Path) -> dict[str, Any]:
+def _refused(path: Path) -> UserError:
+    """A file whose digest is right and whose content is not: we did not write it."""
+    return UserError(
+        f"{path}: holds something else than numbers, which could be code; the checkpoint is "
+        "refused: move it away to go on from the one before"
+    )
+
+
+def _read(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(
-            f"{path}: holds more than numbers, and loading it could run code; the checkpoint is "
-            "refused: move it away to go on from the one before"
-        ) from error
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise _refused(path) from error
+
+
+def _check_tensors(directory: Path) -> None:
+    for path in directory.glob("*.safetensors"):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise _refused(path) from error
 
 
 def remove_unfinished(root: Path) -> None:
@@ -178,12 +186,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _digest(path: Path) -> str:
+def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _directories(root: Path) -> list[Path]:
+def directories(root: Path) -> list[Path]:
     """The checkpoints, newest first."""
     found = [p for p in root.glob("step_*") if p.name.removeprefix("step_").isdigit()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step_")), reverse=True)

@@ -1,4 +1,7 @@
-"""`osdn train RECIPE.yaml [key=value ...]`: train a model as a recipe says."""
+"""`osdn train RECIPE.yaml [key=value ...]`: train a model as a recipe says.
+
+Over several processes: torchrun --nproc_per_node=N -m osdn train RECIPE.yaml
+"""
 
 import argparse
 from pathlib import Path
@@ -6,6 +9,7 @@ from pathlib import Path
 from osdn.train.config import load_recipe
 from osdn.train.logs import TrainResult
 from osdn.train.loop import train
+from osdn.train.parallel import environment_rank
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train and print what came of it."""
     recipe = load_recipe(args.recipe, args.overrides)
-    print(summary(train(recipe, args.out or Path("runs") / args.recipe.stem)))
+    result = train(recipe, args.out or Path("runs") / args.recipe.stem)
+    if environment_rank() == 0:
+        print(summary(result))
 
 
 def summary(result: TrainResult) -> str:

@@ -40,6 +40,10 @@ class Data(Section):
         0 for no validation; or a corpus of its own, named as in `corpus`.
     validation_bytes: UTF-8 bytes of held-out text that a validation reads.
     shuffle_bytes: UTF-8 bytes of training documents that are shuffled together in memory.
+    lanes: streams that the training documents are dealt to, part of the order of rows; with at
+        least as many as processes each process reads its own (osdn/data/rows.py).
+    workers: processes that read and tokenise ahead, for each process of the run; 0 for none. They
+        change nothing but the speed.
     """
 
     corpus: str | Annotated[list[str], Field(min_length=1)] = "stdlib"
@@ -51,6 +55,8 @@ class Data(Section):
     validation: float | str = 0.05
     validation_bytes: int = Field(default=200_000, ge=4)
     shuffle_bytes: int = Field(default=2**24, ge=1)
+    lanes: int = Field(default=1, ge=1)
+    workers: int = Field(default=0, ge=0)
 
     @field_validator("validation")
     @classmethod
@@ -94,11 +100,17 @@ class Train(Section):
 
     steps: optimiser steps.
     seq_len: tokens in a row.
-    rows: rows in a forward pass.
-    accumulate: forward passes in a step; a step sees seq_len · rows · accumulate tokens.
+    rows: rows in a forward pass of one process.
+    batch_rows: rows in a step, over all processes; a step sees seq_len · batch_rows tokens, in
+        batch_rows / (rows · processes) forward passes of each process.
     seed: of the initial weights and of the order of the documents.
-    precision: "float32", or "bfloat16" for autocast (weights and optimiser stay float32).
-    compile: run the model through torch.compile.
+    precision: "float32", or "bfloat16" in compute (weights, optimiser and the reduction of
+        gradients stay float32).
+    z_loss: times the mean squared log-partition, added to the loss (PaLM, arXiv 2204.02311); 0
+        for none.
+    activation_checkpointing: what the backward makes again instead of keeping it: "none",
+        "selective" (all but matrix products and mixers) or "full" (whole blocks).
+    compile: run every block through torch.compile.
     device: "auto" (CUDA where there is one), or a PyTorch device name.
     validate_every: optimiser steps between validations; one is made at the end in any case.
     checkpoint_every: optimiser steps between checkpoints; one is saved at the end in any case.
@@ -109,9 +121,11 @@ class Train(Section):
     steps: int = Field(default=1000, ge=1)
     seq_len: int = Field(default=512, ge=2)
     rows: int = Field(default=8, ge=1)
-    accumulate: int = Field(default=1, ge=1)
+    batch_rows: int = Field(default=8, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
     precision: Literal["float32", "bfloat16"] = "float32"
+    z_loss: float = Field(default=0.0, ge=0)
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False
     device: str = "auto"
     validate_every: int = Field(default=250, ge=1)
@@ -121,16 +135,34 @@ class Train(Section):
     schedule: Schedule = Schedule()
 
 
+class Parallel(Section):
+    """Several processes, started by torchrun, as a mesh of (processes / shard) × shard.
+
+    shard: over how many processes the weights and the optimiser's state are divided: 1 (each
+        process holds all of them: DDP), "all" (FSDP2), or a divisor of the processes (HSDP).
+    timeout_seconds: how long a process waits for the others before it gives up.
+    stall_seconds: after how long a process for which the others wait is named.
+    """
+
+    shard: Annotated[int, Field(ge=1)] | Literal["all"] = 1
+    timeout_seconds: float = Field(default=1800, gt=0)
+    stall_seconds: float = Field(default=60, gt=0)
+
+
 class Logging(Section):
     """What is written down; none of it changes the run.
 
     every: optimiser steps between lines of log.jsonl.
     tensorboard: also write TensorBoard events.
+    wandb: the Weights & Biases project that gets the same; null: none.
+    precond_every: optimiser steps between lines about the preconditioners, by layer; null: none.
     progress: show a progress bar on a terminal.
     """
 
     every: int = Field(default=1, ge=1)
     tensorboard: bool = True
+    wandb: str | None = Field(default=None, min_length=1)
+    precond_every: int | None = Field(default=None, ge=1)
     progress: bool = True
 
 
@@ -139,12 +171,13 @@ class Recipe(Section):
 
     model: fields of OSDNConfig. vocab_size may be left out: it is then the tokenizer's;
         max_position_embeddings too: it is then train.seq_len.
-    data, train, logging: the sections Data, Train and Logging.
+    data, train, parallel, logging: the sections Data, Train, Parallel and Logging.
     """
 
     model: dict[str, Any]
     data: Data = Data()
     train: Train = Train()
+    parallel: Parallel = Parallel()
     logging: Logging = Logging()
 
     @field_validator("model")

@@ -1,12 +1,17 @@
-"""The run's log: one JSON object a line, TensorBoard beside it, and the result read from it."""
+"""The run's log: one JSON object a line, trackers beside it, and the result read from it."""
 
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+
+from tqdm import tqdm
+
+from osdn.train.trackers import Tracker, Value, safely
 
 
 @dataclass(frozen=True)
@@ -36,33 +41,33 @@ class TrainResult:
         return self.validation[-1][1] if self.validation else None
 
 
+def tell(message: str) -> None:
+    """Show a line to the user, above the progress bar."""
+    tqdm.write(message, file=sys.stderr)
+
+
 class RunLog:
-    """Appends to log.jsonl and to TensorBoard; a full disk delays lines until there is room.
+    """Appends to log.jsonl and to the trackers; a full disk delays lines until there is room.
 
     Args:
         out: the run's directory.
         step: of the checkpoint that the run goes on from. Later lines, and the validation at that
             step, which will be made again, are cut off.
-        tensorboard: also write TensorBoard events.
+        trackers: get the same.
         tell: shows a message to the user.
     """
 
     def __init__(
-        self, out: Path, *, step: int, tensorboard: bool, tell: Callable[[str], None]
+        self, out: Path, *, step: int, trackers: Sequence[Tracker], tell: Callable[[str], None]
     ) -> None:
-        self.path, self.tell = out / "log.jsonl", tell
+        self.path, self.tell, self.trackers = out / "log.jsonl", tell, list(trackers)
         self._file = self.path.open("ab", buffering=0)
         self._size = _kept(self.path, step)
         self._file.truncate(self._size)
         self._pending = b""
         self._told = False
-        self._board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
-
-    def write(self, kind: str, step: int, **values: float | None) -> None:
+    def write(self, kind: str, step: int, **values: Value) -> None:
         """One line, at once; None stands for a number that is not finite."""
         line = json.dumps({"kind": kind, "step": step, **values}, allow_nan=False)
         self._pending += line.encode() + b"\n"
@@ -72,14 +77,11 @@ class RunLog:
             if not self._told:
                 self.tell(f"{self.path}: {error.strerror}; its lines wait in memory")
                 self._told = True
-        if self._board is not None:
-            try:
-                for name, value in values.items():
-                    if value is not None:
-                        self._board.add_scalar(f"{kind}/{name}", value, step)
-            except OSError as error:
-                self.tell(f"TensorBoard events stop here: {error.strerror}")
-                self._board = None
+        self.trackers = [
+            tracker
+            for tracker in self.trackers
+            if safely(tracker, partial(tracker.write, kind, step, values), self.tell)
+        ]
 
     def _flush(self) -> None:
         data = self._pending
@@ -109,11 +111,8 @@ class RunLog:
             lines = self._pending.count(b"\n")
             self.tell(f"{self.path}: {error.strerror}; its last {lines} lines are lost")
         self._file.close()
-        if self._board is not None:
-            try:
-                self._board.close()
-            except OSError as error:
-                self.tell(f"TensorBoard's last events are lost: {error.strerror}")
+        for tracker in self.trackers:
+            safely(tracker, tracker.close, self.tell)
 
 
 def _kept(path: Path, step: int) -> int:
@@ -123,7 +122,7 @@ def _kept(path: Path, step: int) -> int:
         for line in file:
             try:
                 record = json.loads(line)
-                late = record["step"] + (record["kind"] != "train") > step
+                late = record["step"] + (record["kind"] == "validation") > step
             except (ValueError, KeyError):  # a line that a kill cut off
                 break
             if late or not line.endswith(b"\n"):

@@ -1,9 +1,11 @@
 """The optimiser and its schedule."""
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from osdn.train.config import Optimizer, Schedule
 
@@ -12,7 +14,8 @@ def make_optimizer(model: nn.Module, options: Optimizer) -> torch.optim.AdamW:
     """AdamW with decay on the matrices of linear and convolution layers, the output's included.
 
     None on what has fewer than two dimensions (norms, biases), on embeddings (an output layer
-    tied to one is one), and on initial_precond, whose neutral value is 1 and not 0.
+    tied to one is one), and on initial_precond, whose neutral value is 1 and not 0. Sharded
+    parameters and whole ones are in groups of their own, since no kernel takes both at once.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decayed: list[nn.Parameter] = []
@@ -21,12 +24,35 @@ def make_optimizer(model: nn.Module, options: Optimizer) -> torch.optim.AdamW:
         exempt = parameter.ndim < 2 or id(parameter) in embeddings
         exempt = exempt or name.endswith("initial_precond")
         (others if exempt else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": options.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+    groups: list[dict[str, Any]] = []
+    for parameters, decay in ((decayed, options.weight_decay), (others, 0.0)):
+        for sharded in (False, True):
+            kind = [p for p in parameters if isinstance(p, DTensor) is sharded]
+            if kind:
+                groups.append({"params": kind, "weight_decay": decay})
     betas = (options.beta1, options.beta2)
     return torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=options.eps, fused=True)
+
+
+def fill_state(optimizer: torch.optim.AdamW, updates: int) -> None:
+    """Give every parameter its moments, 0, as after `updates` updates; a load fills them."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.full((), float(updates), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
+def named_state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """Parameters and moments under flat names, sharing their memory."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        tensors[f"model.{name}"] = parameter.detach()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+    return tensors
 
 
 def learning_rate(step: int, *, steps: int, peak: float, schedule: Schedule) -> float:

@@ -2,27 +2,36 @@
 
 import os
 import shutil
+from math import gcd
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from osdn.data import (
+    RankRows,
     Row,
-    TrainingDocuments,
-    TrainingRows,
+    RowSource,
+    WorkerRows,
     encode_document,
     held_out_texts,
     open_corpus,
+    open_rows,
     pack,
 )
 from osdn.data.corpora import Corpus
 from osdn.errors import UserError
 from osdn.model.configuration import OSDNConfig
 from osdn.model.modeling import OSDNForCausalLM
+from osdn.train.blocks import prepare_blocks
 from osdn.train.checkpoint import TEMPORARY, sync
 from osdn.train.config import Data, Recipe
+from osdn.train.initial import Initializer, empty_model
+from osdn.train.objective import Objective
+from osdn.train.parallel import Parallel
+from osdn.train.sharding import Sharded
 
 
 def make_device(name: str) -> torch.device:
@@ -41,8 +50,8 @@ def make_device(name: str) -> torch.device:
     return device
 
 
-def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> OSDNForCausalLM:
-    """The model with its initial weights, which train.seed decides.
+def make_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> OSDNConfig:
+    """The model's configuration, with what the tokenizer and the rows decide.
 
     Raises:
         UserError: the embedding has fewer rows than the tokenizer has tokens, or the two do not
@@ -62,11 +71,51 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> OSDNForCau
             f"tokens of data.tokenizer {recipe.data.tokenizer!r}; raise it, or leave it out"
         )
     try:
-        config = OSDNConfig(**fields)
+        return OSDNConfig(**fields)
     except ValueError as error:
         raise UserError(f"model: {error}") from error
-    torch.manual_seed(recipe.train.seed)
-    return OSDNForCausalLM(config)
+
+
+def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> OSDNForCausalLM:
+    """The model on the CPU with its initial weights, which train.seed decides.
+
+    Raises:
+        UserError: as make_config.
+    """
+    model = empty_model(make_config(recipe, tokenizer))
+    Initializer(model, seed=recipe.train.seed, device=torch.device("cpu")).fill(model)
+    return model
+
+
+def make_sharded(recipe: Recipe, config: OSDNConfig, parallel: Parallel) -> Sharded:
+    """The model in training, this process's share of it, with its initial weights."""
+    options = recipe.train
+    bfloat16 = options.precision == "bfloat16"
+    model = empty_model(config)
+    prepare_blocks(model, checkpointing=options.activation_checkpointing, compile=options.compile)
+    objective = Objective(model, autocast=bfloat16 and parallel.shard == 1, z_loss=options.z_loss)
+    initializer = Initializer(model, seed=options.seed, device=parallel.device)
+    return Sharded(objective, initializer, parallel, bfloat16=bfloat16)
+
+
+def passes(recipe: Recipe, processes: int) -> int:
+    """Forward passes of each process in a step.
+
+    Raises:
+        UserError: train.batch_rows cannot be divided among them.
+    """
+    rows, batch = recipe.train.rows, recipe.train.batch_rows
+    if batch % (rows * processes):
+        once = rows * processes
+        share = gcd(rows, batch // processes) if batch % processes == 0 else 0
+        advice = f"set train.batch_rows={-(-batch // once) * once}"
+        if share:
+            advice += f", or train.rows={share}, which changes the speed alone"
+        raise UserError(
+            f"train.batch_rows: {batch} is no multiple of the {once} rows of a forward pass "
+            f"(train.rows={rows} in each of {processes} processes); {advice}"
+        )
+    return batch // (rows * processes)
 
 
 def _corpus(data: Data, names: str | list[str], split: str) -> Corpus:
@@ -80,9 +129,9 @@ def _corpus(data: Data, names: str | list[str], split: str) -> Corpus:
 
 
 def make_rows(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase
-) -> tuple[TrainingRows, list[Row], int]:
-    """The training rows; the validation rows, and the bytes of text that they hold."""
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, rank: int = 0, world: int = 1
+) -> tuple[RankRows | WorkerRows, list[Row], int]:
+    """The training rows of a process; the validation rows, and the bytes of text they hold."""
     data, length = recipe.data, recipe.train.seq_len
     corpus = _corpus(data, data.corpus, data.split)
     if isinstance(data.validation, str):
@@ -94,16 +143,39 @@ def make_rows(
     texts = (
         held_out_texts(other, fraction=fraction, limit=data.validation_bytes) if fraction else []
     )
-    documents = TrainingDocuments(
-        corpus, fraction=held_out, shuffle_bytes=data.shuffle_bytes, seed=recipe.train.seed
-    )
     validation = list(pack((encode_document(tokenizer, text) for text in texts), length))
     size = sum(len(text.encode()) for text in texts)
-    return TrainingRows(documents, tokenizer, length), validation, size
+    source = RowSource(
+        corpus=corpus,
+        tokenizer=tokenizer,
+        length=length,
+        fraction=held_out,
+        shuffle_bytes=data.shuffle_bytes,
+        seed=recipe.train.seed,
+        lanes=data.lanes,
+    )
+    rows = open_rows(source, rank=rank, world=world, workers=data.workers)
+    return rows, validation, size
 
 
-def export(out: Path, model: OSDNForCausalLM, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """Write out/model, which AutoModelForCausalLM and AutoTokenizer load; whole or not at all."""
+def export(out: Path, sharded: Sharded, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write out/model, which AutoModelForCausalLM and AutoTokenizer load; whole or not at all.
+
+    The parameters are gathered one by one to the CPU of rank 0, which alone writes.
+    """
+    whole = dict(sharded.whole_parameters())
+    sharded.parallel.from_main(lambda: _write_model(out, sharded.model.config, whole, tokenizer))
+
+
+def _write_model(
+    out: Path,
+    config: OSDNConfig,
+    parameters: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    model = empty_model(config)
+    model.load_state_dict(parameters, strict=False, assign=True)  # tied ones have one name here
+    model.tie_weights()
     target, unfinished = out / "model", out / f"{TEMPORARY}model"
     shutil.rmtree(unfinished, ignore_errors=True)
     bars = logging.is_progress_bar_enabled()
@@ -126,4 +198,3 @@ def export(out: Path, model: OSDNForCausalLM, tokenizer: PreTrainedTokenizerBase
     finally:
         if bars:
             logging.enable_progress_bar()
-    return target

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from osdn import OSDNForCausalLM
 from osdn.data import encode_document, held_out_texts, open_corpus
 from osdn.errors import UserError
 from osdn.train import loop, train
+from osdn.train.sharding import Sharded
 from tests.train.tiny import curve, recipe, write_texts
 
 
@@ -65,7 +65,7 @@ def test_the_same_recipe_gives_the_same_curve_and_another_seed_another(finished,
 
 
 def test_accumulated_passes_make_the_same_step_as_one(finished, texts, tmp_path):
-    together = train(recipe(texts, rows=4, accumulate=1), tmp_path)
+    together = train(recipe(texts, rows=4), tmp_path)
     for (_, a), (_, b) in zip(finished.loss, together.loss):
         assert a == pytest.approx(b, rel=2e-4)
 
@@ -108,35 +108,33 @@ def test_a_stop_at_any_system_call_of_a_save_loses_nothing(
 
 
 def test_a_finished_run_is_read_and_not_repeated(finished, texts, monkeypatch):
-    monkeypatch.setattr(loop, "_Run", None)
+    monkeypatch.setattr(loop, "Run", None)
     assert train(recipe(texts), finished.out) == finished
 
 
 def test_other_settings_are_refused_by_name_and_harmless_ones_are_not(finished, texts):
     for changes, expected in (
-        ({"rows": 4}, r"train\.rows: .*step_12 was made with 2, and this run asks for 4"),
+        ({"batch_rows": 8}, r"train\.batch_rows: .*step_12 was made with 4, and .* asks for 8"),
         ({"steps": 20}, r"train\.steps: "),
         ({"optimizer": {"lr": 1e-3}}, r"train\.optimizer\.lr: "),
     ):
         with pytest.raises(UserError, match=expected) as caught:
             train(recipe(texts, **changes), finished.out)
         assert "\n" not in str(caught.value)
-    free = recipe(texts, checkpoint_every=5, keep_checkpoints=9, validate_every=3)
+    free = recipe(texts, checkpoint_every=5, keep_checkpoints=9, validate_every=3, rows=1)
     assert train(free, finished.out) == finished
 
 
 def diverge(monkeypatch, steps):
     """Make the loss of the given optimiser steps NaN (each has two forward passes)."""
-    original, passes = loop._Run._loss, [0]
+    original, passes = Sharded.__call__, [0]
 
-    def lossy(self, batch, targets):
-        loss = original(self, batch, targets)
-        if not self.model.training:
-            return loss
+    def lossy(self, *inputs):
+        loss = original(self, *inputs)
         passes[0] += 1
         return loss * math.nan if (passes[0] + 1) // 2 in steps else loss
 
-    monkeypatch.setattr(loop._Run, "_loss", lossy)
+    monkeypatch.setattr(Sharded, "__call__", lossy)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(texts, finished, tmp_path, monkeypatch):
@@ -165,15 +163,15 @@ def test_autocast_learns_too(options, texts, tmp_path):
 
 
 def test_a_compiled_model_has_the_same_losses(texts, finished, tmp_path, monkeypatch):
-    compiled = []
+    compiled, original = [], torch.compile
 
-    def traced(model):  # torch.compile's tracing, without the slow part
-        compiled.append(model)
-        torch.nn.Module.compile(model, backend="eager")
+    def traced(function):  # torch.compile's tracing, without the slow part
+        compiled.append(function)
+        return original(function, backend="eager")
 
-    monkeypatch.setattr(OSDNForCausalLM, "compile", traced)
+    monkeypatch.setattr(torch, "compile", traced)
     result = train(recipe(texts, compile=True, steps=3, schedule={"warmup_steps": 3}), tmp_path)
-    assert len(compiled) == 1
+    assert len(compiled) == 2  # blocks
     for (_, a), (_, b) in zip(result.loss, finished.loss):
         assert a == pytest.approx(b, rel=1e-4)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.hidden_size == 32

@@ -47,7 +47,7 @@ def fields(corpus: str, **changes: Any) -> dict[str, Any]:
         "steps": 12,
         "seq_len": 48,
         "rows": 2,
-        "accumulate": 2,
+        "batch_rows": 4,
         "device": "cpu",
         "validate_every": 4,
         "checkpoint_every": 2,
@@ -74,9 +74,10 @@ def fields(corpus: str, **changes: Any) -> dict[str, Any]:
     }
 
 
+TIMINGS = ("seconds", "tokens_per_s", "peak_memory")
+
+
 def curve(out: Path) -> list[dict[str, Any]]:
     """The lines of log.jsonl without the timings: what must repeat bit for bit."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_s")} for line in lines
-    ]
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]

@@ -1,0 +1,110 @@
+"""One optimiser step: rows to gradient to update, over all processes of the run."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from osdn.data import Batch, Row, collate
+from osdn.train.config import Train
+from osdn.train.objective import inputs
+from osdn.train.optim import learning_rate
+from osdn.train.parallel import Parallel
+from osdn.train.precond import Measured, measured
+from osdn.train.sharding import Sharded
+
+
+class Outcome(NamedTuple):
+    """Of one step, the same in every process.
+
+    loss: nats per token, the z-loss included.  norm: of the gradient before clipping.
+    precond: see osdn.train.precond; None where it was not asked for.
+    """
+
+    loss: float
+    norm: float
+    lr: float
+    precond: Measured | None
+
+    @property
+    def finite(self) -> bool:
+        """Whether the weights were changed."""
+        return math.isfinite(self.loss) and math.isfinite(self.norm)
+
+
+class Stepper:
+    """Makes the steps of a run.
+
+    Args:
+        passes: forward passes in a step.
+        beat: told of every stage, as beat(step, stage).
+    """
+
+    def __init__(
+        self,
+        sharded: Sharded,
+        optimizer: torch.optim.AdamW,
+        parallel: Parallel,
+        options: Train,
+        *,
+        passes: int,
+        beat: Callable[[int, str], None],
+    ) -> None:
+        self.sharded, self.optimizer, self.parallel = sharded, optimizer, parallel
+        self.options, self.passes, self.beat = options, passes, beat
+
+    def __call__(self, step: int, rows: Iterator[Row], *, measure: bool) -> Outcome:
+        """Make step number `step`; one that is not finite changes nothing.
+
+        The gradient is that of the mean over all targets of all processes' rows.
+        """
+        self.beat(step, "reading rows")
+        batches = [
+            collate([next(rows) for _ in range(self.options.rows)]) for _ in range(self.passes)
+        ]
+        self.beat(step, "counting targets")
+        targets = self.parallel.total(sum(batch.targets for batch in batches))
+        loss, precond = self._backward(step, batches, targets, measure and self.parallel.main)
+        self.beat(step, "reducing the gradient")
+        limit = self.options.optimizer.clip
+        norm = self.sharded.clip(math.inf if limit is None else limit)
+        read_loss, read_norm = torch.stack([loss, norm]).tolist()  # the step's one wait
+        lr = learning_rate(
+            step,
+            steps=self.options.steps,
+            peak=self.options.optimizer.lr,
+            schedule=self.options.schedule,
+        )
+        outcome = Outcome(read_loss, read_norm, lr, precond)
+        if outcome.finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return outcome
+
+    def _backward(
+        self, step: int, batches: list[Batch], targets: int, measure: bool
+    ) -> tuple[torch.Tensor, Measured | None]:
+        """Accumulate the gradient; (loss over all processes, what the first pass measured)."""
+        size, device = self.parallel.size, self.parallel.device
+        # DDP and FSDP2 take the mean over the processes where the sum is wanted.
+        count = targets / size if size > 1 else targets
+        self.sharded.objective.train()
+        loss, read = torch.zeros((), device=device), None
+        for i, batch in enumerate(batches):
+            self.beat(step, f"forward pass {i + 1} of {len(batches)}")
+            wanted = measured(self.sharded.model) if measure and i == 0 else nullcontext()
+            with self.sharded.accumulating(i == len(batches) - 1):
+                with wanted as reader:
+                    part = self.sharded(*inputs(batch, device), count)
+                read = read or reader
+                part.backward()
+            loss += part.detach()
+        if size > 1:
+            loss /= size
+            dist.all_reduce(loss)
+        return loss, read() if read else None

@@ -1,0 +1,43 @@
+"""Bits per byte of the held-out text, its batches dealt to the processes."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from osdn.data import Row, collate
+from osdn.train.objective import inputs
+from osdn.train.parallel import Parallel
+from osdn.train.sharding import Sharded
+
+
+@torch.no_grad()
+def bits_per_byte(
+    sharded: Sharded,
+    rows: Sequence[Row],
+    size: int,
+    parallel: Parallel,
+    *,
+    at_once: int,
+    cut_off: Callable[[], bool],
+) -> float | None:
+    """The summed loss of the rows, ends of documents included, over ln 2 and `size` bytes.
+
+    Batches are summed in the order of the rows, whoever computed them. FSDP2's forward is
+    collective, so that where batches run out a process repeats its last one, uncounted.
+
+    Args:
+        at_once: rows in a forward pass.
+        cut_off: asked, in all processes together, before each pass; on True the result is None.
+    """
+    sharded.objective.eval()
+    batches = [rows[first : first + at_once] for first in range(0, len(rows), at_once)]
+    nats: list[float] = []
+    for first in range(0, len(batches), parallel.size):
+        if cut_off():
+            return None
+        own = first + parallel.rank
+        batch = collate(batches[min(own, len(batches) - 1)])
+        loss = sharded.objective(*inputs(batch, parallel.device), 1).item()
+        nats += parallel.gather(loss)[: len(batches) - first]
+    return sum(nats) / math.log(2) / size
