@@ -17,6 +17,7 @@ from osdn.ops.rule import Rule
 from osdn.ops.triton import forward as backend_forward
 from osdn.ops.triton import step as backend_step
 from osdn.ops.triton.chunks import CHUNK, count_segments, cut
+from osdn.ops.triton.precond_segments import join
 from tests.numerics import assert_close, make_inputs, relative_error
 from tests.ops.running import detached, everything
 
@@ -125,10 +126,42 @@ def test_walks_in_segments(monkeypatch, T, V, options):
     check(make_inputs(1, T, 1, 24, V, dtype=torch.float32), **options)
 
 
+def test_segments_and_a_box_that_is_left_late(monkeypatch):
+    monkeypatch.setattr("osdn.ops.triton.chunks.LEAST", 1)
+    inputs = make_inputs(1, 300, 1, 20, 16, gamma=False, dtype=torch.float32)
+    k = inputs["k"].detach()
+    k[:, 150:] *= 1.3
+    inputs |= {"initial_precond": torch.ones(1, 1, 20), "k": k}
+    bounds = {"precond_min": 0.93, "precond_max": 1.07}
+    check(inputs, **bounds)
+    assert _saved(on_device(inputs), bounds).tolist() == [[2]]
+
+
 def test_segments_of_several_sequences_and_heads(monkeypatch):
     monkeypatch.setattr("osdn.ops.triton.chunks.LEAST", 2)
     assert count_segments(2, 390, 2) == 4  # of two chunks each, the last of one
     check(make_inputs(2, 390, 2, 16, 16, dtype=torch.float32), beta_aware=True)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_joining_segments_squares_the_error_of_their_maps(reverse):
+    """Against the chain of maps itself, with maps given that are off by 1e-3."""
+    g = torch.Generator().manual_seed(0)
+    (N, NS, H, K), order = (2, 5, 2, 20), -1 if reverse else 1
+    M = torch.eye(K) - 0.3 * torch.rand(N * NS, H, K, K, generator=g) / K
+    u, initial = (torch.randn(n, H, K, generator=g) for n in (N * NS, N))
+    rough = M + 1e-3 * torch.randn(M.shape, generator=g) / K**0.5
+
+    def walk(starts):
+        return torch.einsum("nhji,nhj->nhi" if reverse else "nhij,nhj->nhi", M, starts) + u
+
+    expected = initial
+    for i in range(NS)[::order]:
+        expected = walk(expected.repeat_interleave(NS, 0)).view(N, NS, H, K)[:, i]
+    on_device = (x.to(DEVICE) for x in (rough, initial))
+    u, M = u.to(DEVICE), M.to(DEVICE)
+    error = relative_error(join(walk, *on_device, reverse=reverse).cpu(), expected)
+    assert error < 1e-5
 
 
 @pytest.mark.parametrize("options", [{}, BOX])

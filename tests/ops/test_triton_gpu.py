@@ -123,9 +123,10 @@ def test_no_kernel_is_compiled_again_for_another_length_or_batch():
         torch.autograd.grad(o.sum(), list(inputs.values()), materialize_grads=True)
 
     both(2, 128)
+    both(1, 4096)  # few and long sequences also have kernels that join segments
     before = compiled()
     assert min(before) > 0
-    for B, T in ((1, 1), (3, 63), (1, 4096), (16, 100), (2, 1000)):
+    for B, T in ((1, 1), (3, 63), (1, 5000), (16, 100), (2, 1000), (2, 8000)):
         both(B, T)
     assert compiled() == before
 
@@ -151,6 +152,6 @@ def test_more_than_2_to_the_31_elements():
         o1, S1, d1 = online_scaled_delta_rule(
             **rest, initial_state=S0, initial_precond=d0, output_final_state=True
         )
-    assert_close(tail, o1, 1e-5)
-    assert_close(S, S1, 1e-5)
+    assert_close(tail, o1, 2e-2)  # the dots' operands are bfloat16, and segments begin elsewhere
+    assert_close(S, S1, 2e-2)
     assert_close(d, d1, 1e-5)

@@ -67,6 +67,7 @@ def saved_like(
     initial_state: Tensor,
     initial_precond: Tensor,
     cu_seqlens: Tensor | None,
+    rule: Rule,
     save: bool,
 ) -> list[Tensor]:
     """Empty: `_operands`, e [B, T, H, V], and what `memory` leaves of segments."""

@@ -15,6 +15,7 @@ from osdn.ops.triton.chunks import tile
 CONFIG: dict[str, dict[str, Any]] = {
     "inverse": {"num_warps": 1, "BK": 16},
     "scan": {"num_warps": 4, "STAGES": 3},
+    "transfer": {"num_warps": 4, "num_stages": 2, "BV": 64},
     "token_scan": {"num_warps": 1},
     "write_keys": {"num_warps": 1, "BK": 32},
     "memory": {"num_warps": 4, "num_stages": 1, "BV": 64},
@@ -29,6 +30,7 @@ CONFIG: dict[str, dict[str, Any]] = {
 # Where tiles are larger, they must still fit registers and shared memory.
 WIDE: dict[str, dict[str, Any]] = {  # K > 128
     "scan": {"num_warps": 8, "STAGES": 2},
+    "transfer": {"num_warps": 8, "num_stages": 1, "BV": 64},
     "memory": {"num_warps": 8, "num_stages": 1, "BV": 64},
     "memory_reverse": {"num_warps": 8, "num_stages": 1, "BV": 64},
     "scan_reverse": {"num_warps": 8, "STAGES": 2},
@@ -36,6 +38,7 @@ WIDE: dict[str, dict[str, Any]] = {  # K > 128
 }
 FLOAT32: dict[str, dict[str, Any]] = {
     "scan": {"num_warps": 8, "STAGES": 2},
+    "transfer": {"num_warps": 8, "num_stages": 1, "BV": 64},
     "write_keys": {"num_warps": 4, "BK": 16},
     "memory": {"num_warps": 8, "num_stages": 1, "BV": 32},
     "states": {"num_warps": 4, "num_stages": 1, "BK": 64, "BV": 64},

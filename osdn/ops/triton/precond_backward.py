@@ -34,7 +34,9 @@ from osdn.ops.triton.chunks import (
     tile,
 )
 from osdn.ops.triton.config import launch, precision
-from osdn.ops.triton.precond_forward import chunk_inverse, load_gate, load_retention
+from osdn.ops.triton.precond_forward import chunk_inverse
+from osdn.ops.triton.precond_gates import load_gate, load_retention
+from osdn.ops.triton.precond_segments import walk_in_segments
 from osdn.ops.triton.solve import mul
 
 
@@ -78,26 +80,28 @@ def couple_kernel(
         tl.store(r + row + o_t * H, b_r, mask=o_t < left)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "segment"])
 def scan_reverse_kernel(
     k, beta, log_gamma, inverse, r, dd, dfinal, a, ends, dinitial, clipped,
-    cu_seqlens, offsets, eta, T,
+    cu_seqlens, offsets, eta, T, segment,
     H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, IS_VARLEN: tl.constexpr,
     MOVES: tl.constexpr, BOXED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """a [B, T, H], ends [chunks, H, K] (λ after each chunk), dinitial [N, H, K]. Grid: N · H.
 
+    N counts segments where there are any.
     BOXED: from chunk clipped[n, h] on, the token scan has walked, and dfinal is what it left.
     """
     i_h = tl.program_id(0) % H
     i_n = tl.program_id(0) // H
-    begin, length, first = locate_sequence(
-        i_n, cu_seqlens, offsets, T, tl.cdiv(T, BT), BT, IS_VARLEN
-    )
+    begin, length, first = locate_sequence(i_n, cu_seqlens, offsets, T, segment, BT, IS_VARLEN)
     NT = tl.cdiv(length, BT)
     if BOXED:
-        NT = tl.minimum(NT, tl.load(clipped + i_n * H + i_h) - first.to(tl.int32))
+        i_b = i_n
+        if not IS_VARLEN:
+            i_b = i_n // tl.cdiv(tl.cdiv(T, BT), segment)
+        NT = tl.minimum(NT, tl.load(clipped + i_b * H + i_h) - first.to(tl.int32))
     o_t = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     m_k = o_k < K
@@ -251,18 +255,28 @@ def chunk_scan_reverse(
     gate = beta if log_gamma is None else log_gamma
     inverse = chunk_inverse(k, beta, log_gamma, chunks, rule) if moves else beta
     r, a = (torch.empty_like(beta) for _ in range(2))
-    dd, ends, dinitial = (torch.empty_like(x) for x in (starts, starts, dfinal_precond))
+    dd, ends = (torch.empty_like(starts) for _ in range(2))
     shape = {"H": H, "K": K, "BT": CHUNK, "HAS_GAMMA": log_gamma is not None, "MOVES": moves}
     shape |= {"IS_VARLEN": chunks.indices is not None, "BOXED": rule.precond_min is not None}
     couple_kernel[(chunks.bound * H,)](
         k, beta, gate, dw, r, dd, clipped, chunks.cu_seqlens, chunks.indices, T,
         **shape, **launch("couple", k, K), PREC=precision(k),
     )  # fmt: skip
-    scan_reverse_kernel[(chunks.sequences * H,)](
-        k, beta, gate, inverse, r, dd, dfinal_precond, a, ends, dinitial, clipped,
-        chunks.cu_seqlens, chunks.offsets, rule.eta, T,
-        **shape, BK=tile(K), BETA_AWARE=rule.beta_aware, **launch("scan_reverse", k, K),
-    )  # fmt: skip
+
+    def walk(dfinal: Tensor, chunks: Chunks) -> Tensor:
+        dinitial = torch.empty_like(dfinal)
+        scan_reverse_kernel[(chunks.sequences * H,)](
+            k, beta, gate, inverse, r, dd, dfinal, a, ends, dinitial, clipped,
+            chunks.cu_seqlens, chunks.offsets, rule.eta, T, chunks.segment,
+            **shape, BK=tile(K), BETA_AWARE=rule.beta_aware, **launch("scan_reverse", k, K),
+        )  # fmt: skip
+        return dinitial
+
+    if moves:
+        gates = (k, beta, log_gamma)
+        dinitial = walk_in_segments(walk, *gates, inverse, dfinal_precond, clipped, chunks, rule)
+    else:
+        dinitial = walk(dfinal_precond, chunks)
     precond_gradients_kernel[(chunks.bound * H,)](
         k, beta, gate, x, a, starts, ends, dw, dk, dbeta,
         dbeta if dlog_gamma is None else dlog_gamma,

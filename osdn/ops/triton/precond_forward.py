@@ -20,28 +20,9 @@ from torch import Tensor
 from osdn.ops.rule import Rule
 from osdn.ops.triton.chunks import CHUNK, Chunks, load_tile, locate_chunk, locate_sequence, tile
 from osdn.ops.triton.config import launch
+from osdn.ops.triton.precond_gates import load_gate, load_retention
+from osdn.ops.triton.precond_segments import walk_in_segments
 from osdn.ops.triton.solve import invert, mul, store_blocks
-
-
-@triton.jit
-def load_gate(p, o_t, left, H: tl.constexpr):
-    """A gate [B, T, H] at local tokens o_t, zero past the sequence's end."""
-    return tl.load(p + o_t * H, mask=o_t < left, other=0.0)
-
-
-@triton.jit
-def load_retention(p, o_t, left, before, H: tl.constexpr, HAS_GAMMA: tl.constexpr):
-    """(pre, post, post at the end) of a run of tokens, `before` being post just before it."""
-    if HAS_GAMMA:
-        log_gamma = load_gate(p, o_t, left, H)
-        post = before + tl.cumsum(log_gamma, 0)
-        pre = post - log_gamma
-        end = before + tl.sum(log_gamma, 0)
-    else:
-        post = tl.zeros([o_t.shape[0]], tl.float32)
-        pre = post
-        end = before
-    return pre, post, end
 
 
 @triton.jit
@@ -130,22 +111,21 @@ def inverse_kernel(
     store_blocks(inverse + row * BT, H * BT, left, X, False)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "segment"])
 def scan_kernel(
-    k, beta, log_gamma, inverse, initial, x, starts, final, cu_seqlens, offsets, eta, T,
+    k, beta, log_gamma, inverse, initial, x, starts, final, cu_seqlens, offsets, eta, T, segment,
     H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, IS_VARLEN: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """x [B, T, H], starts [chunks, H, K] and final [N, H, K], all float32. Grid: N · H.
 
-    The loads of STAGES − 1 chunks run ahead of the arithmetic, through shared memory.
+    N counts segments where there are any. The loads of STAGES − 1 chunks run ahead of the
+    arithmetic, through shared memory.
     """
     i_h = tl.program_id(0) % H
     i_n = tl.program_id(0) // H
-    begin, length, first = locate_sequence(
-        i_n, cu_seqlens, offsets, T, tl.cdiv(T, BT), BT, IS_VARLEN
-    )
+    begin, length, first = locate_sequence(i_n, cu_seqlens, offsets, T, segment, BT, IS_VARLEN)
     o_t = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     m_k = o_k < K
@@ -223,12 +203,17 @@ def chunk_scan(
     """Fill x [B, T, H] and starts [chunks, H, K]; return d after the last token [N, H, K]."""
     T, H, K = k.shape[1:]
     inverse = chunk_inverse(k, beta, log_gamma, chunks, rule)
-    final = torch.empty_like(initial_precond)
-    scan_kernel[(chunks.sequences * H,)](
-        k, beta, beta if log_gamma is None else log_gamma, inverse, initial_precond,
-        x, starts, final, chunks.cu_seqlens, chunks.offsets, rule.eta, T,
-        H=H, K=K, BT=CHUNK, BK=tile(K), HAS_GAMMA=log_gamma is not None,
-        BETA_AWARE=rule.beta_aware, IS_VARLEN=chunks.offsets is not None,
-        **launch("scan", k, K),
-    )  # fmt: skip
-    return final
+
+    def walk(initial: Tensor, chunks: Chunks) -> Tensor:
+        final = torch.empty_like(initial)
+        scan_kernel[(chunks.sequences * H,)](
+            k, beta, beta if log_gamma is None else log_gamma, inverse, initial,
+            x, starts, final, chunks.cu_seqlens, chunks.offsets, rule.eta, T, chunks.segment,
+            H=H, K=K, BT=CHUNK, BK=tile(K), HAS_GAMMA=log_gamma is not None,
+            BETA_AWARE=rule.beta_aware, IS_VARLEN=chunks.offsets is not None,
+            **launch("scan", k, K),
+        )  # fmt: skip
+        return final
+
+    gates = (k, beta, log_gamma)
+    return walk_in_segments(walk, *gates, inverse, initial_precond, None, chunks, rule)

@@ -27,7 +27,7 @@ from osdn.ops.triton.chunks import (
     store_tile,
 )
 from osdn.ops.triton.config import launch, precision
-from osdn.ops.triton.precond_forward import load_gate, load_retention
+from osdn.ops.triton.precond_gates import load_gate, load_retention
 from osdn.ops.triton.solve import invert, mul, store_blocks
 
 

@@ -1,0 +1,174 @@
+"""Phase 1's walk over few and long sequences, in segments that are walked in parallel.
+
+Through a segment d goes by an affine map d → M d + u, and backwards λ → Mᵀ λ + c. M [K, K] is made
+chunk by chunk, as `precond_forward` makes d, from the identity:
+
+    M ← exp(post_C) M − Σ_j exp(post_C − post_j) η b_j s_j y_jᵀ,   y = (I + L)⁻¹ (b ⊙ Γ ⊙ s M),
+
+in single tf32 products, whose error does not matter: a walk from guesses g_i gives each segment's
+exact end e_i, and with δ the difference between a start and its guess
+
+    start_{i+1} = e_i + M_i δ_i
+
+is off by the error of M times δ. The first guess is the sequence's own start; a second round leaves
+that error squared. Three walks on hundreds of programs cost less than one on a few.
+"""
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from osdn.ops.rule import Rule
+from osdn.ops.triton.chunks import (
+    CHUNK,
+    Chunks,
+    count_segments,
+    load_tile,
+    locate_sequence,
+    split,
+    store_tile,
+    tile,
+)
+from osdn.ops.triton.config import launch
+from osdn.ops.triton.precond_gates import load_gate, load_retention
+
+Walk = Callable[[Tensor, Chunks], Tensor]
+
+
+@triton.jit(do_not_specialize=["T", "segment"])
+def transfer_kernel(
+    k, beta, log_gamma, inverse, M, clipped, eta, T, segment,
+    H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, BOXED: tl.constexpr,
+):  # fmt: skip
+    """M [segments, H, K, K] float32. Grid: segments · H · blocks of BV columns.
+
+    BOXED: only chunks before number clipped[n, h] count, those that a token scan has not walked.
+    """
+    NV: tl.constexpr = (K + BV - 1) // BV
+    i_v = tl.program_id(0) % NV
+    i_h = tl.program_id(0) // NV % H
+    i_n = tl.program_id(0) // (NV * H)
+    begin, length, first = locate_sequence(i_n, beta, beta, T, segment, BT, False)
+    NT = tl.cdiv(length, BT)
+    if BOXED:
+        i_b = i_n // tl.cdiv(tl.cdiv(T, BT), segment)
+        NT = tl.minimum(NT, tl.load(clipped + i_b * H + i_h) - first.to(tl.int32))
+    o_t = tl.arange(0, BT)
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    lower = o_t[:, None] >= o_t[None, :]
+    row = begin * H + i_h
+    k += row * K
+    inverse += row * BT
+    beta += row
+    log_gamma += row
+    b_M = tl.where(o_k[:, None] == o_v[None, :], 1.0, 0.0)
+    for i_t in range(NT):
+        left = length - i_t * BT
+        b_s = load_tile(k, o_t, left, H * K, o_k, K).to(tl.float32)
+        b_s *= b_s
+        m_X = lower & (o_t[:, None] < left)
+        b_X = tl.load(inverse + o_t[:, None] * (H * BT) + o_t[None, :], mask=m_X, other=0.0)
+        pre, post, end = load_retention(log_gamma, o_t, left, 0.0, H, HAS_GAMMA)
+        b_y = tl.dot(b_s, b_M, input_precision="tf32")
+        if HAS_GAMMA:
+            b_y *= tl.exp(pre)[:, None]
+        if BETA_AWARE:
+            b_b = load_gate(beta, o_t, left, H)
+            b_y *= b_b[:, None]
+            b_s *= b_b[:, None]
+        b_y = tl.dot(b_X, b_y, input_precision="tf32")
+        if HAS_GAMMA:
+            b_s *= tl.exp(end - post)[:, None]
+            b_M *= tl.exp(end)
+        b_M -= tl.dot(tl.trans(eta * b_s), b_y, input_precision="tf32")
+
+        k += BT * H * K
+        inverse += BT * H * BT
+        beta += BT * H
+        log_gamma += BT * H
+    M += (i_n.to(tl.int64) * H + i_h) * K * K
+    store_tile(M, b_M, o_k, K, K, o_v, K)
+
+
+@triton.jit(do_not_specialize=["NS"])
+def correct_kernel(
+    M, guesses, ends, initial, starts, NS,
+    H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """starts [N · NS, H, K] from guesses and the ends they led to, alike; initial [N, H, K]; all
+    float32. REVERSE: from the last segment, by Mᵀ. Grid: N · H.
+    """
+    i_h = tl.program_id(0) % H
+    i_n = tl.program_id(0) // H
+    o_k = tl.arange(0, BK)
+    m_k = o_k < K
+    b_d = tl.load(initial + (i_n.to(tl.int64) * H + i_h) * K + o_k, mask=m_k, other=0.0)
+    for i in range(NS):
+        i_s = i
+        if REVERSE:
+            i_s = NS - 1 - i
+        at = (i_n.to(tl.int64) * NS + i_s) * H + i_h
+        tl.store(starts + at * K + o_k, b_d, mask=m_k)
+        b_M = load_tile(M + at * (K * K), o_k, K, K, o_k, K)
+        delta = b_d - tl.load(guesses + at * K + o_k, mask=m_k, other=0.0)
+        b_d = tl.load(ends + at * K + o_k, mask=m_k, other=0.0)
+        if REVERSE:
+            b_d += tl.sum(b_M * delta[:, None], 0)
+        else:
+            b_d += tl.sum(b_M * delta[None, :], 1)
+
+
+def walk_in_segments(
+    walk: Walk,
+    k: Tensor,
+    beta: Tensor,
+    log_gamma: Tensor | None,
+    inverse: Tensor,
+    initial: Tensor,
+    clipped: Tensor | None,
+    chunks: Chunks,
+    rule: Rule,
+) -> Tensor:
+    """What the walk leaves at each sequence's last end [N, H, K], its other results being right.
+
+    walk(starts [sequences, H, K], chunks) walks every sequence, or segment of one, of chunks, and
+    returns what is left at its end. With clipped it goes backwards, down from those chunks.
+    """
+    (B, T, H, K), reverse = k.shape, clipped is not None
+    count = 1 if chunks.indices is not None else count_segments(B, T, H)
+    if count == 1:
+        return walk(initial, chunks)
+    segments = split(chunks, count)
+    M = k.new_empty(segments.sequences, H, K, K, dtype=torch.float32)
+    config = launch("transfer", k, K, K)
+    transfer_kernel[(segments.sequences * H * triton.cdiv(K, config["BV"]),)](
+        k, beta, beta if log_gamma is None else log_gamma, inverse, M,
+        beta if clipped is None else clipped, rule.eta, T, segments.segment,
+        H=H, K=K, BT=CHUNK, BK=tile(K), HAS_GAMMA=log_gamma is not None,
+        BETA_AWARE=rule.beta_aware, BOXED=reverse and rule.precond_min is not None, **config,
+    )  # fmt: skip
+    return join(lambda starts: walk(starts, segments), M, initial, reverse=reverse)
+
+
+def join(walk: Callable[[Tensor], Tensor], M: Tensor, initial: Tensor, *, reverse: bool) -> Tensor:
+    """What the walk leaves at the last segment's end [N, H, K], its last starts being right.
+
+    walk maps starts [N · NS, H, K] to ends; its derivative is M [N · NS, H, K, K] or close to it.
+    """
+    N, H, K = initial.shape
+    count = len(M) // N
+    guesses = initial.repeat_interleave(count, 0)
+    for _ in range(2):
+        ends, starts = walk(guesses), torch.empty_like(guesses)
+        correct_kernel[(N * H,)](
+            M, guesses, ends, initial, starts, count,
+            H=H, K=K, BK=tile(K), REVERSE=reverse, num_warps=8 if K <= 128 else 16,
+        )  # fmt: skip
+        guesses = starts
+    ends = walk(guesses).view(N, count, H, K)
+    return ends[:, 0 if reverse else -1].contiguous()
