@@ -54,10 +54,13 @@ class Corpus(Protocol):
     """See the module's docstring."""
 
     fingerprint: str
+    size: int | None  # bytes to read, where that is known
 
     def read(
         self, *, order: str | None = None, position: Any = None, share: Share = WHOLE
     ) -> Iterator[tuple[Document, Any]]: ...
+
+    def done(self, position: Any) -> int: ...
 
 
 def open_corpus(
@@ -72,19 +75,25 @@ def open_corpus(
 
     Args:
         names: "stdlib" (the Python standard library's source on this machine), "hf:NAME" (a
-            Hugging Face dataset, streamed), or one or several paths, globs or directories of
-            text, .jsonl and .parquet files.
+            Hugging Face dataset, streamed), a directory of shards that `osdn tokenize` made (a
+            ShardCorpus; the other options are not for it), or one or several paths, globs or
+            directories of text, .jsonl and .parquet files.
         text_field: the column of .jsonl, .parquet and hub records that holds the text.
         separator: in text files, the string between documents; None: a file is a document.
         subset, split: of a hub dataset.
 
     Raises:
-        UserError: nothing there, nothing in it, or no network for a hub name.
+        UserError: nothing there, nothing in it, no network for a hub name, or shards that are
+            damaged or not finished.
     """
     if names == "stdlib":
         return FileCorpus(standard_library(), text_field=text_field, separator=separator)
     if isinstance(names, str) and names.startswith(HUB):
         return HubCorpus(names[len(HUB) :], subset=subset, split=split, text_field=text_field)
+    if isinstance(names, str) and (Path(names) / "shards_job.json").is_file():
+        from osdn.data.shards import open_shards
+
+        return open_shards(Path(names))
     patterns = [names] if isinstance(names, str) else names
     return FileCorpus(expand(patterns), text_field=text_field, separator=separator)
 
@@ -136,6 +145,7 @@ class FileCorpus:
             more = f" and {len(files) - 1} more" if len(files) > 1 else ""
             raise UserError(f"data.corpus: {files[0]}{more}: empty; give files that hold text")
         self.files, self.text_field, self.separator = files, text_field, separator
+        self.size: int | None = sum(sizes)
         names = [str(path) for path in files]
         listing = repr([names, sizes, text_field, separator]).encode()
         self.fingerprint = blake2b(listing, digest_size=16).hexdigest()
@@ -159,6 +169,15 @@ class FileCorpus:
                     if (count - 1) % every == mine:
                         yield document, [number, after, key, count]
             offset, key = 0, None
+
+    def done(self, position: Any) -> int:
+        """How many of the `size` bytes of the sorted files are behind a position.
+
+        A Parquet file counts when it is left, since its offsets are rows.
+        """
+        number, offset, *_ = position
+        before = sum(path.stat().st_size for path in self.files[:number])
+        return before + (0 if self.files[number].suffix.lower() == ".parquet" else offset)
 
     def _pieces(self, path: Path, offset: int) -> Found:
         reader = READERS.get(path.suffix.lower())
@@ -195,6 +214,7 @@ class HubCorpus:
             reason = str(error).strip().partition("\n")[0]
             raise UserError(f"data.corpus: cannot open '{HUB}{name}': {reason}") from error
         self.name, self.text_field = name, text_field
+        self.size: int | None = None
         self.fingerprint = repr([name, subset, split, text_field])
 
     def read(
@@ -220,6 +240,10 @@ class HubCorpus:
                 if (count - 1) % every == mine:
                     key = content_key(text, f"{HUB}{self.name}, record {number} of this reading")
                     yield Document(text, key), [dataset.state_dict(), count]
+
+    def done(self, position: Any) -> int:
+        """Records with text that are behind a position."""
+        return int(position[1])
 
 
 def content_key(text: str, where: str) -> int:

@@ -7,16 +7,29 @@ token again, so that every token of every document is predicted exactly once.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from osdn.data.split import TrainingDocuments
 from osdn.data.tokenizers import encode_document
 
 IGNORED = -100
+Tokens = list[int] | NDArray[Any]
+
+
+class Documents(Protocol):
+    """Training documents without end, as text or as tokens, with a state."""
+
+    def __next__(self) -> str | NDArray[Any]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Row(NamedTuple):
@@ -45,16 +58,17 @@ class _Packer:
     `at` may be given for the first document, which is not asked for before it is needed.
     """
 
-    def __init__(self, documents: Iterator[list[int]], length: int, at: int = 0) -> None:
+    def __init__(self, documents: Iterator[Tokens], length: int, at: int = 0) -> None:
         self.documents, self.length, self.at = documents, length, at
-        self.tokens: list[int] = []
+        self.tokens: Tokens = []
 
     def row(self) -> Row:
         """The next row; shorter where the documents end, empty after that."""
         row = Row([], [])
         for tokens, first, last in self._pieces():
             row.starts.append(len(row.tokens))
-            row.tokens.extend(tokens[first:last])
+            piece = tokens[first:last]
+            row.tokens.extend(piece if isinstance(piece, list) else piece.tolist())
         return row
 
     def skip(self) -> None:
@@ -62,13 +76,13 @@ class _Packer:
         for _ in self._pieces():
             pass
 
-    def _pieces(self) -> Iterator[tuple[list[int], int, int]]:
+    def _pieces(self) -> Iterator[tuple[Tokens, int, int]]:
         """A row's sequences, each as tokens first..last of a document."""
         left = self.length
         while left:
-            if not self.tokens:
+            if not len(self.tokens):
                 self.tokens = next(self.documents, [])
-                if not self.tokens:
+                if not len(self.tokens):
                     break
             tokens, first = self.tokens, self.at
             last = min(first + left, len(tokens))
@@ -80,7 +94,7 @@ class _Packer:
             yield tokens, first, last
 
 
-def pack(documents: Iterator[list[int]], length: int) -> Iterator[Row]:
+def pack(documents: Iterator[Tokens], length: int) -> Iterator[Row]:
     """Rows of `length` tokens (at least 2) from a finite stream; the last may be shorter."""
     packer = _Packer(documents, length)
     while (row := packer.row()).tokens:
@@ -90,21 +104,26 @@ def pack(documents: Iterator[list[int]], length: int) -> Iterator[Row]:
 class TrainingRows:
     """Rows of `length` tokens (at least 2) from the training documents, without end.
 
+    documents: TrainingDocuments, whose texts are encoded here, or ShardDocuments.
+
     The state is that of the documents plus the number of tokens done in the one under way.
     Restoring it reads nothing before the next row is asked for.
     """
 
     def __init__(
-        self, documents: TrainingDocuments, tokenizer: PreTrainedTokenizerBase, length: int
+        self, documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int
     ) -> None:
         self.documents, self.tokenizer, self.length = documents, tokenizer, length
         self._before = documents.state_dict()
         self._packer = _Packer(self._encoded(), length)
 
-    def _encoded(self) -> Iterator[list[int]]:
+    def _encoded(self) -> Iterator[Tokens]:
         while True:
             self._before = self.documents.state_dict()
-            yield encode_document(self.tokenizer, next(self.documents))
+            document: str | Tokens = next(self.documents)
+            if isinstance(document, str):
+                document = encode_document(self.tokenizer, document)
+            yield document
 
     def __iter__(self) -> Iterator[Row]:
         return self
@@ -118,7 +137,7 @@ class TrainingRows:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next row begins."""
-        inside = bool(self._packer.tokens)
+        inside = len(self._packer.tokens) > 0
         documents = self._before if inside else self.documents.state_dict()
         return {"documents": documents, "token": self._packer.at}
 

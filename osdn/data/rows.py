@@ -28,8 +28,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from osdn.data.corpora import Corpus, Share
-from osdn.data.packing import Row, TrainingRows
-from osdn.data.split import TrainingDocuments
+from osdn.data.packing import Documents, Row, TrainingRows, pack
+from osdn.data.shards import ShardCorpus, ShardDocuments
+from osdn.data.split import TrainingDocuments, held_out_texts
+from osdn.data.tokenizers import encode_document
 from osdn.errors import UserError
 
 
@@ -37,10 +39,12 @@ from osdn.errors import UserError
 class RowSource:
     """What decides the global order of rows, and nothing else; it can be sent to a process.
 
-    corpus, tokenizer: the text and its tokens.
+    corpus: text, or shards of tokens.
+    tokenizer: of the text; shards must have been made with it.
     length: tokens in a row.
     fraction: share of documents held out.
-    shuffle_bytes: UTF-8 bytes that are shuffled together, over all lanes.
+    shuffle_bytes: UTF-8 bytes that are shuffled together, over all lanes (shards are shuffled
+        shard by shard, whatever this is).
     seed: of the order.
     lanes: see the module's docstring.
     """
@@ -53,16 +57,48 @@ class RowSource:
     seed: int
     lanes: int = 1
 
+    def __post_init__(self) -> None:
+        if isinstance(self.corpus, ShardCorpus):
+            self.corpus.check_tokenizer(self.tokenizer)
+
     def lane(self, index: int) -> TrainingRows:
         """The rows of one lane, from its start."""
-        documents = TrainingDocuments(
-            self.corpus,
-            fraction=self.fraction,
-            shuffle_bytes=max(1, self.shuffle_bytes // self.lanes),
-            seed=self.seed,
-            share=Share(index, self.lanes),
-        )
+        common: dict[str, Any] = {"fraction": self.fraction, "seed": self.seed}
+        common["share"] = Share(index, self.lanes)
+        documents: Documents
+        if isinstance(self.corpus, ShardCorpus):
+            documents = ShardDocuments(self.corpus, **common)
+        else:
+            block = max(1, self.shuffle_bytes // self.lanes)
+            documents = TrainingDocuments(self.corpus, shuffle_bytes=block, **common)
         return TrainingRows(documents, self.tokenizer, self.length)
+
+
+def validation_rows(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    fraction: float,
+    limit: int,
+) -> tuple[list[Row], int]:
+    """The held-out documents in rows of `length` tokens, and the UTF-8 bytes of their text.
+
+    Args:
+        corpus: text, or shards.
+        fraction: the share of documents that is held out; 1 takes all.
+        limit: UTF-8 bytes of text. The last text is cut there; a shard's last document is whole.
+
+    Raises:
+        UserError: no document is held out, or the shards were made with another tokenizer.
+    """
+    if isinstance(corpus, ShardCorpus):
+        corpus.check_tokenizer(tokenizer)
+        documents, size = corpus.held_out(fraction=fraction, limit=limit)
+        return list(pack(iter(documents), length)), size
+    texts = held_out_texts(corpus, fraction=fraction, limit=limit)
+    encoded = (encode_document(tokenizer, text) for text in texts)
+    return list(pack(encoded, length)), sum(len(text.encode()) for text in texts)
 
 
 class RankRows:

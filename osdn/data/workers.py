@@ -7,17 +7,14 @@ number of workers and ranks. torchdata's StatefulDataLoader (0.11) is not used: 
 (meta-pytorch/data issue 1337) and is restored to the same number of workers only.
 """
 
-import os
-import signal
 from collections.abc import Iterator, Sequence
-from multiprocessing import get_all_start_methods, parent_process
-from threading import Thread
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from osdn.data.packing import Row
+from osdn.data.processes import follow_parent, process_context
 from osdn.data.rows import RankRows, RowSource
 from osdn.errors import UserError
 
@@ -91,15 +88,13 @@ class WorkerRows:
         return row
 
     def _start(self) -> Iterator[Made | UserError]:
-        # A server without threads or a CUDA context is what may be forked safely.
-        method = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
         loader = DataLoader(
             _Worker(self._source, self._order, self._total, self._states),
             batch_size=None,
             num_workers=len(self._order),
             collate_fn=_same,
             worker_init_fn=_prepare,
-            multiprocessing_context=method,
+            multiprocessing_context=process_context(),
             prefetch_factor=AHEAD,
             generator=torch.Generator(),  # its own, so that the run's random numbers stay
         )
@@ -151,16 +146,4 @@ def _same(made: Any) -> Any:
 
 
 def _prepare(worker: int) -> None:
-    """Live as long as the run does: no longer, and no shorter."""
-    # Ctrl-C and SIGTERM reach the whole group; the run ends its workers when it is done.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # DataLoader's own watchdog looks at the parent's number, which is the server's and stays.
-    Thread(target=_follow, daemon=True).start()
-
-
-def _follow() -> None:
-    run = parent_process()
-    assert run is not None
-    run.join()
-    os._exit(1)
+    follow_parent()

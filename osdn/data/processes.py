@@ -1,0 +1,34 @@
+"""How worker processes are started, and how they end with the run that started them."""
+
+import multiprocessing
+import os
+import signal
+from multiprocessing.context import BaseContext
+from threading import Thread
+
+
+def process_context() -> BaseContext:
+    """Processes forked from a server that has no threads and no CUDA context, where there is one.
+
+    Where there is none (Windows), they are started afresh.
+    """
+    methods = multiprocessing.get_all_start_methods()
+    return multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+
+
+def follow_parent() -> None:
+    """Called in a worker: it lives as long as its parent, no longer, and no shorter.
+
+    Ctrl-C and SIGTERM reach the whole group; the parent ends its workers when it is done. A parent
+    that is killed cannot, and the number that os.getppid gives is the server's.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

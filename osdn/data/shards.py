@@ -1,0 +1,271 @@
+"""A pre-tokenised corpus: shards of tokens that are mapped into memory, as `osdn tokenize` writes.
+
+    manifest.json          what made it, and each shard's name, counts and SHA-256
+    shard_00000.tokens     the documents' tokens end to end, uint16 or uint32 by the vocabulary
+    shard_00000.index      for every document (ENTRY): key, tokens, bytes
+    shard_00000.json       the shard's line of the manifest, and where the source goes on after it
+    shards_job.json        what is being made, so that it can be gone on with
+
+A document is a begin token, its tokens and an end token; its key and its UTF-8 bytes are those of
+its text, so that the split into training and held-out documents is the same as from the text.
+All numbers are little-endian.
+"""
+
+import json
+from collections.abc import Iterator
+from hashlib import blake2b, sha256
+from math import ceil
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from osdn.data.corpora import WHOLE, Document, Share
+from osdn.errors import UserError
+
+MANIFEST, JOB = "manifest.json", "shards_job.json"
+KIND = "osdn-shards-1"
+ENTRY = np.dtype([("key", "<u8"), ("tokens", "<u4"), ("bytes", "<u4")])
+PROBE = "  Über 12,345 größen — naïve café\n\tdef f(x): return x**2  # 日本語 🙂 don't"
+
+
+class Shard(NamedTuple):
+    """One shard as the manifest has it; sha256 holds the digests of its two files."""
+
+    name: str
+    documents: int
+    tokens: int
+    bytes: int
+    sha256: list[str]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the tokens mean: the vocabulary, its begin and end, and how a probe is cut."""
+    probe = tokenizer.encode(PROBE, add_special_tokens=False, verbose=False)
+    ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    meaning = repr([sorted(tokenizer.get_vocab().items()), ends, probe])
+    return blake2b(meaning.encode(), digest_size=16).hexdigest()
+
+
+def open_shards(directory: Path) -> "ShardCorpus":
+    """The shards of a directory where `osdn tokenize` has been.
+
+    Raises:
+        UserError: it has not been, or has not finished, or a shard is damaged.
+    """
+    if not (directory / JOB).is_file():
+        raise UserError(f"{directory} holds no shards; osdn tokenize makes them")
+    if not (directory / MANIFEST).is_file():
+        raise UserError(
+            f"data.corpus: {directory} is not finished; give the osdn tokenize command that began "
+            "it once more, which goes on with it"
+        )
+    return ShardCorpus(directory)
+
+
+class ShardCorpus:
+    """The shards of a directory; every file's size is compared with the manifest at once.
+
+    Raises:
+        UserError: a damaged manifest or shard, named.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.size: int | None = None
+        path = directory / MANIFEST
+        try:
+            self.manifest = json.loads(path.read_text(encoding="utf-8"))
+            if self.manifest["kind"] != KIND:
+                raise UserError(
+                    f"data.corpus: {path}: expected {KIND}, found {self.manifest['kind']}; "
+                    "tokenise again with this version's osdn tokenize"
+                )
+            self.shards = [Shard(**shard) for shard in self.manifest["shards"]]
+            self.dtype = np.dtype(self.manifest["dtype"])
+        except OSError as error:
+            raise UserError(f"data.corpus: cannot read {path}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"data.corpus: {path}: damaged manifest: {error!r}") from error
+        for shard in self.shards:
+            self._check_sizes(shard)
+        digests = [self.manifest["tokenizer"]["fingerprint"], *(s.sha256 for s in self.shards)]
+        self.fingerprint = blake2b(repr(digests).encode(), digest_size=16).hexdigest()
+
+    def files(self, shard: Shard) -> list[tuple[Path, int]]:
+        """The shard's two files, tokens first, and the bytes that each must have."""
+        sizes = shard.tokens * self.dtype.itemsize, shard.documents * ENTRY.itemsize
+        names = f"{shard.name}.tokens", f"{shard.name}.index"
+        return [(self.directory / name, size) for name, size in zip(names, sizes)]
+
+    def _check_sizes(self, shard: Shard) -> None:
+        for path, size in self.files(shard):
+            found = path.stat().st_size if path.is_file() else None
+            if found != size:
+                state = "is missing" if found is None else f"has {found:,} bytes"
+                raise _damaged(path, f"{state}, expected {size:,}")
+
+    def check(self) -> Iterator[Shard]:
+        """Compare every file's SHA-256; yields each shard that is sound.
+
+        Raises:
+            UserError: one is not, named.
+        """
+        for shard in self.shards:
+            for (path, _), expected in zip(self.files(shard), shard.sha256):
+                with path.open("rb") as file:
+                    digest = sha256()
+                    while piece := file.read(1 << 20):
+                        digest.update(piece)
+                if digest.hexdigest() != expected:
+                    raise _damaged(path, "its SHA-256 is not the manifest's")
+            yield shard
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse a tokenizer that is not the one of these tokens."""
+        made = self.manifest["tokenizer"]
+        if tokenizer_fingerprint(tokenizer) != made["fingerprint"]:
+            raise UserError(
+                f"data.tokenizer: {self.directory} was tokenised with {made['name']!r} "
+                f"({made['size']:,} tokens), and this is another ({len(tokenizer):,} tokens); set "
+                f"data.tokenizer={made['name']}, or run osdn tokenize with this one into another "
+                "directory"
+            )
+
+    def read(
+        self, *, order: str | None = None, position: Any = None, share: Share = WHOLE
+    ) -> Iterator[tuple[Document, Any]]:
+        """Refuse, in one line, where text is needed."""
+        raise UserError(f"{self.directory} holds tokens, and text is needed here; name the text")
+
+    def done(self, position: Any) -> int:
+        """As read."""
+        raise UserError(f"{self.directory} holds tokens, and text is needed here; name the text")
+
+    def open(self, shard: Shard) -> tuple[NDArray[Any], NDArray[Any]]:
+        """(tokens, mapped into memory; the index, an array of ENTRY)."""
+        tokens, index = (path for path, _ in self.files(shard))
+        try:
+            entries = np.fromfile(index, ENTRY)
+            mapped = np.memmap(tokens, self.dtype, mode="r", shape=(shard.tokens,))
+        except (OSError, ValueError) as error:
+            raise _damaged(tokens, f"cannot be mapped: {error}") from error
+        if len(entries) != shard.documents or int(entries["tokens"].sum()) != shard.tokens:
+            raise _damaged(index, "its documents do not add up to its tokens")
+        return mapped, entries
+
+    def held_out(self, *, fraction: float, limit: int) -> tuple[list[NDArray[Any]], int]:
+        """Held-out documents from shards in a fixed random order, up to `limit` bytes of text.
+
+        The last one is whole. Returns their tokens and the bytes of their texts.
+
+        Raises:
+            UserError: no document is held out.
+        """
+        documents: list[NDArray[Any]] = []
+        size = 0
+        shards = list(self.shards)
+        Random("validation").shuffle(shards)
+        for shard in shards:
+            tokens, index = self.open(shard)
+            ends = np.cumsum(index["tokens"], dtype=np.int64)
+            for i in np.flatnonzero(held_out_keys(index["key"], fraction)):
+                documents.append(tokens[ends[i] - index["tokens"][i] : ends[i]])
+                size += int(index["bytes"][i])
+                if size >= limit:
+                    return documents, size
+        if not documents:
+            raise UserError(
+                f"data.validation: no document of {self.directory} falls in the held-out "
+                f"{fraction:.2%}; raise the fraction, name a corpus of its own, or set 0"
+            )
+        return documents, size
+
+
+def held_out_keys(keys: NDArray[Any], fraction: float) -> NDArray[np.bool_]:
+    """Which documents osdn.data.split.is_held_out holds out, exactly."""
+    limit = ceil(fraction * 2**64)
+    return np.ones(len(keys), bool) if limit >= 2**64 else keys < np.uint64(limit)
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    return UserError(
+        f"data.corpus: damaged shard: {path} {reason}; copy it again, or delete {MANIFEST} and "
+        f"{path.stem}.* there and give the osdn tokenize command again, which makes that one anew"
+    )
+
+
+class ShardDocuments:
+    """The training documents of shards for ever, as tokens; in place of TrainingDocuments.
+
+    Each epoch the shards come in another order, and the documents of a shard are shuffled among
+    themselves: one shard is the window, and nothing but its index is held in memory. A share takes
+    whole shards where there are enough of them, else every so-manieth document of a shuffled one.
+    The state is the epoch, the number of the shard in it and how many of its documents are done.
+    """
+
+    def __init__(
+        self, corpus: ShardCorpus, *, fraction: float, seed: int, share: Share = WHOLE
+    ) -> None:
+        self.corpus, self.fraction, self.seed, self.share = corpus, fraction, seed, share
+        self.state: dict[str, Any] = {"epoch": 0, "shard": 0, "done": 0}
+        self._documents = self._read()
+
+    def __iter__(self) -> "ShardDocuments":
+        return self
+
+    def __next__(self) -> NDArray[Any]:
+        return next(self._documents)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next document is."""
+        return {"fingerprint": self.corpus.fingerprint, **self.state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was called.
+
+        Raises:
+            UserError: the shards are not those that the state belongs to.
+        """
+        state = dict(state)
+        if state.pop("fingerprint") != self.corpus.fingerprint:
+            raise UserError(
+                "data.corpus: its shards are not those that the checkpoint was made with; restore "
+                "them, or start a run in a new directory"
+            )
+        self.state = state
+        self._documents = self._read()
+
+    def close(self) -> None:
+        """Let go of the mapped files."""
+        self._documents = iter(())
+
+    def _read(self) -> Iterator[NDArray[Any]]:
+        state = self.state
+        groups, group, every, mine = self.share.among(len(self.corpus.shards))
+        while True:
+            shards = list(self.corpus.shards)
+            Random(f"{self.seed}-{state['epoch']}").shuffle(shards)
+            found = state["shard"] > 0 or state["done"] > 0
+            for shard in shards[group::groups][state["shard"] :]:
+                tokens, index = self.corpus.open(shard)
+                ends = np.cumsum(index["tokens"], dtype=np.int64).tolist()
+                sizes = index["tokens"].tolist()
+                training = ~held_out_keys(index["key"], self.fraction)
+                order: list[int] = np.flatnonzero(training).tolist()
+                Random(f"{self.seed}-{state['epoch']}-{shard.name}").shuffle(order)
+                for i in order[mine::every][state["done"] :]:
+                    state["done"] += 1
+                    found = True
+                    yield tokens[ends[i] - sizes[i] : ends[i]]
+                state.update(shard=state["shard"] + 1, done=0)
+            if not found:
+                raise UserError(
+                    f"data.corpus: no training document in {self.corpus.directory} for part "
+                    f"{self.share.part + 1} of {self.share.of}; hold out less (data.validation), "
+                    "lower data.lanes, or tokenise more text"
+                )
+            state.update(epoch=state["epoch"] + 1, shard=0, done=0)
