@@ -69,7 +69,7 @@ def stages(B, T, H):
     beta = torch.rand(B, T, H, device="cuda")
     S0, d0 = torch.zeros(B, H, K, K, device="cuda"), torch.ones(B, H, K, device="cuda")
     chunks = cut(B, T, None)
-    saved = saved_like(q, k, v, beta, None, S0, d0, None, True)
+    saved = saved_like(q, k, v, beta, None, S0, d0, None, RULE, True)
     x, starts, w, ka, A, clipped, e = saved[:7]
     chunk_scan(k, beta, None, d0, x, starts, chunks, RULE)
     write_keys(k, beta, None, x, starts, w, A, ka, clipped, chunks, RULE, repair=False)

@@ -30,9 +30,8 @@ import torch
 from torch import Tensor
 
 from osdn.ops import phase1
-from osdn.ops.phase1 import unit_upper_inverse
 from osdn.ops.rule import Rule
-from osdn.ops.varlen import Layout, layout_of
+from osdn.ops.varlen import Layout, chunk_size, layout_of
 
 # Floats a tensor of a group of chunks: about 25 such tensors live at once.
 GROUP_FLOATS = {"cpu": 1 << 17}
@@ -67,19 +66,37 @@ def _exactly(device: torch.device) -> Iterator[None]:
                 torch.backends.cuda.matmul.allow_tf32 = True
 
 
-def _residuals(
-    q: Tensor, k: Tensor, v: Tensor, w: Tensor, S: Tensor, sizes: list[int]
-) -> tuple[Tensor, Tensor]:
-    """(e, q S), both [R, C, V], of a group; S [N·H, K, V] moves to its end. q, k, w: [R, C, K]."""
-    inverse = unit_upper_inverse(torch.bmm(w, k.mT).triu_(1)).mT
-    e, reads = torch.empty_like(v), torch.empty_like(v)
-    steps = zip(*(x.split(sizes) for x in (q, k, v, w.mT, inverse, e, reads)))
-    for q_n, k_n, v_n, w_n, inverse_n, e_n, reads_n in steps:
-        now = S[: len(q_n)]
-        torch.bmm(q_n, now, out=reads_n)
-        torch.bmm(inverse_n, torch.baddbmm(v_n, k_n, now, alpha=-1), out=e_n)
-        now.baddbmm_(w_n, e_n)
-    return e, reads
+def _pair(layout: Layout, k: Tensor, q: Tensor, i: int, j: int, dtype: torch.dtype) -> Tensor:
+    """k above q, [R, 2 C, K]: what both multiply, they multiply in one product."""
+    pair = k.new_empty(sum(layout.sizes(i, j)), 2 * layout.C, k.shape[-1], dtype=dtype)
+    layout.load_into(pair[:, : layout.C], k, i, j)
+    layout.load_into(pair[:, layout.C :], q, i, j)
+    return pair
+
+
+def _memory(
+    pair: Tensor, minus_v: Tensor, w: Tensor, S: Tensor, scale: float, sizes: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(o, e, −E), [R, C, ·], of a group; S [N·H, K, V] moves to its end.
+
+    pair: k above q, [R, 2 C, K].  minus_v: −v above zeros, [R, 2 C, V]; overwritten.
+    """
+    C = w.shape[1]
+    lower, minus_E = torch.bmm(pair, w.mT), w.new_empty(len(w), C, C)
+    minus_one = torch.eye(C, dtype=w.dtype, device=w.device).neg_().expand_as(minus_E)
+    # With `out` row by row this is three times as fast as without: nothing is transposed.
+    torch.linalg.solve_triangular(
+        lower[:, :C], minus_one, upper=False, unitriangular=True, out=minus_E
+    )
+    e, reads = torch.empty_like(minus_v[:, :C], memory_format=torch.contiguous_format), minus_v
+    steps = zip(*(x.split(sizes) for x in (pair, reads, reads[:, :C], minus_E, e, w.mT)))
+    for pair_n, reads_n, error_n, minus_E_n, e_n, wt_n in steps:
+        now = S[: len(pair_n)]
+        reads_n.baddbmm_(pair_n, now)
+        torch.bmm(minus_E_n, error_n, out=e_n)
+        now.baddbmm_(wt_n, e_n)
+    o = torch.baddbmm(reads[:, C:], lower[:, C:].tril(), e, beta=scale, alpha=scale)
+    return o, e, minus_E
 
 
 def _hand_out(d: Tensor, sizes: list[int]) -> Tensor:
@@ -102,7 +119,7 @@ def _states(
     starts = []
     for i, j, sizes in groups:
         kc, e = (layout.load(x, i, j, S.dtype) for x in (k, saved[0]))
-        d = _hand_out(d0, sizes) if constant else layout.load(saved[1], i, j, S.dtype)
+        d = _hand_out(d0, sizes) if constant else layout.load(saved[2], i, j, S.dtype)
         w = kc.mul_(d).mul_(layout.load(beta, i, j, S.dtype).unsqueeze(-1))
         states = S.new_empty(len(kc), *S.shape[1:])
         for state_n, w_n, e_n in zip(*(x.split(sizes) for x in (states, w.mT, e))):
@@ -113,38 +130,37 @@ def _states(
     return starts
 
 
-class Gradients(NamedTuple):
-    """Gradients of one group's chunks, [R, C, ·]; dw is that of the write keys."""
-
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
-    dw: Tensor
+def _two_triangles(like: Tensor) -> Tensor:
+    """Ones below the diagonal, and under them ones on and below it: [2 C, C]."""
+    ones = like.new_ones(like.shape[1], like.shape[1])
+    return torch.cat((ones.tril(-1), ones.tril()))
 
 
 def _memory_backward(
-    q: Tensor, k: Tensor, w: Tensor, e: Tensor, do: Tensor, S: Tensor, dS: Tensor, sizes: list[int]
-) -> Gradients:
-    """Backward of the memory over a group, see the module; dS [N·H, K, V] moves to its start.
+    pair: Tensor, w: Tensor, e: Tensor, minus_E: Tensor, y: Tensor, S: Tensor, dS: Tensor,
+    sizes: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dk above dq, dv, dw) of a group, see the module; dS [N·H, K, V] moves to its start.
 
-    S: [R, K, V] at the start of every chunk; the other tensors [R, C, ·].
+    S: [R, K, V] at the start of every chunk.  y: [R, 2 C, V], do times scale in its lower half;
+    its upper half becomes −z.  The other tensors as in _memory.
     """
-    inverse = unit_upper_inverse(torch.bmm(w, k.mT).triu_(1)).neg_()
-    Pt = torch.bmm(w, q.mT).triu_()
-    de = torch.bmm(Pt, do)
-    ends, minus_z = torch.empty_like(S), torch.empty_like(e)
-    steps = zip(*(x.split(sizes) for x in (q.mT, k.mT, w, do, de, inverse, ends, minus_z)))
-    for q_n, k_n, w_n, do_n, de_n, inverse_n, end_n, minus_z_n in reversed(list(steps)):
+    C = w.shape[1]
+    minus_z, ends = torch.empty_like(e), torch.empty_like(S)
+    P = torch.bmm(pair[:, C:], w.mT).tril_()
+    de = torch.bmm(P.mT, y[:, C:])
+    pieces = (pair.mT, y, y[:, :C], w, de, minus_E.mT, ends, minus_z)
+    steps = list(zip(*(x.split(sizes) for x in pieces)))
+    for pair_n, y_n, upper_n, w_n, de_n, minus_E_n, end_n, minus_z_n in reversed(steps):
         now = dS[: len(w_n)]
         end_n.copy_(now)
-        torch.bmm(inverse_n, de_n.baddbmm_(w_n, now), out=minus_z_n)
-        now.baddbmm_(q_n, do_n).baddbmm_(k_n, minus_z_n)
-    dP = torch.bmm(do, e.mT).tril_()
-    dA = torch.bmm(minus_z, e.mT).tril_(-1)
-    dq = torch.bmm(do, S.mT).baddbmm_(dP, w)
-    dk = torch.bmm(minus_z, S.mT).baddbmm_(dA, w)
-    dw = torch.bmm(e, ends.mT).baddbmm_(dP.mT, q).baddbmm_(dA.mT, k)
-    return Gradients(dq, dk, minus_z.neg_(), dw)
+        torch.bmm(minus_E_n, de_n.baddbmm_(w_n, now), out=minus_z_n)
+        upper_n.copy_(minus_z_n)
+        now.baddbmm_(pair_n, y_n)
+    products = torch.bmm(y, e.mT).mul_(_two_triangles(w))  # dA above dP
+    dpair = torch.bmm(y, S.mT).baddbmm_(products, w)
+    dw = torch.bmm(e, ends.mT).baddbmm_(products.mT, pair)
+    return dpair, minus_z.neg_(), dw
 
 
 def forward(
@@ -164,24 +180,28 @@ def forward(
     layout = layout_of(k, cu_seqlens)
     with _exactly(q.device):
         S, d = layout.sort(initial_state), layout.sort(initial_precond)
-        o = v.new_empty(v.shape)
-        saved = saved_like(q, k, v, beta, log_gamma, initial_state, None, cu_seqlens, save)
+        o, C = v.new_empty(v.shape), layout.C
+        tensors = (q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
+        saved = saved_like(*tensors, rule, save)
         for i, j, sizes in _groups(layout, q.device, max(q.shape[-1], v.shape[-1])):
-            qc, kc, vc, b = (layout.load(x, i, j, dtype) for x in (q, k, v, beta))
+            pair, b = _pair(layout, k, q, i, j, dtype), layout.load(beta, i, j, dtype)
+            kc = pair[:, :C]
             if constant:
                 path = _hand_out(d, sizes)
             else:
                 gc = None if log_gamma is None else layout.load(log_gamma, i, j, dtype)
-                p = phase1.prepare(_learning_target(kc, b, rule), gc, sizes, rule.eta)
-                path = phase1.forward(p, d, rule)
+                p = phase1.prepare(_learning_target(kc, b, rule), gc, None, sizes, rule.eta)
+                path, clipped = phase1.forward(p, d, rule)
             w = (kc * path).mul_(b.unsqueeze(-1))
-            e, reads = _residuals(qc, kc, vc, w, S, sizes)
-            P = torch.bmm(qc, w.mT).tril_()
-            layout.store(reads.baddbmm_(P, e, beta=rule.scale, alpha=rule.scale), o, i, j)
-            if save:
-                layout.store(e, saved[0], i, j)
-                if not constant:
-                    layout.store(path, saved[1], i, j)
+            minus_v = v.new_zeros(len(w), 2 * C, v.shape[-1], dtype=dtype)
+            layout.load_into(minus_v[:, :C], v, i, j).neg_()
+            oc, e, minus_E = _memory(pair, minus_v, w, S, rule.scale, sizes)
+            layout.store(oc, o, i, j)
+            kept = [e, minus_E] if constant else [e, minus_E, path, p.L]
+            for chunks, tokens in zip(kept, saved):
+                layout.store(chunks, tokens, i, j)
+            if save and not constant and clipped:
+                saved[4].fill_(1)
         return o, layout.unsort(S), layout.unsort(d), saved
 
 
@@ -192,12 +212,23 @@ def saved_like(
     beta: Tensor,
     log_gamma: Tensor | None,
     initial_state: Tensor,
-    initial_precond: Tensor | None,
+    initial_precond: Tensor,
     cu_seqlens: Tensor | None,
+    rule: Rule,
     save: bool,
 ) -> list[Tensor]:
-    """[e like v, d like k] in the accumulation dtype; d stays unwritten where it never moves."""
-    return [initial_state.new_empty(x.shape) for x in (v, k)] if save else []
+    """[e like v, −E [B, T, H, C]] and, where d moves, [d like k, L like E, whether the clip acted].
+
+    In the accumulation dtype; the last is 0 or 1, 0 until it is written.
+    """
+    if not save:
+        return []
+    C = chunk_size(k.shape[1])
+    wide = initial_state.new_empty
+    saved = [wide(v.shape), wide(*k.shape[:3], C)]
+    if rule.constant_precond(log_gamma is not None):
+        return saved
+    return [*saved, wide(k.shape), wide(*k.shape[:3], C), initial_state.new_zeros(1)]
 
 
 def backward(
@@ -223,34 +254,41 @@ def backward(
     with _exactly(q.device):
         d0, S0 = layout.sort(initial_precond), layout.sort(initial_state)
         states = _states((k, beta), saved, d0, S0, rule, groups, layout, constant)
+        clipped = not constant and bool(saved[4])
         dS, lam = layout.sort(dfinal_state), layout.sort(dfinal_precond)
         out = [x.new_empty(x.shape) for x in (q, k, v, beta)]
         out += [] if log_gamma is None else [log_gamma.new_empty(log_gamma.shape)]
         for i, j, sizes in reversed(groups):
-            qc, kc, e, b = (layout.load(x, i, j, dtype) for x in (q, k, saved[0], beta))
-            doc = layout.load(do, i, j, dtype).mul_(rule.scale)
-            path = _hand_out(d0, sizes) if constant else layout.load(saved[1], i, j, dtype, inside)
+            pair = _pair(layout, k, q, i, j, dtype)
+            e, minus_E, b = (layout.load(x, i, j, dtype) for x in (*saved[:2], beta))
+            kc, C = pair[:, : layout.C], layout.C
+            y = do.new_empty(len(e), 2 * C, e.shape[-1], dtype=dtype)
+            layout.load_into(y[:, C:], do, i, j).mul_(rule.scale)
+            path = _hand_out(d0, sizes) if constant else layout.load(saved[2], i, j, dtype, inside)
             b = b.unsqueeze(-1)
             scaled = path * kc
-            w = scaled * b
-            g = _memory_backward(qc, kc, w, e, doc, states.pop(), dS, sizes)
-            db = torch.linalg.vecdot(g.dw, scaled)
-            dwb = g.dw.mul_(b)
-            g.dk.addcmul_(dwb, path)
-            dd = dwb.mul_(kc)
+            dpair, dv, dw = _memory_backward(
+                pair, scaled * b, e, minus_E, y, states.pop(), dS, sizes
+            )
+            dk, dq = dpair[:, :C], dpair[:, C:]
+            db = torch.linalg.vecdot(dw, scaled)
+            dk.addcmul_(dw.mul_(b), path)
+            results = [dq, dk, dv, db]
             if constant:
-                for total in dd.sum(1).split(sizes):
+                for total in dw.mul_(kc).sum(1).split(sizes):
                     lam[: len(total)] += total
-                dlog_gamma = None
             else:
                 gc = None if log_gamma is None else layout.load(log_gamma, i, j, dtype)
-                p = phase1.prepare(_learning_target(kc, b[..., 0], rule), gc, sizes, rule.eta)
-                dz, dlog_gamma = phase1.backward(p, path, dd, lam, rule)
+                L = layout.load(saved[3], i, j, dtype)
+                p = phase1.prepare(_learning_target(kc, b[..., 0], rule), gc, L, sizes, rule.eta)
+                g = dw.new_empty(len(dw), C + 1, dw.shape[-1])
+                torch.mul(dw, kc, out=g[:, :C])
+                dz, dlog_gamma = phase1.backward(p, path, g, lam, rule, clipped)
                 if rule.beta_aware:
                     db += torch.linalg.vecdot(dz, kc * kc)
                     dz.mul_(b)
-                g.dk.addcmul_(dz, kc, value=2)
-            results = [g.dq, g.dk, g.dv, db] + ([] if dlog_gamma is None else [dlog_gamma])
+                dk.addcmul_(dz, kc, value=2)
+                results += [] if dlog_gamma is None else [dlog_gamma]
             for x, y in zip(results, out):
                 layout.store(x, y, i, j)
         return [*out[:4], layout.unsort(dS), layout.unsort(lam), *out[4:]]

@@ -44,7 +44,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """(o, final_state, final_precond, [e]): the recurrence over every sequence."""
     tensors = (q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
-    saved = saved_like(*tensors, save)
+    saved = saved_like(*tensors, rule, save)
     o = torch.empty(v.shape, dtype=beta.dtype)
     final_state, final_precond = initial_state.clone(), initial_precond.clone()
     _forward(*tensors[:5], cu_seqlens, rule, (o, *saved, final_state, final_precond))
@@ -60,6 +60,7 @@ def saved_like(
     initial_state: Tensor,
     initial_precond: Tensor,
     cu_seqlens: Tensor | None,
+    rule: Rule,
     save: bool,
 ) -> list[Tensor]:
     """[e]: the residuals [B, T, H, V] in the accumulation dtype; of size 0 unless save."""

@@ -2,23 +2,25 @@
 
 With z_t = b_t s_t the recurrence of one row is x_t = 1 − ⟨d_t, z_t⟩, d_{t+1} = γ_t d_t + η x_t z_t,
 projected onto the box. Within a chunk of C tokens let P[r, c] = Π_{r≤i<c} γ_i for r ≤ c, else 0
-(1 ≤ r, c ≤ C + 1): what is left of d_r in d_c. Without the box the row vector x obeys
+(1 ≤ r, c ≤ C + 1): what is left of d_r in d_c. Without the box the column x obeys
 
-    x (I + U) = 1 − P[1, t] ⟨d_1, z_t⟩                    U[j, t] = η ⟨z_j, z_t⟩ P[j+1, t], j < t
+    (I + L) x = 1 − P[1, t] ⟨d_1, z_t⟩                    L[t, j] = η ⟨z_j, z_t⟩ P[j+1, t], j < t
     d_t       = P[1, t] d_1 + Σ_{j<t} P[j+1, t] η x_j z_j
 
-so only two row-by-matrix products a chunk are sequential. A path that stays in the box is exact (by
-induction over t); a row that leaves it is run again token by token from the start of the chunk.
+so that from chunk to chunk only two row-by-matrix products and a triangular solve for one vector
+are sequential. A path that stays in the box is exact (by induction over t); a row that leaves it is
+run again token by token from the start of the chunk.
 
 Gradient, with λ_t = dL/dd_t along the whole recurrence, g_t the direct gradient of d_t, g_{C+1} the
 λ that enters at the chunk's end, and a_t = ⟨λ_{t+1}, z_t⟩:
 
-    a (I + U)ᵀ = Σ_{i>t} P[t+1, i] ⟨g_i, z_t⟩
+    (I + L)ᵀ a = Σ_{i>t} P[t+1, i] ⟨g_i, z_t⟩
     λ_{t+1}    = Σ_{i>t} P[t+1, i] (g_i − [i≤C] η a_i z_i)
     dz_t       = η (x_t λ_{t+1} − a_t d_t)                dlog γ_t = γ_t ⟨λ_{t+1}, d_t⟩
 
-Rows are [R, C, ·] as in osdn.ops.varlen. Source of the recurrence: arXiv 2605.13473; the chunked
-form is derived in docs/operator.md.
+Rows are [R, C, ·] as in osdn.ops.varlen; a vector over a chunk is kept as a row, [R, 1, C], which
+products take far faster than a column. Source of the recurrence: arXiv 2605.13473; the chunked form
+is derived in docs/operator.md.
 """
 
 from __future__ import annotations
@@ -30,21 +32,19 @@ from torch import Tensor
 
 from osdn.ops.rule import Rule
 
-# Side of the blocks that are inverted by substitution, which is slow for batches.
-SUBSTITUTED = 16
 
-
-class Prepared(NamedTuple):
+class Chunks(NamedTuple):
     """What needs no start, for all chunks of a group at once.
 
     z: [R, C, K].  gamma: [R, C], or None for γ = 1.  kept: P, [R, C+1, C+1].
-    inverse: (I + U)⁻¹, [R, C, C].  sizes: the number of rows of each step in turn.
+    L: [R, C, C], of which only what lies below the diagonal counts.
+    sizes: the number of rows of each step in turn.
     """
 
     z: Tensor
     gamma: Tensor | None
     kept: Tensor
-    inverse: Tensor
+    L: Tensor
     sizes: list[int]
 
     def rows(self) -> list[slice]:
@@ -52,52 +52,27 @@ class Prepared(NamedTuple):
         stops = [sum(self.sizes[: n + 1]) for n in range(len(self.sizes))]
         return [slice(stop - size, stop) for stop, size in zip(stops, self.sizes)]
 
-    def at(self, rows: slice) -> Prepared:
+    def at(self, rows: slice) -> Chunks:
         """One step by itself."""
         gamma = None if self.gamma is None else self.gamma[rows]
-        z, kept, inverse = self.z[rows], self.kept[rows], self.inverse[rows]
-        return Prepared(z, gamma, kept, inverse, [len(z)])
+        z, kept, L = self.z[rows], self.kept[rows], self.L[rows]
+        return Chunks(z, gamma, kept, L, [len(z)])
+
+    def fading(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """(P[1, t], P[t+1, C+1], P[1, C+1]) as rows [R, 1, ·]; None for γ = 1."""
+        if self.gamma is None:
+            return None
+        kept = self.kept
+        return kept[:, :1, :-1], kept[:, 1:, -1].unsqueeze(1), kept[:, :1, -1:]
 
 
-class Affine(NamedTuple):
-    """A chunk without the box: x = constant − d_1 slope, d_{C+1} = whole d_1 + η x gain.
+def prepare(
+    z: Tensor, log_gamma: Tensor | None, L: Tensor | None, sizes: list[int], eta: float
+) -> Chunks:
+    """The parallel part over z [R, C, K] and log_gamma [R, C], with R = sum(sizes).
 
-    constant: [R, 1, C].  slope: [R, K, C].  gain: [R, C, K].  whole: [R, 1, 1] or None for 1.
+    L is computed unless an earlier call's is given.
     """
-
-    constant: Tensor
-    slope: Tensor
-    gain: Tensor
-    whole: Tensor | None
-
-    def at(self, rows: slice) -> Affine:
-        """One step by itself."""
-        whole = None if self.whole is None else self.whole[rows]
-        return Affine(self.constant[rows], self.slope[rows], self.gain[rows], whole)
-
-
-def unit_upper_inverse(U: Tensor) -> Tensor:
-    """(I + U)⁻¹ for strictly upper triangular U, [R, C, C]: by halves, and by substitution at 16.
-
-    The upper right block of the inverse is −A⁻¹ U₁₂ D⁻¹, A and D the diagonal blocks.
-    """
-    R, C, _ = U.shape
-    if C <= SUBSTITUTED:
-        eye = torch.eye(C, dtype=U.dtype, device=U.device).expand_as(U)
-        return torch.linalg.solve_triangular(U, eye, upper=True, unitriangular=True)
-    half = C // 2
-    first, second = slice(half), slice(half, None)
-    blocks = U.new_empty(2, R, half, half)
-    blocks[0], blocks[1] = U[:, first, first], U[:, second, second]
-    A, D = unit_upper_inverse(blocks.flatten(0, 1)).view_as(blocks)
-    inverse = torch.zeros_like(U)
-    inverse[:, first, first], inverse[:, second, second] = A, D
-    inverse[:, first, second] = torch.bmm(torch.bmm(A, U[:, first, second]), D).neg_()
-    return inverse
-
-
-def prepare(z: Tensor, log_gamma: Tensor | None, sizes: list[int], eta: float) -> Prepared:
-    """The parallel part over z [R, C, K] and log_gamma [R, C], with R = sum(sizes)."""
     R, C, _ = z.shape
     if log_gamma is None:
         gamma, kept = None, z.new_ones(C + 1, C + 1).triu_().expand(R, -1, -1)
@@ -109,57 +84,62 @@ def prepare(z: Tensor, log_gamma: Tensor | None, sizes: list[int], eta: float) -
         gamma, kept = log_gamma.exp(), z.new_ones(R, C + 1, C + 1)
         kept[:, :, 1:] = sums.exp_()
         kept.triu_()
-    U = torch.bmm(z, z.mT).mul_(kept[:, 1:, :-1]).mul_(eta)
-    return Prepared(z, gamma, kept, unit_upper_inverse(U), sizes)
+    if L is None:
+        L = torch.bmm(z, z.mT).mul_(eta)
+        if gamma is not None:
+            L.mul_(kept[:, 1:, :-1].mT)
+    return Chunks(z, gamma, kept, L, sizes)
 
 
-def forward(p: Prepared, d: Tensor, rule: Rule) -> Tensor:
-    """The path d_1..d_C of every chunk, [R, C, K]; d [N·H, K] goes to the end of the group."""
-    plain = p.gamma is None
-    affine = Affine(
-        constant=p.inverse.sum(-2, keepdim=True),
-        slope=torch.bmm((p.z if plain else p.z * p.kept[:, 0, :-1, None]).mT, p.inverse),
-        gain=p.z if plain else p.z * p.kept[:, 1:, -1:],
-        whole=None if plain else p.kept[:, :1, -1:],
-    )
-    if rule.precond_min is None:
-        return _without_box(p, affine, d, rule)
-    start = d.clone()
-    path = _without_box(p, affine, d, rule)
-    first = p.sizes[0]
-    reached = path[:, 1:], path[first:, 0], d[:first]
-    if all(bool(_inside(y, rule).all()) for y in reached):
-        return path
+def forward(p: Chunks, d: Tensor, rule: Rule) -> tuple[Tensor, bool]:
+    """(path, clipped): d_1..d_C of every chunk, [R, C, K], and whether the clip may have acted.
+
+    d [N·H, K] goes to the end of the group.
+    """
+    start = None if rule.precond_min is None else d.clone()
+    path = _without_box(p, d, rule.eta)
+    if start is None or (_inside(path, rule) and _inside(d, rule)):
+        return path, False
     d.copy_(start)
     for rows in p.rows():
-        path[rows] = _repaired(p.at(rows), affine.at(rows), d, rule)
-    return path
+        path[rows] = _repaired(p.at(rows), d, rule)
+    return path, True
 
 
-def _without_box(p: Prepared, affine: Affine, d: Tensor, rule: Rule) -> Tensor:
+def _without_box(p: Chunks, d: Tensor, eta: float) -> Tensor:
     """d_1..d_C as if there were no box; d moves on."""
-    x = torch.empty_like(affine.constant)
-    terms = torch.empty_like(p.z)
-    pieces = (affine.constant, affine.slope, affine.gain, x, terms[:, :1])
-    whole = None if affine.whole is None else affine.whole.split(p.sizes)
-    for n, views in enumerate(zip(*(y.split(p.sizes) for y in pieces))):
-        constant, slope, gain, x_n, start = views
-        now = d[: len(gain)].unsqueeze(1)
+    terms, fading = torch.empty_like(p.z), p.fading()
+    x = p.z.new_ones(len(p.z), 1, p.z.shape[1])
+    one = x.new_ones(())
+    pieces = (p.z, p.z.mT, p.L, x, x.mT, terms[:, :1], *(fading or ()))
+    for z_n, zt_n, L_n, x_n, column_n, start, *fading_n in zip(*(y.split(p.sizes) for y in pieces)):
+        now = d[: len(z_n)].unsqueeze(1)
         start.copy_(now)
-        torch.baddbmm(constant, now, slope, alpha=-1, out=x_n)
-        if whole is not None:
-            now.mul_(whole[n])
-        now.baddbmm_(x_n, gain, alpha=rule.eta)
-    torch.mul(p.z[:, :-1], x.mul_(rule.eta).mT[:, :-1], out=terms[:, 1:])
-    return torch.bmm(p.kept[:, :-1, :-1].mT, terms)
+        if not fading_n:
+            x_n.baddbmm_(now, zt_n, alpha=-1)
+        else:
+            torch.addcmul(one, torch.bmm(now, zt_n), fading_n[0], value=-1, out=x_n)
+        _solve(L_n, column_n, upper=False)
+        if not fading_n:
+            now.baddbmm_(x_n, z_n, alpha=eta)
+        else:
+            now.mul_(fading_n[2]).baddbmm_(x_n * fading_n[1], z_n, alpha=eta)
+    torch.mul(p.z[:, :-1], x.mul_(eta).mT[:, :-1], out=terms[:, 1:])
+    return terms.cumsum_(1) if fading is None else torch.bmm(p.kept[:, :-1, :-1].mT, terms)
 
 
-def _repaired(p: Prepared, affine: Affine, d: Tensor, rule: Rule) -> Tensor:
+def _solve(L: Tensor, column: Tensor, upper: bool) -> None:
+    """column [R, C, 1] ← (I + L)⁻¹ column, or its transpose's."""
+    L = L.mT if upper else L
+    torch.linalg.solve_triangular(L, column, upper=upper, unitriangular=True, out=column)
+
+
+def _repaired(p: Chunks, d: Tensor, rule: Rule) -> Tensor:
     """The path of one step with the box; d moves on."""
     n = len(p.z)
     start = d[:n].clone()
-    path = _without_box(p, affine, d, rule)
-    inside = _inside(path[:, 1:], rule).flatten(1).all(1) & _inside(d[:n], rule).all(1)
+    path = _without_box(p, d, rule.eta)
+    inside = _passing(path[:, 1:], rule).flatten(1).all(1) & _passing(d[:n], rule).all(1)
     bad = inside.logical_not_().nonzero()[:, 0]
     if len(bad):
         gamma = None if p.gamma is None else p.gamma[bad]
@@ -190,32 +170,35 @@ def _scan(z: Tensor, gamma: Tensor | None, start: Tensor, rule: Rule) -> Tensor:
 
 
 def backward(
-    p: Prepared, path: Tensor, dd: Tensor, lam: Tensor, rule: Rule
+    p: Chunks, path: Tensor, g: Tensor, lam: Tensor, rule: Rule, clipped: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(dz [R, C, K], dlog_gamma [R, C] or None) of a group of chunks, from its end to its start.
 
-    path: d_1..d_C, [R, C, K].  dd: gradient of each d_t from its own write, [R, C, K].
-    lam: [N·H, K] dL/dd at the end of the group; becomes that at its start.
+    path: d_1..d_C, [R, C, K].  g: the gradient of each d_t from its own write, and a row to work
+    in: [R, C+1, K]; overwritten.  lam: [N·H, K] dL/dd at the end of the group; becomes that at its
+    start.  clipped: as forward said.
     """
-    z, eta, plain = p.z, rule.eta, p.gamma is None
+    z, eta, fading = p.z, rule.eta, p.fading()
+    dd, ends = g[:, :-1], g[:, -1:]
     x = torch.linalg.vecdot(path, z).neg_().add_(1).unsqueeze(-1)
-    passed = _passed(p, path, x, rule)
-    g = torch.cat((dd[:, 1:], torch.zeros_like(dd[:, :1])), 1)
-    a = torch.linalg.vecdot(torch.bmm(p.kept[:, 1:, 1:], g), z).unsqueeze(1)
-    a = torch.bmm(a, p.inverse.mT)
-    arriving = torch.bmm((z if plain else z * p.kept[:, 1:, -1:]).mT, p.inverse.mT)
-    leaving = z if plain else z * p.kept[:, 0, :-1, None]
+    passed = _passed(p, path, x, rule) if clipped else None
+    a = torch.bmm(z, dd.mT).mul_(p.kept[:, 1:, :-1]).sum(-1).unsqueeze(1)
     direct = torch.bmm(p.kept[:, :1, :-1], dd)
     repairs = []
-    pieces = (a, arriving, leaving, direct, g[:, -1:], p.kept[:, :1, -1:])
+    pieces = (z, z.mT, p.L, a, a.mT, direct, ends, *(fading or ()))
     for rows, *views in reversed(list(zip(p.rows(), *(y.split(p.sizes) for y in pieces)))):
-        a_n, arriving_n, leaving_n, direct_n, end, whole = views
-        now = lam[: len(a_n)].unsqueeze(1)
-        end.copy_(now)
-        a_n.baddbmm_(now, arriving_n)
-        if not plain:
-            now.mul_(whole)
-        now.add_(direct_n).baddbmm_(a_n, leaving_n, alpha=-eta)
+        z_n, zt_n, L_n, a_n, column_n, direct_n, end_n, *fading_n = views
+        now = lam[: len(z_n)].unsqueeze(1)
+        end_n.copy_(now)
+        if not fading_n:
+            a_n.baddbmm_(now, zt_n)
+        else:
+            a_n.addcmul_(torch.bmm(now, zt_n), fading_n[1])
+        _solve(L_n, column_n, upper=True)
+        if not fading_n:
+            now.add_(direct_n).baddbmm_(a_n, z_n, alpha=-eta)
+        else:
+            now.mul_(fading_n[2]).add_(direct_n).baddbmm_(a_n * fading_n[0], z_n, alpha=-eta)
         if passed is not None:
             bad = _left_box(passed[rows])
             if len(bad):
@@ -224,8 +207,8 @@ def backward(
                 later, start = _scan_back(dd[at], z[at], gamma, passed[at], g[at, -1], eta)
                 lam.index_copy_(0, bad, start)
                 repairs.append((at, later))
-    g[:, :-1].addcmul_(z[:, 1:], a.mT[:, 1:], value=-eta)
-    later = torch.bmm(p.kept[:, 1:, 1:], g)
+    dd.addcmul_(z, a.mT, value=-eta)
+    later = torch.bmm(p.kept[:, 1:, 1:], g[:, 1:])
     for at, repaired in repairs:
         later.index_copy_(0, at, repaired)
         a.index_copy_(0, at, torch.linalg.vecdot(repaired, z[at]).unsqueeze(1))
@@ -233,13 +216,11 @@ def backward(
     return later.mul_(x.mul_(eta)).addcmul_(path, a.mT, value=-eta), dlog_gamma
 
 
-def _passed(p: Prepared, path: Tensor, x: Tensor, rule: Rule) -> Tensor | None:
+def _passed(p: Chunks, path: Tensor, x: Tensor, rule: Rule) -> Tensor | None:
     """1 where clip passed u = γ d + η x z unchanged, else 0, in z's dtype; None if everywhere."""
-    if rule.precond_min is None:
-        return None
     u = path if p.gamma is None else path * p.gamma.unsqueeze(-1)
-    inside = _inside(torch.addcmul(u, p.z, x, value=rule.eta), rule)
-    return None if bool(inside.all()) else inside.to(path.dtype)
+    passing = _passing(torch.addcmul(u, p.z, x, value=rule.eta), rule)
+    return None if bool(passing.all()) else passing.to(path.dtype)
 
 
 def _left_box(passed: Tensor) -> Tensor:
@@ -269,6 +250,14 @@ def _scan_back(
     return clipped.transpose(0, 1), lam
 
 
-def _inside(u: Tensor, rule: Rule) -> Tensor:
+def _passing(u: Tensor, rule: Rule) -> Tensor:
+    """Where u is in the box."""
     assert rule.precond_min is not None and rule.precond_max is not None
     return (u >= rule.precond_min).logical_and_(u <= rule.precond_max)
+
+
+def _inside(u: Tensor, rule: Rule) -> bool:
+    """Whether all of u is in the box (a NaN is not)."""
+    assert rule.precond_min is not None and rule.precond_max is not None
+    least, most = torch.aminmax(u)
+    return bool((least >= rule.precond_min) & (most <= rule.precond_max))

@@ -6,7 +6,7 @@ dtype, float32, or float64 for float64 input):
 
     forward(q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens, rule, save)
         -> (o, final_state, final_precond, saved)     saved: what backward wants; used if save
-    saved_like(q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens, save)
+    saved_like(q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens, rule, save)
         -> empty tensors of the shapes and dtypes of saved, of no data-dependent size
     backward(do, dfinal_state, dfinal_precond, *the eight tensors above*, saved, rule)
         -> [dq, dk, dv, dbeta, dinitial_state, dinitial_precond] + [dlog_gamma] if it was given
@@ -76,7 +76,8 @@ def _rule(name: str, module: Module) -> CustomOpDef:
     @rule.register_fake
     def _(q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens, *rest):
         tensors = (q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
-        saved = module().saved_like(*tensors, rest[-1])
+        *numbers, save = rest
+        saved = module().saved_like(*tensors, Rule(*numbers), save)
         final_states = torch.empty_like(initial_state), torch.empty_like(initial_precond)
         return v.new_empty(v.shape), *final_states, saved
 

@@ -45,16 +45,21 @@ class Layout:
 
     def load(self, x: Tensor, i: int, j: int, dtype: torch.dtype, fill: float = 0.0) -> Tensor:
         """The chunks of steps [i, j) of tokens x, contiguous, in dtype; padding becomes `fill`."""
-        B, C, H, rest = self.active[0], self.C, self.H, x.shape[3:]
-        out = x.new_empty(j - i, B, H, C, *rest, dtype=dtype)
+        out = x.new_empty(sum(self.sizes(i, j)), self.C, *x.shape[3:], dtype=dtype)
+        return self.load_into(out, x, i, j, fill)
+
+    def load_into(self, out: Tensor, x: Tensor, i: int, j: int, fill: float = 0.0) -> Tensor:
+        """The same into `out` [R, C, ...], which is returned."""
+        C, steps_of = self.C, out.unflatten(0, (j - i, self.active[0], self.H))
         for steps, tokens, width in self._pieces(i, j):
+            into = steps_of[steps]
             if width < C:
-                out[steps].fill_(fill)
+                into.fill_(fill)
             chunks = (
                 x[:, tokens].unflatten(1, (-1, width)).permute(1, 0, 3, 2, *range(4, x.ndim + 1))
             )
-            out[steps][:, :, :, :width].copy_(chunks)
-        return out.view(-1, C, *rest)
+            into[:, :, :, :width].copy_(chunks)
+        return out
 
     def store(self, chunks: Tensor, x: Tensor, i: int, j: int) -> None:
         """The converse of load: write the tokens of steps [i, j) into x."""
@@ -107,15 +112,14 @@ class RaggedLayout(Layout):
         self.token, self.padding = token.clamp(max=T - 1).to(device), ~real.to(device)
         self.slots, self.real_token = slots.to(device), token.flatten()[slots].to(device)
 
-    def load(self, x: Tensor, i: int, j: int, dtype: torch.dtype, fill: float = 0.0) -> Tensor:
+    def load_into(self, out: Tensor, x: Tensor, i: int, j: int, fill: float = 0.0) -> Tensor:
         a, b, rest = self.first[i], self.first[j], x.shape[3:]
         tokens = x.reshape(self.T, -1).index_select(0, self.token[a:b].flatten())
-        chunks = tokens.view(b - a, self.C, self.H, *rest).transpose(1, 2)
-        out = chunks.to(dtype, memory_format=torch.contiguous_format)
+        into = out.unflatten(0, (b - a, self.H))
+        into.copy_(tokens.view(b - a, self.C, self.H, *rest).transpose(1, 2))
         if self.first_slot[b] - self.first_slot[a] < (b - a) * self.C:
-            padding = self.padding[a:b].view(b - a, 1, self.C, *[1] * len(rest))
-            out = out.contiguous().masked_fill_(padding, fill)
-        return out.contiguous().view(-1, self.C, *rest)
+            into.masked_fill_(self.padding[a:b].view(b - a, 1, self.C, *[1] * len(rest)), fill)
+        return out
 
     def store(self, chunks: Tensor, x: Tensor, i: int, j: int) -> None:
         a, b, rest = self.first[i], self.first[j], x.shape[3:]
