@@ -23,6 +23,11 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 T = TypeVar("T")
 
 
+def attempt() -> str:
+    """How often torchrun has restarted the processes."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
 def environment_rank() -> int:
     """This process's number, from torchrun's environment; 0 without it."""
     return int(os.environ.get("RANK", 0))
@@ -54,7 +59,6 @@ class Parallel:
         self.device = device
         self.mesh: DeviceMesh | None = None
         self.saving: dist.ProcessGroup | None = None
-        self.store: dist.Store | None = None
         if launched:
             self._meet(timedelta(seconds=options.timeout_seconds))
 
@@ -64,7 +68,11 @@ class Parallel:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
             backend = "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        # torchrun keeps its store when it restarts the processes: without a name of its own an
+        # attempt could read the addresses that the one before left there, and wait for the dead.
+        store = dist.PrefixStore(f"osdn-{attempt()}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         self.saving = dist.new_group(backend="gloo", timeout=timeout)
         shape = self.size // self.shard, self.shard
         self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from osdn.train.parallel import Parallel
+from osdn.train.parallel import Parallel, attempt
 
 PREFIX = "osdn/heartbeat"
 
@@ -89,5 +89,4 @@ def _connect(seconds: float) -> dist.Store:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     timeout = timedelta(seconds=max(30.0, seconds))
     store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"osdn-{attempt}", store)
+    return dist.PrefixStore(f"osdn-{attempt()}", store)

@@ -6,13 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from random import Random
-from typing import Any
 
 import pytest
 
-from tests.train.tiny import curve, fields, start, write_texts
+from tests.train.tiny import curve, fields, start, wait_for_lines, write_texts
 
 STEPS = 40
 
@@ -34,16 +32,6 @@ def expected(recipe_path, tmp_path_factory):
     process.join(120)
     assert process.exitcode == 0
     return curve(out)
-
-
-def wait_for_lines(out: Path, lines: int, process: Any) -> None:
-    """Until the log has that many lines, or the run ended."""
-    log = out / "log.jsonl"
-    limit = time.monotonic() + 120
-    while process.is_alive() and time.monotonic() < limit:
-        if log.exists() and log.read_bytes().count(b"\n") >= lines:
-            return
-        time.sleep(0.002)
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -2,9 +2,13 @@
 
 import json
 import multiprocessing
+import socket
+import time
 from pathlib import Path
 from random import Random
 from typing import Any
+
+import pytest
 
 from osdn.train import Recipe
 
@@ -24,6 +28,68 @@ def start(recipe: Path, out: Path) -> Any:
     process = context.Process(target=exec, args=(code, {}))
     process.start()
     return process
+
+
+def start_ranks(
+    recipe: Path, out: Path, world: int, *overrides: str, rank_code: dict[int, str] | None = None
+) -> list[Any]:
+    """Processes that do what torchrun's do, each with its errors in out-RANK.err.
+
+    rank_code: what some of them run before.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(world):
+        line = ["train", str(recipe), "--out", str(out), *overrides]
+        place = {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        code = (
+            f"import os, sys; os.environ.update({ {k: str(v) for k, v in place.items()}!r})\n"
+            f"sys.stderr = open({str(errors(out, rank))!r}, 'a', buffering=1)\n"
+            f"{(rank_code or {}).get(rank, '')}\n"
+            f"from osdn.cli import main; sys.exit(main({line!r}))"
+        )
+        process = context.Process(target=exec, args=(code, {}))
+        process.start()
+        processes.append(process)
+    return processes
+
+
+def errors(out: Path, rank: int) -> Path:
+    """Where a process of start_ranks writes what it has to say."""
+    return out.with_name(f"{out.name}-{rank}.err")
+
+
+def join(processes: list[Any], seconds: float = 120) -> list[int]:
+    """The exit codes; processes that do not end are killed, and the test fails."""
+    limit = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, limit - time.monotonic()))
+    late = [process for process in processes if process.is_alive()]
+    for process in late:
+        process.kill()
+    assert not late
+    return [process.exitcode for process in processes]
+
+
+def wait_for_lines(out: Path, lines: int, process: Any) -> None:
+    """Until the log has that many lines, or the run ended."""
+    log = out / "log.jsonl"
+    limit = time.monotonic() + 120
+    while process.is_alive() and time.monotonic() < limit:
+        if log.exists() and log.read_bytes().count(b"\n") >= lines:
+            return
+        time.sleep(0.002)
+
+
+def assert_close(curve: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """The same lines, numbers within 1e-6: the sums of gradients are in another order."""
+    assert [line.keys() for line in curve] == [line.keys() for line in expected]
+    for line, wanted in zip(curve, expected):
+        assert line == {
+            k: pytest.approx(v, rel=1e-6) if isinstance(v, float) else v for k, v in wanted.items()
+        }
 
 
 def write_texts(directory: Path, documents: int = 60) -> str:

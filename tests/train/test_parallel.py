@@ -1,0 +1,198 @@
+"""Over several processes the curve is that of one, whatever happens to them on the way."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from random import Random
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.train.tiny import (
+    assert_close,
+    curve,
+    errors,
+    fields,
+    join,
+    start_ranks,
+    wait_for_lines,
+    write_texts,
+)
+
+FORMS = {"DDP on 2": (2, 1), "FSDP2 on 2": (2, "all"), "DDP on 4": (4, 1), "FSDP2 on 4": (4, 4)}
+FORMS["HSDP on 4"] = (4, 2)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_texts(tmp_path_factory.mktemp("parallel") / "texts")
+
+
+@pytest.fixture(scope="module", params=["none", "data"])
+def forgetting(request, corpus, tmp_path_factory):
+    """(recipe, the run of one process)."""
+    return make_run(corpus, tmp_path_factory.mktemp(request.param), forgetting=request.param)
+
+
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory):
+    """The same with more steps and checkpoints."""
+    directory = tmp_path_factory.mktemp("run")
+    return make_run(corpus, directory, forgetting="data", steps=16, checkpoint_every=3)
+
+
+def make_run(corpus: str, directory: Path, *, forgetting: str, **changes) -> tuple[Path, Path]:
+    recipe, out = directory / "recipe.yaml", directory / "one"
+    plain = fields(corpus, **{"rows": 1, "steps": 6, "validate_every": 3, **changes})
+    plain["model"]["forgetting"] = forgetting
+    recipe.write_text(json.dumps(plain))
+    assert join(start_ranks(recipe, out, 1)) == [0]
+    return recipe, out
+
+
+@pytest.mark.parametrize(("world", "shard"), FORMS.values(), ids=FORMS)
+def test_every_form_has_the_curve_of_one_process(world, shard, forgetting, tmp_path):
+    recipe, one = forgetting
+    out = tmp_path / "out"
+    assert join(start_ranks(recipe, out, world, f"parallel.shard={shard}")) == [0] * world
+    assert_close(curve(out), curve(one))
+    weights, expected = (load_file(d / "model" / "model.safetensors") for d in (out, one))
+    assert weights.keys() == expected.keys()
+    for name, value in weights.items():
+        assert (value - expected[name]).abs().max() < 2e-5, name  # Adam divides by small numbers
+    for rank in range(1, world):
+        assert errors(out, rank).read_text() == ""  # one process speaks
+
+
+@pytest.mark.parametrize("shard", [1, 2])
+def test_two_processes_with_a_row_each_are_bit_equal_to_one(shard, forgetting, tmp_path):
+    """a + b = b + a, and nothing else differs, but for the order of the sum in a norm."""
+    recipe, _ = forgetting
+    options = ("train.batch_rows=2", "train.optimizer.clip=null", f"parallel.shard={shard}")
+    assert join(start_ranks(recipe, tmp_path / "two", 2, *options)) == [0, 0]
+    assert join(start_ranks(recipe, tmp_path / "one", 1, *options[:2])) == [0]
+    two, one = curve(tmp_path / "two"), curve(tmp_path / "one")
+    for line in (*two, *one):
+        line.pop("grad_norm", None)
+    assert two == one
+
+
+def test_four_processes_then_two_then_one(run, tmp_path):
+    recipe, one = run
+    out = tmp_path / "out"
+    for world, shard, lines, stopped in ((4, "all", 5, 2), (2, 1, 10, 1)):
+        processes = start_ranks(recipe, out, world, f"parallel.shard={shard}")
+        wait_for_lines(out, lines, processes[0])
+        os.kill(processes[stopped].pid, signal.SIGTERM)  # to one of them, and all agree
+        assert join(processes) == [143] * world
+        logged = [line["step"] for line in curve(out) if line["kind"] == "train"]
+        assert (out / "checkpoints" / f"step_{logged[-1]}").is_dir() and logged[-1] < 16
+    assert join(start_ranks(recipe, out, 1)) == [0]
+    assert_close(curve(out), curve(one))
+
+
+def children(pid: int) -> list[int]:
+    return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_torchrun_restarts_after_a_kill_of_one_process(run, tmp_path):
+    recipe, one = run
+    out, random = tmp_path / "out", Random(0)
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=2",
+            "--standalone", "--monitor-interval=0.1", "-m", "osdn", "train", str(recipe),
+            "--out", str(out), "parallel.shard=all"]  # fmt: skip
+    with (tmp_path / "err").open("wb") as err:
+        agent = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=err)
+    log, limit = out / "log.jsonl", time.monotonic() + 120
+    after = random.randrange(1, 14)
+    while agent.poll() is None and time.monotonic() < limit:
+        if log.exists() and log.read_bytes().count(b"\n") >= after:
+            break
+        time.sleep(0.005)
+    workers = set(children(agent.pid))
+    os.kill(random.choice(sorted(workers)), signal.SIGKILL)
+    while agent.poll() is None and not set(children(agent.pid)) - workers:
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+    shown, _ = agent.communicate(timeout=120)
+    assert agent.returncode == 0 and shown.startswith(b"16 steps, ")
+    assert shown.count(b"16 steps, ") == 1
+    assert_close(curve(out), curve(one))
+
+
+SMALL_FILES = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+"""
+
+
+def test_the_full_disk_of_one_process_loses_the_saves_alone(run, tmp_path):
+    recipe, one = run
+    out = tmp_path / "out"
+    processes = start_ranks(recipe, out, 2, "parallel.shard=2", rank_code={1: SMALL_FILES})
+    assert join(processes) == [0, 0]
+    told = errors(out, 0).read_text()
+    for step in (3, 6, 9, 12, 15, 16):
+        assert told.count(f"WARNING: no checkpoint at step {step}: File too large") == 1
+    assert not list(out.rglob("*step_*"))
+    assert_close(curve(out), curve(one))
+
+
+def test_a_damaged_share_makes_all_processes_go_back(run, tmp_path):
+    recipe, one = run
+    out = tmp_path / "out"
+    assert join(start_ranks(recipe, out, 2, "parallel.shard=2")) == [0, 0]
+    share = next((out / "checkpoints" / "step_16").glob("shard-00002-*"))
+    data = bytearray(share.read_bytes())
+    data[len(data) // 2] ^= 1
+    share.write_bytes(data)
+    shutil.rmtree(out / "model")
+    assert join(start_ranks(recipe, out, 2, "parallel.shard=2")) == [0, 0]
+    told = errors(out, 0).read_text()
+    assert "step_16 is damaged" in told and "going on from" in told and "step_15" in told
+    assert_close(curve(out), curve(one))
+
+
+STALL = """
+import time
+from osdn.data import RankRows
+original, calls = RankRows.__next__, []
+def slow(self):
+    calls.append(self)
+    if len(calls) == 5:
+        time.sleep(4)
+    return original(self)
+RankRows.__next__ = slow
+"""
+
+
+def test_a_process_that_stalls_is_named(run, tmp_path):
+    recipe, one = run
+    out = tmp_path / "out"
+    processes = start_ranks(recipe, out, 2, "parallel.stall_seconds=1", rank_code={1: STALL})
+    assert join(processes) == [0, 0]
+    told = [line for line in errors(out, 0).read_text().splitlines() if "stalls" in line]
+    assert len(told) == 1
+    assert f"rank 1 (host {os.uname().nodename}, pid {processes[1].pid}) stalls" in told[0]
+    assert "at step 3, reading rows; the others wait for it" in told[0]
+    assert_close(curve(out), curve(one))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.batch_rows=3", "train.batch_rows: 3 is no multiple of the 2 rows of a forward"),
+        ("parallel.shard=3", "parallel.shard: 3 does not divide the 2 processes of this run"),
+        ("model.vocab_size=9", "model.vocab_size: 9 is too small"),
+    ],
+)
+def test_what_does_not_fit_the_processes_is_one_line(override, expected, run, tmp_path):
+    out = tmp_path / "out"
+    assert join(start_ranks(run[0], out, 2, override)) == [1, 1]
+    assert errors(out, 0).read_text().startswith(f"osdn train: {expected}")
+    assert errors(out, 0).read_text().count("\n") == 1
