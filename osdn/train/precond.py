@@ -81,8 +81,10 @@ def measure(layer: OSDN, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Te
         one_value = k[..., :1].contiguous()  # the memory's values do not matter to d
         S0 = k.new_zeros(sequences, *k.shape[2:], 1)
         gates = (beta.contiguous(), None if log_gamma is None else log_gamma.contiguous())
+        # What it saves for its backward holds the path of d, third (chunkwise.saved_like).
         saved = chunkwise.forward(k, k, one_value, *gates, S0, d0, cu_seqlens, rule, True)[3]
-        d = saved[1]
+        d = saved[2]
+        assert d.shape == k.shape
     dot = (d * k.square()).sum(-1)
     clipped = torch.zeros_like(d)
     if rule.precond_min is not None and rule.precond_max is not None:

@@ -145,8 +145,10 @@ class Run:
 
     def _asked(self, signals: Signals) -> bool:
         """Whether a signal came to any process; all processes must ask together."""
-        signals.received = self.parallel.largest(signals.received or 0) or None
-        return signals.received is not None
+        received = self.parallel.largest(signals.received or 0)
+        if received:  # else one that came meanwhile would be forgotten
+            signals.received = received
+        return received > 0
 
     def _train_step(self) -> str:
         """One optimiser step, or a skipped one; returns what the progress bar shows."""

@@ -84,6 +84,13 @@ class Sharded:
     def __call__(self, *inputs: Any) -> Tensor:
         return (self.ddp or self.objective)(*inputs)
 
+    def evaluate(self, *inputs: Any) -> Tensor:
+        """The objective without a backward; afterwards the parameters are the shares again."""
+        loss = self.objective(*inputs)
+        if self.parallel.shard > 1:
+            self.objective.reshard()  # type: ignore[operator]  # FSDP2 leaves the root gathered
+        return loss
+
     def accumulating(self, last: bool) -> AbstractContextManager:
         """Around one micro-batch's forward and backward; gradients are exchanged in the last."""
         if self.ddp is not None and not last:

@@ -38,6 +38,6 @@ def bits_per_byte(
             return None
         own = first + parallel.rank
         batch = collate(batches[min(own, len(batches) - 1)])
-        loss = sharded.objective(*inputs(batch, parallel.device), 1).item()
+        loss = sharded.evaluate(*inputs(batch, parallel.device), 1).item()
         nats += parallel.gather(loss)[: len(batches) - first]
     return sum(nats) / math.log(2) / size

@@ -11,6 +11,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.train.tiny import (
@@ -43,7 +44,8 @@ def forgetting(request, corpus, tmp_path_factory):
 def run(corpus, tmp_path_factory):
     """The same with more steps and checkpoints."""
     directory = tmp_path_factory.mktemp("run")
-    return make_run(corpus, directory, forgetting="data", steps=16, checkpoint_every=3)
+    options = {"steps": 16, "checkpoint_every": 3, "validate_every": 4}
+    return make_run(corpus, directory, forgetting="data", **options)
 
 
 def make_run(corpus: str, directory: Path, *, forgetting: str, **changes) -> tuple[Path, Path]:
@@ -82,6 +84,28 @@ def test_two_processes_with_a_row_each_are_bit_equal_to_one(shard, forgetting, t
     assert two == one
 
 
+STOPPED_IN_VALIDATION = """
+import os, signal
+from osdn.train import run
+original = run.bits_per_byte
+def interrupted(*args, **options):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return original(*args, **options)
+run.bits_per_byte = interrupted
+"""
+
+
+def test_a_stop_in_a_validation_saves_what_was_trained(run, tmp_path):
+    recipe, one = run
+    out = tmp_path / "out"
+    code = {1: STOPPED_IN_VALIDATION}
+    processes = start_ranks(recipe, out, 2, "parallel.shard=2", rank_code=code)
+    assert join(processes) == [143, 143]
+    assert (out / "checkpoints" / "step_4").is_dir()
+    assert join(start_ranks(recipe, out, 2, "parallel.shard=2")) == [0, 0]
+    assert_close(curve(out), curve(one))
+
+
 def test_four_processes_then_two_then_one(run, tmp_path):
     recipe, one = run
     out = tmp_path / "out"
@@ -94,6 +118,61 @@ def test_four_processes_then_two_then_one(run, tmp_path):
         assert (out / "checkpoints" / f"step_{logged[-1]}").is_dir() and logged[-1] < 16
     assert join(start_ranks(recipe, out, 1)) == [0]
     assert_close(curve(out), curve(one))
+
+
+TRACED = """
+import functools, torch
+torch.compile = functools.partial(torch.compile, backend="eager")  # all but the slow part
+"""
+
+
+@pytest.mark.parametrize("shard", [1, 2])
+def test_compiled_blocks_that_are_made_again_change_nothing(shard, forgetting, tmp_path):
+    recipe, one = forgetting
+    out = tmp_path / "out"
+    options = ("train.compile=true", "train.activation_checkpointing=full", "train.rows=2")
+    processes = start_ranks(
+        recipe, out, 2, *options, f"parallel.shard={shard}", rank_code={0: TRACED, 1: TRACED}
+    )
+    assert join(processes) == [0, 0]
+    assert_close(curve(out), curve(one))
+
+
+DTYPES = """
+import torch
+from osdn import layers
+gates, start = layers.OSDN.gates, layers.OSDN.start_precond
+def checked_gates(self, x):
+    assert x.dtype == self.q_proj.weight.dtype == torch.bfloat16, (x.dtype, self.q_proj.weight)
+    assert self.a_proj(x).dtype == torch.float32
+    return gates(self, x)
+def checked_start(self):
+    assert start(self).dtype == torch.float32
+    return start(self)
+layers.OSDN.gates, layers.OSDN.start_precond = checked_gates, checked_start
+"""
+
+
+def test_bfloat16_in_compute_with_float32_where_it_matters(run, tmp_path):
+    recipe, one = run
+    out = tmp_path / "out"
+    options = ("train.precision=bfloat16", "train.activation_checkpointing=selective",
+               "logging.precond_every=5", "parallel.shard=2")  # fmt: skip
+    processes = start_ranks(recipe, out, 2, *options, rank_code={0: DTYPES, 1: DTYPES})
+    assert join(processes) == [0, 0]
+    lines = curve(out)
+    measured = [line for line in lines if line["kind"] == "precond"]
+    assert [line["step"] for line in measured] == [5, 10, 15]
+    assert all(len(line[name]) == 2 for line in measured for name in ("dot", "beta_dot", "clipped"))
+    plain = [line for line in lines if line["kind"] != "precond"]
+    assert [line["step"] for line in plain] == [line["step"] for line in curve(one)]
+    for line, exact in zip(plain, curve(one)):
+        for name in {"loss", "bits_per_byte"} & line.keys():
+            assert line[name] == pytest.approx(exact[name], rel=0.02)
+    weights = load_file(out / "model" / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    d = weights["model.layers.0.attn.initial_precond"]
+    assert not torch.equal(d, d.bfloat16().float())  # learned, and not in bfloat16's steps
 
 
 def children(pid: int) -> list[int]:
