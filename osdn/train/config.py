@@ -30,8 +30,8 @@ class Data(Section):
     """Which text, and how it is cut into tokens.
 
     corpus: "stdlib" (the Python standard library's own source), "hf:NAME" (a Hugging Face
-        dataset, streamed), or one or several paths, globs or directories of text, .jsonl and
-        .parquet files.
+        dataset, streamed), a directory that `osdn tokenize` made, or one or several paths, globs
+        or directories of text, .jsonl and .parquet files.
     text_field: the column of .jsonl, .parquet and hub records that holds the text.
     separator: in text files, the string between documents; null: each file is a document.
     subset, split: of a hub dataset.
@@ -237,7 +237,19 @@ def load_sections(kind: type[S], path: str | Path, overrides: Sequence[str] = ()
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{path}: {_first(error, kind)}") from None
+        message = _first(error, kind)
+        concerned = [override for override in overrides if _concerns(override, message)]
+        given = f" with {' '.join(concerned)}" if concerned else ""
+        raise UserError(f"{path}{given}: {message}") from None
+
+
+def _concerns(override: str, message: str) -> bool:
+    """Whether an error, "section.key: what is wrong", is about a value that was overridden."""
+    key = override.partition("=")[0]
+    where, _, wrong = message.partition(": ")
+    section, _, name = key.rpartition(".")
+    named = re.search(rf"(?<!\w){re.escape(name)}(?!\w)", wrong) is not None
+    return key == where or where.startswith(f"{key}.") or (section == where and named)
 
 
 class _Loader(yaml.SafeLoader):

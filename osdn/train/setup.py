@@ -15,11 +15,9 @@ from osdn.data import (
     Row,
     RowSource,
     WorkerRows,
-    encode_document,
-    held_out_texts,
     open_corpus,
     open_rows,
-    pack,
+    validation_rows,
 )
 from osdn.data.corpora import Corpus
 from osdn.errors import UserError
@@ -140,11 +138,11 @@ def make_rows(
     else:
         held_out = fraction = data.validation
         other = corpus
-    texts = (
-        held_out_texts(other, fraction=fraction, limit=data.validation_bytes) if fraction else []
-    )
-    validation = list(pack((encode_document(tokenizer, text) for text in texts), length))
-    size = sum(len(text.encode()) for text in texts)
+    validation, size = list[Row](), 0
+    if fraction:
+        validation, size = validation_rows(
+            other, tokenizer, length=length, fraction=fraction, limit=data.validation_bytes
+        )
     source = RowSource(
         corpus=corpus,
         tokenizer=tokenizer,

@@ -4,7 +4,7 @@ import pytest
 
 from osdn.errors import UserError
 from osdn.train import load_recipe
-from osdn.train.config import Data, Logging, Optimizer, Recipe, Schedule, Train
+from osdn.train.config import Data, Logging, Optimizer, Parallel, Recipe, Schedule, Train
 
 TEXT = """
 model: {hidden_size: 32, num_heads: 2, num_hidden_layers: 1}
@@ -65,6 +65,25 @@ def test_a_wrong_key_or_value_is_one_line_that_names_it(path, override, expected
     assert expected in message and "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.eta=3"], " with model.eta=3: model: eta"),
+        (["train.steps=9", "model.num_heads=3"], " with model.num_heads=3: model: num_heads"),
+        (["train.steps=0", "train.rows=2"], " with train.steps=0: train.steps: input"),
+        (["train.setps=1"], " with train.setps=1: train: no field 'setps'"),
+        (["data.corpus=[1]"], " with data.corpus=[1]: data.corpus"),
+    ],
+)
+def test_an_error_says_that_its_value_is_an_override(overrides, expected, path):
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, overrides)
+    assert str(caught.value).startswith(f"{path}{expected}")
+    path.write_text(TEXT.replace("steps: 5", "steps: 0"))
+    with pytest.raises(UserError, match=r"recipe\.yaml: train\.steps: "):
+        load_recipe(path, ["train.rows=2"])
+
+
 def test_a_misspelt_key_in_the_file_and_a_missing_file(path, tmp_path):
     path.write_text(TEXT.replace("steps", "setps"))
     with pytest.raises(UserError, match=r"train: no field 'setps'; did you mean 'steps'\?"):
@@ -80,7 +99,7 @@ def test_a_misspelt_key_in_the_file_and_a_missing_file(path, tmp_path):
 
 
 def test_every_field_is_documented():
-    for section in (Data, Optimizer, Schedule, Train, Logging, Recipe):
+    for section in (Data, Optimizer, Schedule, Train, Parallel, Logging, Recipe):
         words = section.__doc__.replace(",", " ").replace(":", " ").split()
         assert set(section.model_fields) <= {*words}
 
