@@ -16,6 +16,7 @@ parts of a group all read it, each keeping every so-manieth document.
 from collections.abc import Iterator, Sequence
 from glob import glob
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from random import Random
 from sysconfig import get_path
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple, Protocol
 
 from osdn.data.files import READERS, Found, read_text
 from osdn.data.hub import hub_is_reachable
+from osdn.data.retry import persevere
 from osdn.errors import UserError
 
 HUB = "hf:"
@@ -180,20 +182,30 @@ class FileCorpus:
         return before + (0 if self.files[number].suffix.lower() == ".parquet" else offset)
 
     def _pieces(self, path: Path, offset: int) -> Found:
+        """The file's pieces behind an offset, however often it must be opened again."""
         reader = READERS.get(path.suffix.lower())
-        try:
-            if reader is None:
-                yield from read_text(path, offset, self.separator)
-            else:
-                yield from reader(path, offset, self.text_field)
-        except OSError as error:
-            raise UserError(f"data.corpus: cannot read {path}: {error.strerror}") from error
+
+        def read() -> Found:
+            nonlocal offset
+            found = (
+                read_text(path, offset, self.separator)
+                if reader is None
+                else reader(path, offset, self.text_field)
+            )
+            for piece in found:
+                offset = piece[2]
+                yield piece
+
+        return persevere(read, lambda: str(path))
 
 
 class HubCorpus:
-    """A streamed Hugging Face dataset.
+    """A streamed Hugging Face dataset, file by file.
 
-    A position is [the stream's own state dictionary, records with text of the group read].
+    A position is [file number in this order, records of it read, records with text of the group].
+    datasets' own state is not used: an iteration leaves it behind in the dataset for the next, and
+    its resumption has skipped or repeated records (its issues 8145, 8308); it reads the file under
+    way again from its start, as this does.
     """
 
     def __init__(self, name: str, *, subset: str | None, split: str, text_field: str) -> None:
@@ -220,30 +232,45 @@ class HubCorpus:
     def read(
         self, *, order: str | None = None, position: Any = None, share: Share = WHOLE
     ) -> Iterator[tuple[Document, Any]]:
-        """The records in the dataset's order; `order` changes nothing. Its files are its shards."""
-        from copy import copy
+        files = list(range(self.dataset.num_shards))
+        if order is not None:
+            Random(order).shuffle(files)
+        groups, group, every, mine = share.among(len(files))
+        files = files[group::groups]
+        first, done, count = position or (0, 0, 0)
+        for number, file in enumerate(files[first:], start=first):
+            for record, after in self._records(file, done):
+                text = record.get(self.text_field)
+                if not isinstance(text, str):
+                    raise UserError(
+                        f"data.text_field: the records of '{HUB}{self.name}' have no text in "
+                        f"{self.text_field!r}; they have {', '.join(record)}"
+                    )
+                if text:
+                    count += 1
+                    if (count - 1) % every == mine:
+                        key = content_key(text, f"{self._file(file)}, record {after - 1}")
+                        yield Document(text, key), [number, after, count]
+            done = 0
 
-        groups, group, every, mine = share.among(self.dataset.num_shards)
-        dataset = copy(self.dataset) if groups == 1 else self.dataset.shard(groups, group)
-        stream, count = position or (None, 0)
-        if stream is not None:
-            dataset.load_state_dict(stream)
-        for number, record in enumerate(dataset):
-            text = record.get(self.text_field)
-            if not isinstance(text, str):
-                raise UserError(
-                    f"data.text_field: the records of '{HUB}{self.name}' have no text in "
-                    f"{self.text_field!r}; they have {', '.join(record)}"
-                )
-            if text:
-                count += 1
-                if (count - 1) % every == mine:
-                    key = content_key(text, f"{HUB}{self.name}, record {number} of this reading")
-                    yield Document(text, key), [dataset.state_dict(), count]
+    def _file(self, file: int) -> str:
+        return f"'{HUB}{self.name}', file {file} (from 0)"
+
+    def _records(self, file: int, done: int) -> Iterator[tuple[dict, int]]:
+        """The records of a file behind the first `done`, however often it must be opened again."""
+
+        def read() -> Iterator[tuple[dict, int]]:
+            nonlocal done
+            records = iter(self.dataset.shard(self.dataset.num_shards, file))
+            for record in islice(records, done, None):
+                done += 1
+                yield record, done
+
+        return persevere(read, lambda: self._file(file))
 
     def done(self, position: Any) -> int:
         """Records with text that are behind a position."""
-        return int(position[1])
+        return int(position[2])
 
 
 def content_key(text: str, where: str) -> int:

@@ -10,10 +10,14 @@ from threading import Thread
 def process_context() -> BaseContext:
     """Processes forked from a server that has no threads and no CUDA context, where there is one.
 
-    Where there is none (Windows), they are started afresh.
+    The server imports this package once for all of them. Where there is none (Windows), they are
+    started afresh.
     """
-    methods = multiprocessing.get_all_start_methods()
-    return multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "osdn.data"])
+    return context
 
 
 def follow_parent() -> None:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from osdn.data.corpora import WHOLE, Document, Share
+from osdn.data.retry import persevere
 from osdn.errors import UserError
 
 MANIFEST, JOB = "manifest.json", "shards_job.json"
@@ -148,10 +149,16 @@ class ShardCorpus:
     def open(self, shard: Shard) -> tuple[NDArray[Any], NDArray[Any]]:
         """(tokens, mapped into memory; the index, an array of ENTRY)."""
         tokens, index = (path for path, _ in self.files(shard))
+
+        def read() -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+            yield (
+                np.memmap(tokens, self.dtype, "r", shape=(shard.tokens,)),
+                np.fromfile(index, ENTRY),
+            )
+
         try:
-            entries = np.fromfile(index, ENTRY)
-            mapped = np.memmap(tokens, self.dtype, mode="r", shape=(shard.tokens,))
-        except (OSError, ValueError) as error:
+            mapped, entries = next(persevere(read, lambda: str(tokens)))
+        except ValueError as error:
             raise _damaged(tokens, f"cannot be mapped: {error}") from error
         if len(entries) != shard.documents or int(entries["tokens"].sum()) != shard.tokens:
             raise _damaged(index, "its documents do not add up to its tokens")

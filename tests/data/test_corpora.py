@@ -110,6 +110,12 @@ def test_hub_dataset_streams_and_resumes(tmp_path):
         assert [d for d, _ in resumed] == [d for d, _ in whole[cut + 1 :]]
         again = list(corpus.read(position=resumed[30][1]))  # from a place that a resumed one gave
         assert [d for d, _ in again] == [d for d, _ in whole[cut + 32 :]]
+    begun = corpus.read()
+    next(begun)
+    assert list(corpus.read()) == whole and list(begun) == whole[1:]  # readings are apart
+    shuffled = list(corpus.read(order="a"))
+    assert sorted(d.text for d, _ in shuffled) == sorted(TEXTS)
+    assert list(corpus.read(order="a", position=shuffled[140][1])) == shuffled[141:]
 
 
 def test_a_process_that_stops_within_a_hub_stream_ends_cleanly(tmp_path):
