@@ -32,6 +32,7 @@ from osdn.ops.triton import (
 from osdn.ops.triton.config import CONFIG
 from osdn.ops.triton.decode import decode
 from osdn.ops.triton.precond_forward import chunk_inverse
+from osdn.ops.triton.precond_segments import transfers
 
 SHAPES = ((16, 4096, 16), (1, 65536, 16))
 K = 128
@@ -46,6 +47,7 @@ def grid(**options):
 GRIDS = {
     "inverse": grid(num_warps=[1], BK=[16, 32], maxnreg=[96, 128, 168, 255]),
     "scan": grid(num_warps=[2, 4, 8], STAGES=[2, 3, 4]),
+    "transfer": grid(num_warps=[4, 8], num_stages=[1, 2], BV=[64, 128]),
     "token_scan": grid(num_warps=[1]),
     "write_keys": grid(num_warps=[1], BK=[16, 32], maxnreg=[96, 128, 168, 255]),
     "memory": grid(num_warps=[4, 8], num_stages=[1, 2], BV=[64, 128]),
@@ -71,7 +73,7 @@ def stages(B, T, H):
     chunks = cut(B, T, None)
     saved = saved_like(q, k, v, beta, None, S0, d0, None, RULE, True)
     x, starts, w, ka, A, clipped, e = saved[:7]
-    chunk_scan(k, beta, None, d0, x, starts, chunks, RULE)
+    _, solve, M = chunk_scan(k, beta, None, d0, x, starts, chunks, RULE)
     write_keys(k, beta, None, x, starts, w, A, ka, clipped, chunks, RULE, repair=False)
     *_, parts = memory(q, w, ka, v, A, S0, e, chunks, RULE)
     dv, dS, _ = memory_reverse(q, w, ka, A, do, S0, parts, chunks, RULE)
@@ -82,8 +84,8 @@ def stages(B, T, H):
     precond0 = torch.ones(64, H, K, device="cuda")
     row = [t.view(-1, H, t.shape[-1])[:64].contiguous() for t in (q, k, v)]
 
-    def solved(A):  # what is above the diagonal is never written
-        return A.view(-1, 64, H, 64).transpose(1, 2)[:256].tril()
+    def solved(A):
+        return A.view(-1, 64, H, 64).transpose(1, 2)[:256]
 
     def inverse():
         return (solved(chunk_inverse(k, beta, None, chunks, RULE)),)
@@ -93,7 +95,7 @@ def stages(B, T, H):
         return w, ka, solved(A)
 
     def scan():
-        return (chunk_scan(k, beta, None, d0, x, starts, chunks, RULE), x, starts)
+        return (chunk_scan(k, beta, None, d0, x, starts, chunks, RULE)[0], x, starts)
 
     def tokens():
         """Every token, as where the box clips in each sequence's first chunk."""
@@ -109,7 +111,7 @@ def stages(B, T, H):
     def reverse():
         part = dk.clone()
         found = chunk_scan_reverse(
-            k, beta, None, x, starts, dw, d0, part, dbeta, None, clipped, chunks, RULE
+            k, beta, None, x, starts, solve, M, dw, d0, part, dbeta, None, clipped, chunks, RULE
         )
         return dbeta, found, part
 
@@ -121,6 +123,7 @@ def stages(B, T, H):
     return {
         "inverse": inverse,
         "scan": scan,
+        "transfer": lambda: (transfers(k, beta, None, solve, None, chunks, RULE),),
         "token_scan": tokens,
         "write_keys": keys,
         "memory": lambda: memory(q, w, ka, v, A, S0, e, chunks, RULE)[:2],

@@ -6,6 +6,7 @@ from typing import overload
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from osdn.ops import reference
 from osdn.ops.registration import register
@@ -123,7 +124,8 @@ def online_scaled_delta_rule(
         initial_precond = _cast(initial_precond, accumulate)
         tensors = (q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
         save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-        o, state, precond, _ = BACKENDS[backend].rule(*tensors, *rule, save)
+        run = BACKENDS[backend].rule if _dispatched(q) else BACKENDS[backend].eager_rule
+        o, state, precond = run(*tensors, *rule, save)[:3]
     return (o, state, precond) if output_final_state else (o, None, None)
 
 
@@ -187,10 +189,16 @@ def online_scaled_delta_step(
     if backend == "reference":
         return reference.step(*given, rule), state, precond
     beta, log_gamma = _cast(beta, accumulate), _cast(log_gamma, accumulate)
-    traced = torch.compiler.is_compiling() or type(q) is not Tensor
-    step = BACKENDS[backend].step if traced else BACKENDS[backend].eager_step
+    step = BACKENDS[backend].step if _dispatched(q) else BACKENDS[backend].eager_step
     o = step(q, k, v, beta, log_gamma, state, precond, *rule)
     return o, state, precond
+
+
+def _dispatched(x: Tensor) -> bool:
+    """Whether operators are looked at as they are called: by a tracer, a tensor subclass or a mode
+    (a counter of operations, a policy of activation checkpointing), or on the meta device."""
+    seen = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    return seen or type(x) is not Tensor or x.is_meta
 
 
 @overload

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.library import CustomOpDef
 
 from osdn.ops.rule import Rule
@@ -31,10 +32,12 @@ from osdn.ops.rule import Rule
 class Backend(NamedTuple):
     """The operators of one backend; see the interface for what they compute.
 
-    eager_step is step without PyTorch's dispatcher, which takes longer than a small step does.
+    The eager ones do without PyTorch's dispatcher for custom operators, which takes longer than a
+    small step or several kernel launches do. They give what the others give, but for `saved`.
     """
 
     rule: Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]
+    eager_rule: Callable[..., tuple[Tensor, Tensor, Tensor]]
     step: Callable[..., Tensor]
     eager_step: Callable[..., Tensor]
 
@@ -45,9 +48,13 @@ Module = Callable[[], Any]
 def register(name: str, module_name: str) -> Backend:
     """Define osdn::{name}, its _backward and its _step over the module's functions."""
     module = partial(import_module, module_name)
-    rule = _rule(name, module)
-    _make_differentiable(rule, _backward(name, module))
-    return Backend(rule, *_step(name, module))
+    rule, backward = _rule(name, module), _backward(name, module)
+    differentiate = partial(_differentiate, backward)
+    rule.register_autograd(
+        lambda ctx, *gradients: differentiate(ctx, *gradients[:3]),
+        setup_context=lambda ctx, inputs, output: _keep(ctx, inputs, output[3]),
+    )
+    return Backend(rule, _eager_rule(module), *_step(name, module))
 
 
 def _rule(name: str, module: Module) -> CustomOpDef:
@@ -148,22 +155,47 @@ def _step(name: str, module: Module) -> tuple[CustomOpDef, Callable[..., Tensor]
     return step, step_op
 
 
-def _make_differentiable(rule: CustomOpDef, backward: CustomOpDef) -> None:
-    def setup_context(ctx, inputs, output):
-        # Nobody differentiates through what is saved: zeros for it would cost as much as it does.
-        ctx.set_materialize_grads(False)
-        ctx.has_gamma = inputs[4] is not None
-        ctx.rule, ctx.tensors_given = inputs[8:13], [x is not None for x in inputs[:8]]
-        ctx.save_for_backward(*(x for x in inputs[:8] if x is not None), *output[3])
+def _eager_rule(module: Module) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """The rule and its backward as a plain autograd function over the module's."""
 
-    def differentiate(ctx, do, dfinal_state, dfinal_precond, _):
-        kept = iter(ctx.saved_tensors)
-        tensors: list[Any] = [next(kept) if given else None for given in ctx.tensors_given]
-        results = (tensors[2], do), (tensors[5], dfinal_state), (tensors[6], dfinal_precond)
-        given = [torch.zeros_like(like) if x is None else x for like, x in results]
-        gradients = backward(*given, *tensors, list(kept), *ctx.rule)
-        dq, dk, dv, dbeta, dstate, dprecond, *dlog_gamma = gradients
-        dgamma = dlog_gamma[0] if ctx.has_gamma else None
-        return dq, dk, dv, dbeta, dgamma, dstate, dprecond, None, *[None] * 6
+    def run_backward(*arguments: Any) -> list[Tensor]:
+        return module().backward(*arguments[:-5], Rule(*arguments[-5:]))
 
-    rule.register_autograd(differentiate, setup_context=setup_context)
+    class EagerRule(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+            *results, saved = module().forward(*inputs[:8], Rule(*inputs[8:13]), inputs[13])
+            _keep(ctx, inputs, saved)
+            return results[0], results[1], results[2]
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+            return _differentiate(run_backward, ctx, *gradients)
+
+    return EagerRule.apply
+
+
+def _keep(ctx: Any, inputs: tuple, saved: list[Tensor]) -> None:
+    # Nobody differentiates through what is saved: zeros for it would cost as much as it does.
+    ctx.set_materialize_grads(False)
+    ctx.has_gamma = inputs[4] is not None
+    ctx.rule, ctx.tensors_given = inputs[8:13], [x is not None for x in inputs[:8]]
+    ctx.save_for_backward(*(x for x in inputs[:8] if x is not None), *saved)
+
+
+def _differentiate(
+    backward: Callable[..., list[Tensor]],
+    ctx: Any,
+    do: Tensor | None,
+    dfinal_state: Tensor | None,
+    dfinal_precond: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    kept = iter(ctx.saved_tensors)
+    tensors: list[Any] = [next(kept) if given else None for given in ctx.tensors_given]
+    results = (tensors[2], do), (tensors[5], dfinal_state), (tensors[6], dfinal_precond)
+    given = [torch.zeros_like(like) if x is None else x for like, x in results]
+    gradients = backward(*given, *tensors, list(kept), *ctx.rule)
+    dq, dk, dv, dbeta, dstate, dprecond, *dlog_gamma = gradients
+    dgamma = dlog_gamma[0] if ctx.has_gamma else None
+    return dq, dk, dv, dbeta, dgamma, dstate, dprecond, None, *[None] * 6

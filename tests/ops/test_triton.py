@@ -114,20 +114,23 @@ def _saved(inputs: dict, bounds: dict) -> torch.Tensor:
 
 def test_when_walks_are_cut_into_segments():
     assert count_segments(1, 65536, 32) == 16  # of 64 chunks each: 512 programs
-    assert count_segments(1, 4096, 32) == 4  # of 16 chunks, the least
-    assert count_segments(1, 3072, 32) == 1  # too short for four of them
+    assert count_segments(1, 16384, 16) == 16  # of 16 chunks, the least
+    assert count_segments(1, 16384, 8, ease=2) == 1  # a shorter walk, not worth it
+    assert count_segments(1, 8192, 32) == 1
     assert count_segments(2, 65536, 64) == 1  # enough programs as it is
 
 
 @pytest.mark.parametrize("T, V, options", [(300, 20, {}), (257, 70, BOX)])
 def test_walks_in_segments(monkeypatch, T, V, options):
     monkeypatch.setattr("osdn.ops.triton.chunks.LEAST", 1)
-    assert count_segments(1, T, 2) == 5
+    monkeypatch.setattr("osdn.ops.triton.chunks.LONG", 2)
+    assert count_segments(1, T, 2) == count_segments(1, T, 1, ease=2) == 5
     check(make_inputs(1, T, 1, 24, V, dtype=torch.float32), **options)
 
 
 def test_segments_and_a_box_that_is_left_late(monkeypatch):
     monkeypatch.setattr("osdn.ops.triton.chunks.LEAST", 1)
+    monkeypatch.setattr("osdn.ops.triton.chunks.LONG", 2)
     inputs = make_inputs(1, 300, 1, 20, 16, gamma=False, dtype=torch.float32)
     k = inputs["k"].detach()
     k[:, 150:] *= 1.3
@@ -139,28 +142,31 @@ def test_segments_and_a_box_that_is_left_late(monkeypatch):
 
 def test_segments_of_several_sequences_and_heads(monkeypatch):
     monkeypatch.setattr("osdn.ops.triton.chunks.LEAST", 2)
-    assert count_segments(2, 390, 2) == 4  # of two chunks each, the last of one
+    monkeypatch.setattr("osdn.ops.triton.chunks.LONG", 3)
+    assert count_segments(2, 390, 2, ease=2) == 4  # of two chunks each, the last of one
     check(make_inputs(2, 390, 2, 16, 16, dtype=torch.float32), beta_aware=True)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_joining_segments_squares_the_error_of_their_maps(reverse):
-    """Against the chain of maps itself, with maps given that are off by 1e-3."""
+def test_joining_segments_needs_no_exact_maps(reverse):
+    """Against the chain of maps itself, with maps given that are off by 1e-2."""
     g = torch.Generator().manual_seed(0)
     (N, NS, H, K), order = (2, 5, 2, 20), -1 if reverse else 1
     M = torch.eye(K) - 0.3 * torch.rand(N * NS, H, K, K, generator=g) / K
     u, initial = (torch.randn(n, H, K, generator=g) for n in (N * NS, N))
-    rough = M + 1e-3 * torch.randn(M.shape, generator=g) / K**0.5
+    rough = M + 1e-2 * torch.randn(M.shape, generator=g) / K**0.5
 
-    def walk(starts):
+    def walk(starts, _):
         return torch.einsum("nhji,nhj->nhi" if reverse else "nhij,nhj->nhi", M, starts) + u
 
     expected = initial
     for i in range(NS)[::order]:
-        expected = walk(expected.repeat_interleave(NS, 0)).view(N, NS, H, K)[:, i]
+        expected = walk(expected.repeat_interleave(NS, 0), None).view(N, NS, H, K)[:, i]
     on_device = (x.to(DEVICE) for x in (rough, initial))
     u, M = u.to(DEVICE), M.to(DEVICE)
-    error = relative_error(join(walk, *on_device, reverse=reverse).cpu(), expected)
+    error = relative_error(
+        join(walk, *on_device, cut(N, 64 * NS, None), reverse=reverse).cpu(), expected
+    )
     assert error < 1e-5
 
 

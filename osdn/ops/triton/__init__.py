@@ -18,6 +18,7 @@ from osdn.ops.triton.memory_backward import gradients, memory_reverse, states
 from osdn.ops.triton.memory_forward import memory, segments_like
 from osdn.ops.triton.precond_backward import chunk_scan_reverse
 from osdn.ops.triton.precond_forward import chunk_scan
+from osdn.ops.triton.precond_segments import transfers_like
 from osdn.ops.triton.precond_tokens import token_scan
 from osdn.ops.triton.precond_tokens_backward import token_scan_reverse
 from osdn.ops.triton.write_keys import write_keys
@@ -48,14 +49,17 @@ def forward(
             precond = initial_precond.clone()
             starts.copy_(_at_chunks(initial_precond, chunks))
             x.zero_()
+            inverse, M = _solve_like(k, cu_seqlens, constant=True)
         else:
-            precond = chunk_scan(*gates, initial_precond, x, starts, chunks, rule)
+            precond, inverse, M = chunk_scan(*gates, initial_precond, x, starts, chunks, rule)
         write_keys(*gates, x, starts, w, A, ka, clipped, chunks, rule, repair=False)
         if rule.precond_min is not None:  # both return at once where no token left the box
             token_scan(*gates, w, x, starts, precond, clipped, chunks, rule)
             write_keys(*gates, x, starts, w, A, ka, clipped, chunks, rule, repair=True)
         o, state, segments = memory(q, w, ka, v, A, initial_state, e, chunks, rule)
-    return o, state, precond, [] if e is None else [x, starts, w, ka, A, clipped, e, *segments]
+    if e is None:
+        return o, state, precond, []
+    return o, state, precond, [x, starts, w, ka, A, clipped, e, inverse, M, *segments]
 
 
 def saved_like(
@@ -70,11 +74,21 @@ def saved_like(
     rule: Rule,
     save: bool,
 ) -> list[Tensor]:
-    """Empty: `_operands`, e [B, T, H, V], and what `memory` leaves of segments."""
+    """Empty: `_operands`, e [B, T, H, V], phase 1's solve, and what `memory` leaves of segments."""
     if not save:
         return []
     operands = _operands(k, beta, initial_precond, cu_seqlens)
-    return [*operands, v.new_empty(v.shape), *segments_like(q, v, cu_seqlens)]
+    solve = _solve_like(k, cu_seqlens, rule.constant_precond(log_gamma is not None))
+    return [*operands, v.new_empty(v.shape), *solve, *segments_like(q, v, cu_seqlens)]
+
+
+def _solve_like(k: Tensor, cu_seqlens: Tensor | None, constant: bool) -> tuple[Tensor, Tensor]:
+    """Empty inverse [B, T, H, CHUNK] and M of `precond_forward`, of no size where d is constant."""
+    B, T, H, K = k.shape
+    if constant:
+        return k.new_empty(0, dtype=torch.float32), k.new_empty(0, H, K, K, dtype=torch.float32)
+    inverse = k.new_empty(B, T, H, CHUNK, dtype=torch.float32)
+    return inverse, transfers_like(k, cu_seqlens)
 
 
 def _operands(k: Tensor, beta: Tensor, precond: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
@@ -108,7 +122,7 @@ def backward(
     rule: Rule,
 ) -> list[Tensor]:
     """[dq, dk, dv, dβ, dinitial_state, dinitial_precond] and dlog γ, as the contract has them."""
-    x, starts, w, ka, A, clipped, e, *segments = saved
+    x, starts, w, ka, A, clipped, e, inverse, M, *segments = saved
     q, k, do = q.contiguous(), k.contiguous(), do.contiguous()
     dfinal_state, dfinal_precond = dfinal_state.contiguous(), dfinal_precond.contiguous()
     with _on(q):
@@ -126,7 +140,7 @@ def backward(
                 *gates, x, starts, dw, dfinal_precond, *found, clipped, chunks, rule
             )
         dprecond = chunk_scan_reverse(
-            *gates, x, starts, dw, dfinal_precond, *found, clipped, chunks, rule
+            *gates, x, starts, inverse, M, dw, dfinal_precond, *found, clipped, chunks, rule
         )
     gradient = [dq, dk, dv, dbeta, dstate, dprecond]
     return gradient if dlog_gamma is None else [*gradient, dlog_gamma]

@@ -14,9 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 64
-# A walk over chunks is cut into segments where it would run on at most FEW programs, so that about
-# PROGRAMS run (four on each of an H100's 132 multiprocessors), of at least LEAST chunks each.
-FEW, PROGRAMS, LEAST = 64, 512, 16
+# A walk over at least LONG chunks is cut into segments where it would run on at most FEW programs,
+# so that about PROGRAMS run (four on each of an H100's 132 multiprocessors), of at least LEAST
+# chunks each.
+LONG, FEW, PROGRAMS, LEAST = 256, 64, 512, 16
 
 
 class Chunks(NamedTuple):
@@ -75,14 +76,14 @@ def cut(B: int, T: int, cu_seqlens: Tensor | None) -> Chunks:
     return chunks
 
 
-def count_segments(B: int, T: int, programs: int) -> int:
+def count_segments(B: int, T: int, programs: int, ease: int = 1) -> int:
     """Of a sequence of T tokens, where B of them walk on `programs` programs each; 1: not cut.
 
-    At least four, or the extra pass over them does not pay.
+    ease: how many times less a step of this walk takes than one of the memory's.
     """
     walk = triton.cdiv(T, CHUNK)
     count = triton.cdiv(walk, max(LEAST, triton.cdiv(B * walk * programs, PROGRAMS)))
-    return count if B * programs <= FEW and count >= 4 else 1
+    return count if B * programs * ease <= FEW and walk >= LONG * ease else 1
 
 
 def split(chunks: Chunks, count: int) -> Chunks:

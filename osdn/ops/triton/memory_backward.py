@@ -76,7 +76,8 @@ def memory_reverse_kernel(
 ):  # fmt: skip
     """dv [B, T, H, V] and dS [chunks, H, K, V] if SAVE, dinitial [N, H, K, V].
 
-    Grid: N · H · blocks of V; N counts segments where there are any.
+    Without SAVE, dfinal counts as zero. Grid: N · H · blocks of V; N counts segments where there
+    are any.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % NV
@@ -99,7 +100,10 @@ def memory_reverse_kernel(
     state = (i_n.to(tl.int64) * H + i_h) * K * V
     type = q.dtype.element_ty
 
-    b_dS = load_tile(dfinal + state, o_k, K, V, o_v, V)
+    if SAVE:
+        b_dS = load_tile(dfinal + state, o_k, K, V, o_v, V)
+    else:
+        b_dS = tl.zeros([BK, BV], tl.float32)
     for i_t in range(NT - 1, -1, -1):
         left = length - i_t * BT
         b_q = load_tile(q, o_t, left, H * K, o_k, K)
@@ -236,7 +240,7 @@ def memory_reverse(
     M, starts = segments
     chunks = split(chunks, len(starts) // chunks.sequences)
     R = torch.empty_like(starts)
-    _walk(q, w, ka, A, do, torch.zeros_like(R), None, None, R, chunks, rule)
+    _walk(q, w, ka, A, do, R, None, None, R, chunks, rule)
     ends, dinitial = link(M, R, dfinal_state, reverse=True)
     _walk(q, w, ka, A, do, ends, dv, dS, R, chunks, rule)
     return dv, dS, dinitial
@@ -255,7 +259,7 @@ def _walk(
     chunks: Chunks,
     rule: Rule,
 ) -> None:
-    """Launch the reverse kernel; without dv and dS only dinitial is written."""
+    """Launch the reverse kernel; without dv and dS only dinitial is written, from zero."""
     (T, H, K), V = q.shape[1:], do.shape[-1]
     config = launch("memory_reverse", q, K, V)
     memory_reverse_kernel[(chunks.sequences * H * triton.cdiv(V, config["BV"]),)](

@@ -42,7 +42,8 @@ def memory_kernel(
 ):  # fmt: skip
     """o [B, T, H, V] if READ, e likewise if SAVE, final [N, H, K, V]. Grid: N · H · blocks of V.
 
-    N counts segments where there are any. VALUES: v is there, else it is zero.
+    N counts segments where there are any. VALUES: v is there, else it is zero. Without READ the
+    walk begins from zero, or where there are no values from the identity.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % NV
@@ -64,7 +65,12 @@ def memory_kernel(
     state = (i_n.to(tl.int64) * H + i_h) * K * V
     type = q.dtype.element_ty
 
-    b_S = load_tile(initial + state, o_k, K, V, o_v, V)
+    if READ:
+        b_S = load_tile(initial + state, o_k, K, V, o_v, V)
+    elif VALUES:
+        b_S = tl.zeros([BK, BV], tl.float32)
+    else:
+        b_S = tl.where(o_k[:, None] == o_v[None, :], 1.0, 0.0)
     for i_t in range(tl.cdiv(length, BT)):
         left = length - i_t * BT
         if READ:
@@ -118,7 +124,6 @@ def memory(
 
     segments: M and the memory at the start of every segment, or nothing where there are none.
     """
-    K = q.shape[-1]
     o, kept = torch.empty_like(v), segments_like(q, v, chunks.cu_seqlens)
     if not kept:
         final = torch.empty_like(initial_state)
@@ -126,9 +131,8 @@ def memory(
         return o, final, []
     M, U = kept
     segments = split(chunks, len(M) // chunks.sequences)
-    identity = torch.eye(K, device=w.device).expand_as(M).contiguous()
-    _walk(None, w, ka, None, A, identity, None, None, M, segments, rule)
-    _walk(None, w, ka, v, A, torch.zeros_like(U), None, None, U, segments, rule)
+    _walk(None, w, ka, None, A, M, None, None, M, segments, rule)
+    _walk(None, w, ka, v, A, U, None, None, U, segments, rule)
     starts, final = link(M, U, initial_state, reverse=False)
     _walk(q, w, ka, v, A, starts, o, e, U, segments, rule)
     return o, final, [M, starts]
@@ -137,8 +141,9 @@ def memory(
 def segments_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
     """Empty M [segments, H, K, K] and a memory at each segment's start, or nothing without any."""
     (B, T, H, K), V = q.shape, v.shape[-1]
-    count = count_segments(B, T, H * triton.cdiv(V, launch("memory", q, K, V)["BV"]))
-    if cu_seqlens is not None or count == 1:
+    programs = H * triton.cdiv(V, launch("memory", q, K, V)["BV"])
+    count = 1 if cu_seqlens is not None else count_segments(B, T, programs)
+    if count == 1:
         return []
     return [q.new_empty(B * count, H, K, x, dtype=torch.float32) for x in (K, V)]
 
@@ -156,7 +161,7 @@ def _walk(
     chunks: Chunks,
     rule: Rule,
 ) -> None:
-    """Launch the kernel; without v the values are zero, without o nothing is read."""
+    """Launch the kernel; without v the values are zero, without o nothing is read, initial too."""
     (T, H, K), V = w.shape[1:], final.shape[-1]
     config = launch("memory", w, K, V)
     memory_kernel[(chunks.sequences * H * triton.cdiv(V, config["BV"]),)](

@@ -34,9 +34,8 @@ from osdn.ops.triton.chunks import (
     tile,
 )
 from osdn.ops.triton.config import launch, precision
-from osdn.ops.triton.precond_forward import chunk_inverse
 from osdn.ops.triton.precond_gates import load_gate, load_retention
-from osdn.ops.triton.precond_segments import walk_in_segments
+from osdn.ops.triton.precond_segments import join, transfers
 from osdn.ops.triton.solve import mul
 
 
@@ -105,7 +104,6 @@ def scan_reverse_kernel(
     o_t = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     m_k = o_k < K
-    lower = o_t[:, None] >= o_t[None, :]
     row = (begin + (NT - 1).to(tl.int64) * BT) * H + i_h
     k += row * K
     inverse += row * BT
@@ -124,8 +122,7 @@ def scan_reverse_kernel(
         b_dd = tl.load(dd + o_k, mask=m_k, other=0.0)
         if MOVES:
             b_k = load_tile(k, o_t, left, H * K, o_k, K)
-            m_X = lower & (o_t[:, None] < left)
-            b_X = tl.load(inverse + o_t[:, None] * (H * BT) + o_t[None, :], mask=m_X, other=0.0)
+            b_X = load_tile(inverse, o_t, left, H * BT, o_t, BT)
             tl.store(ends + o_k, lam, mask=m_k)
             pre, post, end = load_retention(log_gamma, o_t, left, 0.0, H, HAS_GAMMA)
             b_s = b_k.to(tl.float32)
@@ -240,6 +237,8 @@ def chunk_scan_reverse(
     log_gamma: Tensor | None,
     x: Tensor,
     starts: Tensor,
+    inverse: Tensor,
+    M: Tensor,
     dw: Tensor,
     dfinal_precond: Tensor,
     dk: Tensor,
@@ -253,7 +252,6 @@ def chunk_scan_reverse(
     T, H, K = k.shape[1:]
     moves = not rule.constant_precond(log_gamma is not None)
     gate = beta if log_gamma is None else log_gamma
-    inverse = chunk_inverse(k, beta, log_gamma, chunks, rule) if moves else beta
     r, a = (torch.empty_like(beta) for _ in range(2))
     dd, ends = (torch.empty_like(starts) for _ in range(2))
     shape = {"H": H, "K": K, "BT": CHUNK, "HAS_GAMMA": log_gamma is not None, "MOVES": moves}
@@ -272,11 +270,9 @@ def chunk_scan_reverse(
         )  # fmt: skip
         return dinitial
 
-    if moves:
-        gates = (k, beta, log_gamma)
-        dinitial = walk_in_segments(walk, *gates, inverse, dfinal_precond, clipped, chunks, rule)
-    else:
-        dinitial = walk(dfinal_precond, chunks)
+    if len(M) and rule.precond_min is not None:
+        M = transfers(k, beta, log_gamma, inverse, clipped, chunks, rule)
+    dinitial = join(walk, M, dfinal_precond, chunks, reverse=True)
     precond_gradients_kernel[(chunks.bound * H,)](
         k, beta, gate, x, a, starts, ends, dw, dk, dbeta,
         dbeta if dlog_gamma is None else dlog_gamma,

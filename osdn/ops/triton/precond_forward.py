@@ -21,7 +21,7 @@ from osdn.ops.rule import Rule
 from osdn.ops.triton.chunks import CHUNK, Chunks, load_tile, locate_chunk, locate_sequence, tile
 from osdn.ops.triton.config import launch
 from osdn.ops.triton.precond_gates import load_gate, load_retention
-from osdn.ops.triton.precond_segments import walk_in_segments
+from osdn.ops.triton.precond_segments import join, transfers
 from osdn.ops.triton.solve import invert, mul, store_blocks
 
 
@@ -50,7 +50,7 @@ def inverse_kernel(
     H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, IS_VARLEN: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """(I + L)⁻¹ [B, T, H, BT] float32, its upper part left unwritten. Grid: chunks · H."""
+    """(I + L)⁻¹ [B, T, H, BT] float32. Grid: chunks · H."""
     i_h = tl.program_id(0) % H
     i_c = tl.program_id(0) // H
     begin, left = locate_chunk(i_c, cu_seqlens, indices, T, BT, IS_VARLEN)
@@ -108,7 +108,7 @@ def inverse_kernel(
         _diagonal(G33, b3, pre3, post3, eta),
         PREC,
     )
-    store_blocks(inverse + row * BT, H * BT, left, X, False)
+    store_blocks(inverse + row * BT, H * BT, left, X)
 
 
 @triton.jit(do_not_specialize=["T", "segment"])
@@ -129,7 +129,6 @@ def scan_kernel(
     o_t = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     m_k = o_k < K
-    lower = o_t[:, None] >= o_t[None, :]
     row = begin * H + i_h
     k += row * K
     inverse += row * BT
@@ -143,8 +142,7 @@ def scan_kernel(
     for i_t in tl.range(0, tl.cdiv(length, BT), num_stages=STAGES):
         left = length - i_t * BT
         b_k = load_tile(k, o_t, left, H * K, o_k, K)
-        m_X = lower & (o_t[:, None] < left)
-        b_X = tl.load(inverse + o_t[:, None] * (H * BT) + o_t[None, :], mask=m_X, other=0.0)
+        b_X = load_tile(inverse, o_t, left, H * BT, o_t, BT)
         tl.store(starts + o_k, b_d, mask=m_k)
         pre, post, end = load_retention(log_gamma, o_t, left, 0.0, H, HAS_GAMMA)
         b_s = b_k.to(tl.float32)
@@ -177,7 +175,7 @@ def scan_kernel(
 def chunk_inverse(
     k: Tensor, beta: Tensor, log_gamma: Tensor | None, chunks: Chunks, rule: Rule
 ) -> Tensor:
-    """(I + L)⁻¹ of phase 1: [B, T, H, CHUNK] float32, of which only the lower part is written."""
+    """(I + L)⁻¹ of phase 1: [B, T, H, CHUNK] float32."""
     B, T, H, K = k.shape
     inverse = torch.empty(B, T, H, CHUNK, dtype=torch.float32, device=k.device)
     inverse_kernel[(chunks.bound * H,)](
@@ -199,10 +197,12 @@ def chunk_scan(
     starts: Tensor,
     chunks: Chunks,
     rule: Rule,
-) -> Tensor:
-    """Fill x [B, T, H] and starts [chunks, H, K]; return d after the last token [N, H, K]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fill x [B, T, H] and starts [chunks, H, K].
+
+    Returns d after the last token [N, H, K]; the inverse of every chunk; M of every segment.
+    """
     T, H, K = k.shape[1:]
-    inverse = chunk_inverse(k, beta, log_gamma, chunks, rule)
 
     def walk(initial: Tensor, chunks: Chunks) -> Tensor:
         final = torch.empty_like(initial)
@@ -215,5 +215,6 @@ def chunk_scan(
         )  # fmt: skip
         return final
 
-    gates = (k, beta, log_gamma)
-    return walk_in_segments(walk, *gates, inverse, initial_precond, None, chunks, rule)
+    inverse = chunk_inverse(k, beta, log_gamma, chunks, rule)
+    M = transfers(k, beta, log_gamma, inverse, None, chunks, rule)
+    return join(walk, M, initial_precond, chunks, reverse=False), inverse, M

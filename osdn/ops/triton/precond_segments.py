@@ -5,13 +5,13 @@ chunk by chunk, as `precond_forward` makes d, from the identity:
 
     M ← exp(post_C) M − Σ_j exp(post_C − post_j) η b_j s_j y_jᵀ,   y = (I + L)⁻¹ (b ⊙ Γ ⊙ s M),
 
-in single tf32 products, whose error does not matter: a walk from guesses g_i gives each segment's
-exact end e_i, and with δ the difference between a start and its guess
+with 16-bit operands beside 16-bit keys, since its error ε does not matter: a walk from guesses g_i
+gives each segment's exact end e_i, and with δ the difference between a start and its guess
 
     start_{i+1} = e_i + M_i δ_i
 
-is off by the error of M times δ. The first guess is the sequence's own start; a second round leaves
-that error squared. Three walks on hundreds of programs cost less than one on a few.
+is off by ε δ. The first guess is the sequence's own start; the third round leaves ε³. Four walks on
+hundreds of programs and M take less time than one walk on a few, if that is long enough.
 """
 
 from collections.abc import Callable
@@ -32,17 +32,18 @@ from osdn.ops.triton.chunks import (
     store_tile,
     tile,
 )
-from osdn.ops.triton.config import launch
+from osdn.ops.triton.config import launch, precision
 from osdn.ops.triton.precond_gates import load_gate, load_retention
 
 Walk = Callable[[Tensor, Chunks], Tensor]
+ROUNDS = 3
 
 
 @triton.jit(do_not_specialize=["T", "segment"])
 def transfer_kernel(
     k, beta, log_gamma, inverse, M, clipped, eta, T, segment,
     H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, BOXED: tl.constexpr,
+    HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, BOXED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """M [segments, H, K, K] float32. Grid: segments · H · blocks of BV columns.
 
@@ -60,32 +61,31 @@ def transfer_kernel(
     o_t = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
-    lower = o_t[:, None] >= o_t[None, :]
     row = begin * H + i_h
     k += row * K
     inverse += row * BT
     beta += row
     log_gamma += row
+    type = k.dtype.element_ty
     b_M = tl.where(o_k[:, None] == o_v[None, :], 1.0, 0.0)
     for i_t in range(NT):
         left = length - i_t * BT
         b_s = load_tile(k, o_t, left, H * K, o_k, K).to(tl.float32)
         b_s *= b_s
-        m_X = lower & (o_t[:, None] < left)
-        b_X = tl.load(inverse + o_t[:, None] * (H * BT) + o_t[None, :], mask=m_X, other=0.0)
+        b_X = load_tile(inverse, o_t, left, H * BT, o_t, BT)
         pre, post, end = load_retention(log_gamma, o_t, left, 0.0, H, HAS_GAMMA)
-        b_y = tl.dot(b_s, b_M, input_precision="tf32")
+        b_y = tl.dot(b_s.to(type), b_M.to(type), input_precision=PREC)
         if HAS_GAMMA:
             b_y *= tl.exp(pre)[:, None]
         if BETA_AWARE:
             b_b = load_gate(beta, o_t, left, H)
             b_y *= b_b[:, None]
             b_s *= b_b[:, None]
-        b_y = tl.dot(b_X, b_y, input_precision="tf32")
+        b_y = tl.dot(b_X.to(type), b_y.to(type), input_precision=PREC)
         if HAS_GAMMA:
             b_s *= tl.exp(end - post)[:, None]
             b_M *= tl.exp(end)
-        b_M -= tl.dot(tl.trans(eta * b_s), b_y, input_precision="tf32")
+        b_M -= tl.dot(tl.trans((eta * b_s).to(type)), b_y.to(type), input_precision=PREC)
 
         k += BT * H * K
         inverse += BT * H * BT
@@ -123,52 +123,62 @@ def correct_kernel(
             b_d += tl.sum(b_M * delta[None, :], 1)
 
 
-def walk_in_segments(
-    walk: Walk,
+def transfers(
     k: Tensor,
     beta: Tensor,
     log_gamma: Tensor | None,
     inverse: Tensor,
-    initial: Tensor,
     clipped: Tensor | None,
     chunks: Chunks,
     rule: Rule,
 ) -> Tensor:
-    """What the walk leaves at each sequence's last end [N, H, K], its other results being right.
+    """M of every segment [segments, H, K, K] float32, empty where there are none.
 
-    walk(starts [sequences, H, K], chunks) walks every sequence, or segment of one, of chunks, and
-    returns what is left at its end. With clipped it goes backwards, down from those chunks.
+    With clipped, of the chunks before those alone.
     """
-    (B, T, H, K), reverse = k.shape, clipped is not None
-    count = 1 if chunks.indices is not None else count_segments(B, T, H)
-    if count == 1:
-        return walk(initial, chunks)
-    segments = split(chunks, count)
-    M = k.new_empty(segments.sequences, H, K, K, dtype=torch.float32)
+    T, H, K = k.shape[1:]
+    M = transfers_like(k, chunks.cu_seqlens)
+    if not len(M):
+        return M
+    segments = split(chunks, len(M) // chunks.sequences)
     config = launch("transfer", k, K, K)
     transfer_kernel[(segments.sequences * H * triton.cdiv(K, config["BV"]),)](
         k, beta, beta if log_gamma is None else log_gamma, inverse, M,
         beta if clipped is None else clipped, rule.eta, T, segments.segment,
         H=H, K=K, BT=CHUNK, BK=tile(K), HAS_GAMMA=log_gamma is not None,
-        BETA_AWARE=rule.beta_aware, BOXED=reverse and rule.precond_min is not None, **config,
+        BETA_AWARE=rule.beta_aware, BOXED=clipped is not None,
+        PREC="tf32" if precision(k) == "tf32x3" else precision(k), **config,
     )  # fmt: skip
-    return join(lambda starts: walk(starts, segments), M, initial, reverse=reverse)
+    return M
 
 
-def join(walk: Callable[[Tensor], Tensor], M: Tensor, initial: Tensor, *, reverse: bool) -> Tensor:
-    """What the walk leaves at the last segment's end [N, H, K], its last starts being right.
+def transfers_like(k: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Empty M, as `transfers` gives it."""
+    B, T, H, K = k.shape
+    # A step of this walk takes half the time of the memory's.
+    count = 1 if cu_seqlens is not None else count_segments(B, T, H, ease=2)
+    return k.new_empty(0 if count == 1 else B * count, H, K, K, dtype=torch.float32)
 
-    walk maps starts [N · NS, H, K] to ends; its derivative is M [N · NS, H, K, K] or close to it.
+
+def join(walk: Walk, M: Tensor, initial: Tensor, chunks: Chunks, *, reverse: bool) -> Tensor:
+    """What the walk leaves at each sequence's last end [N, H, K], its last starts being right.
+
+    walk(starts [sequences, H, K], chunks) walks every sequence, or segment of one, of chunks, and
+    returns what is left at its end, whose derivative is M [segments, H, K, K] or close to it; an
+    empty M stands for whole sequences.
     """
     N, H, K = initial.shape
+    if not len(M):
+        return walk(initial, chunks)
     count = len(M) // N
+    segments = split(chunks, count)
     guesses = initial.repeat_interleave(count, 0)
-    for _ in range(2):
-        ends, starts = walk(guesses), torch.empty_like(guesses)
+    for _ in range(ROUNDS):
+        ends, starts = walk(guesses, segments), torch.empty_like(guesses)
         correct_kernel[(N * H,)](
             M, guesses, ends, initial, starts, count,
             H=H, K=K, BK=tile(K), REVERSE=reverse, num_warps=8 if K <= 128 else 16,
         )  # fmt: skip
         guesses = starts
-    ends = walk(guesses).view(N, count, H, K)
+    ends = walk(guesses, segments).view(N, count, H, K)
     return ends[:, 0 if reverse else -1].contiguous()

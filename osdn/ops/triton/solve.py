@@ -53,28 +53,25 @@ def invert(L00, L10, L11, L20, L21, L22, L30, L31, L32, L33, PREC: tl.constexpr)
 
 
 @triton.jit
-def store_blocks(p, stride, left, X, FULL: tl.constexpr):
-    """Write the lower blocks X of a [64, 64] tile with the given row stride, and with FULL zeros
-    for the others; rows ≥ left are not written."""
+def store_blocks(p, stride, left, X):
+    """Write the lower blocks X, and zeros above them, as a [64, 64] tile with the given row stride;
+    rows ≥ left are not written."""
     X00, X10, X11, X20, X21, X22, X30, X31, X32, X33 = X
     o_s = tl.arange(0, 16)
     p = p + o_s[:, None] * stride + o_s[None, :]
     zero = tl.zeros([16, 16], tl.float32)
-    _store_row(p, o_s, left, X00, zero, zero, zero, 1, FULL)
-    _store_row(p + 16 * stride, o_s + 16, left, X10, X11, zero, zero, 2, FULL)
-    _store_row(p + 32 * stride, o_s + 32, left, X20, X21, X22, zero, 3, FULL)
-    _store_row(p + 48 * stride, o_s + 48, left, X30, X31, X32, X33, 4, FULL)
+    _store_row(p, o_s, left, X00, zero, zero, zero)
+    _store_row(p + 16 * stride, o_s + 16, left, X10, X11, zero, zero)
+    _store_row(p + 32 * stride, o_s + 32, left, X20, X21, X22, zero)
+    _store_row(p + 48 * stride, o_s + 48, left, X30, X31, X32, X33)
 
 
 @triton.jit
-def _store_row(p, o_t, left, X0, X1, X2, X3, COUNT: tl.constexpr, FULL: tl.constexpr):
-    """The first COUNT of four blocks side by side, or all."""
+def _store_row(p, o_t, left, X0, X1, X2, X3):
+    """Four blocks side by side."""
     type = p.dtype.element_ty
     m = o_t[:, None] < left
     tl.store(p, X0.to(type), mask=m)
-    if COUNT > 1 or FULL:
-        tl.store(p + 16, X1.to(type), mask=m)
-    if COUNT > 2 or FULL:
-        tl.store(p + 32, X2.to(type), mask=m)
-    if COUNT > 3 or FULL:
-        tl.store(p + 48, X3.to(type), mask=m)
+    tl.store(p + 16, X1.to(type), mask=m)
+    tl.store(p + 32, X2.to(type), mask=m)
+    tl.store(p + 48, X3.to(type), mask=m)

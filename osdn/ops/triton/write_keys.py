@@ -151,7 +151,7 @@ def write_keys_kernel(
     if BOXED and not STORED:
         tl.atomic_min(clipped, i_c, mask=tl.max(tl.max(out, 1), 0) > 0)
     X = invert(L00, L10, L11, L20, L21, L22, L30, L31, L32, L33, SOLVE)
-    store_blocks(A + row * BT, H * BT, left, X, True)
+    store_blocks(A + row * BT, H * BT, left, X)
     X00, X10, X11, X20, X21, X22, X30, X31, X32, X33 = X
     type = k.dtype.element_ty
     for i_k in range(tl.cdiv(K, BK)):
