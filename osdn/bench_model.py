@@ -1,9 +1,9 @@
 """One training step of a whole model, beside flash-linear-attention's DeltaNet on the same batch.
 
-Forward, loss over every next token, backward: parameters float32, arithmetic under bfloat16
-autocast, each model as its own library means it to be used: ours with every block through
-`torch.compile`, FLA's with its fused kernels in eager. The optimiser is left out: it is the same
-for both.
+Forward, loss over every next token, backward, with parameters in bfloat16, which is what FSDP2's
+mixed precision hands to a forward; each model as its own library means it to be used: ours with
+every block through `torch.compile`, FLA's with its fused kernels in eager. The optimiser is left
+out: it is the same for both.
 """
 
 from __future__ import annotations
@@ -35,9 +35,7 @@ def model_step(sizes: tuple[int, ...], rounds: int, take_turns: Timer) -> list[d
         models["FLA DeltaNet"] = peer
 
     def step(name: str) -> None:
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = models[name](input_ids=ids, labels=ids).loss
-        loss.backward()
+        models[name](input_ids=ids, labels=ids).loss.backward()
         models[name].zero_grad(set_to_none=True)
 
     times = take_turns({name: partial(step, name) for name in models}, rounds)
@@ -71,8 +69,9 @@ def _osdn(layers: int, **options: Any) -> nn.Module:
         hidden_size=WIDTH, num_hidden_layers=layers, num_heads=HEADS, intermediate_size=MLP,
         vocab_size=VOCABULARY, **options,
     )  # fmt: skip
-    model = OSDNForCausalLM(config)
-    model.to("cuda").train()  # type: ignore[arg-type]  # a decorator hides its signature
+    with torch.device("cuda"):
+        model = OSDNForCausalLM(config).train()
+    model.to(dtype=torch.bfloat16)  # type: ignore[call-arg]  # a decorator hides its signature
     for block in model.model.layers:
         block.compile()
     return model
@@ -88,4 +87,6 @@ def _fla_delta_net(layers: int) -> nn.Module | None:
         hidden_size=WIDTH, num_hidden_layers=layers, num_heads=HEADS, intermediate_size=MLP,
         vocab_size=VOCABULARY, fuse_cross_entropy=False, fuse_linear_cross_entropy=True,
     )  # fmt: skip
-    return DeltaNetForCausalLM(config).cuda().train()
+    with torch.device("cuda"):
+        model: nn.Module = DeltaNetForCausalLM(config)
+    return model.to(torch.bfloat16).train()
