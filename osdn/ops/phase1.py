@@ -29,23 +29,27 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import solve_triangular as solve
 
 from osdn.ops.rule import Rule
+from osdn.ops.varlen import first_rows
 
 
 class Chunks(NamedTuple):
     """What needs no start, for all chunks of a group at once.
 
     z: [R, C, K].  gamma: [R, C], or None for γ = 1.  kept: P, [R, C+1, C+1].
-    L: [R, C, C], of which only what lies below the diagonal counts.
     sizes: the number of rows of each step in turn.
+    x: [R, 1, C], and L: [R, C, C], of which only what lies below the diagonal counts: both written
+    by forward and read by backward.
     """
 
     z: Tensor
     gamma: Tensor | None
     kept: Tensor
-    L: Tensor
     sizes: list[int]
+    x: Tensor
+    L: Tensor
 
     def rows(self) -> list[slice]:
         """The rows of each step."""
@@ -55,8 +59,8 @@ class Chunks(NamedTuple):
     def at(self, rows: slice) -> Chunks:
         """One step by itself."""
         gamma = None if self.gamma is None else self.gamma[rows]
-        z, kept, L = self.z[rows], self.kept[rows], self.L[rows]
-        return Chunks(z, gamma, kept, L, [len(z)])
+        z, kept, x, L = (y[rows] for y in (self.z, self.kept, self.x, self.L))
+        return Chunks(z, gamma, kept, [len(z)], x, L)
 
     def fading(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """(P[1, t], P[t+1, C+1], P[1, C+1]) as rows [R, 1, ·]; None for γ = 1."""
@@ -66,13 +70,8 @@ class Chunks(NamedTuple):
         return kept[:, :1, :-1], kept[:, 1:, -1].unsqueeze(1), kept[:, :1, -1:]
 
 
-def prepare(
-    z: Tensor, log_gamma: Tensor | None, L: Tensor | None, sizes: list[int], eta: float
-) -> Chunks:
-    """The parallel part over z [R, C, K] and log_gamma [R, C], with R = sum(sizes).
-
-    L is computed unless an earlier call's is given.
-    """
+def prepare(z: Tensor, log_gamma: Tensor | None, sizes: list[int], x: Tensor, L: Tensor) -> Chunks:
+    """The parallel part over z [R, C, K] and log_gamma [R, C], with R = sum(sizes), but x and L."""
     R, C, _ = z.shape
     if log_gamma is None:
         gamma, kept = None, z.new_ones(C + 1, C + 1).triu_().expand(R, -1, -1)
@@ -84,69 +83,65 @@ def prepare(
         gamma, kept = log_gamma.exp(), z.new_ones(R, C + 1, C + 1)
         kept[:, :, 1:] = sums.exp_()
         kept.triu_()
-    if L is None:
-        L = torch.bmm(z, z.mT).mul_(eta)
-        if gamma is not None:
-            L.mul_(kept[:, 1:, :-1].mT)
-    return Chunks(z, gamma, kept, L, sizes)
+    return Chunks(z, gamma, kept, sizes, x, L)
 
 
-def forward(p: Chunks, d: Tensor, rule: Rule) -> tuple[Tensor, bool]:
-    """(path, clipped): d_1..d_C of every chunk, [R, C, K], and whether the clip may have acted.
+def forward(p: Chunks, path: Tensor, d: Tensor, rule: Rule) -> bool:
+    """Write x, L and d_1..d_C of every chunk, path [R, C, K]; whether the clip may have acted.
 
     d [N·H, K] goes to the end of the group.
     """
+    p.L.baddbmm_(p.z, p.z.mT, beta=0, alpha=rule.eta)
+    if p.gamma is not None:
+        p.L.mul_(p.kept[:, 1:, :-1].mT)
     start = None if rule.precond_min is None else d.clone()
-    path = _without_box(p, d, rule.eta)
+    _without_box(p, path, d, rule.eta)
     if start is None or (_inside(path, rule) and _inside(d, rule)):
-        return path, False
+        return False
     d.copy_(start)
     for rows in p.rows():
-        path[rows] = _repaired(p.at(rows), d, rule)
-    return path, True
+        _with_box(p.at(rows), path[rows], d, rule)
+    return True
 
 
-def _without_box(p: Chunks, d: Tensor, eta: float) -> Tensor:
-    """d_1..d_C as if there were no box; d moves on."""
-    terms, fading = torch.empty_like(p.z), p.fading()
-    x = p.z.new_ones(len(p.z), 1, p.z.shape[1])
-    one = x.new_ones(())
+def _without_box(p: Chunks, path: Tensor, d: Tensor, eta: float) -> None:
+    """path = d_1..d_C as if there were no box; d moves on."""
+    fading, x = p.fading(), p.x.fill_(1)
+    terms, one = path if fading is None else torch.empty_like(path), x.new_ones(())
     pieces = (p.z, p.z.mT, p.L, x, x.mT, terms[:, :1], *(fading or ()))
-    for z_n, zt_n, L_n, x_n, column_n, start, *fading_n in zip(*(y.split(p.sizes) for y in pieces)):
-        now = d[: len(z_n)].unsqueeze(1)
+    steps = zip(first_rows(d.unsqueeze(1), p.sizes), *(y.split(p.sizes) for y in pieces))
+    for now, z_n, zt_n, L_n, x_n, column_n, start, *fading_n in steps:
         start.copy_(now)
         if not fading_n:
             x_n.baddbmm_(now, zt_n, alpha=-1)
         else:
             torch.addcmul(one, torch.bmm(now, zt_n), fading_n[0], value=-1, out=x_n)
-        _solve(L_n, column_n, upper=False)
+        solve(L_n, column_n, upper=False, unitriangular=True, out=column_n)
         if not fading_n:
             now.baddbmm_(x_n, z_n, alpha=eta)
         else:
             now.mul_(fading_n[2]).baddbmm_(x_n * fading_n[1], z_n, alpha=eta)
-    torch.mul(p.z[:, :-1], x.mul_(eta).mT[:, :-1], out=terms[:, 1:])
-    return terms.cumsum_(1) if fading is None else torch.bmm(p.kept[:, :-1, :-1].mT, terms)
+    torch.mul(p.z[:, :-1], (x * eta).mT[:, :-1], out=terms[:, 1:])
+    if fading is None:
+        terms.cumsum_(1)
+    else:
+        torch.bmm(p.kept[:, :-1, :-1].mT, terms, out=path)
 
 
-def _solve(L: Tensor, column: Tensor, upper: bool) -> None:
-    """column [R, C, 1] ← (I + L)⁻¹ column, or its transpose's."""
-    L = L.mT if upper else L
-    torch.linalg.solve_triangular(L, column, upper=upper, unitriangular=True, out=column)
-
-
-def _repaired(p: Chunks, d: Tensor, rule: Rule) -> Tensor:
+def _with_box(p: Chunks, path: Tensor, d: Tensor, rule: Rule) -> None:
     """The path of one step with the box; d moves on."""
     n = len(p.z)
     start = d[:n].clone()
-    path = _without_box(p, d, rule.eta)
+    _without_box(p, path, d, rule.eta)
     inside = _passing(path[:, 1:], rule).flatten(1).all(1) & _passing(d[:n], rule).all(1)
     bad = inside.logical_not_().nonzero()[:, 0]
     if len(bad):
         gamma = None if p.gamma is None else p.gamma[bad]
         tokens = _scan(p.z[bad], gamma, start[bad], rule)
-        path.index_copy_(0, bad, tokens[:-1].transpose(0, 1))
+        repaired = tokens[:-1].transpose(0, 1)
+        path.index_copy_(0, bad, repaired)
+        p.x.index_copy_(0, bad, 1 - torch.linalg.vecdot(repaired, p.z[bad]).unsqueeze(1))
         d.index_copy_(0, bad, tokens[-1])
-    return path
 
 
 def _scan(z: Tensor, gamma: Tensor | None, start: Tensor, rule: Rule) -> Tensor:
@@ -180,21 +175,20 @@ def backward(
     """
     z, eta, fading = p.z, rule.eta, p.fading()
     dd, ends = g[:, :-1], g[:, -1:]
-    x = torch.linalg.vecdot(path, z).neg_().add_(1).unsqueeze(-1)
-    passed = _passed(p, path, x, rule) if clipped else None
+    passed = _passed(p, path, rule) if clipped else None
     a = torch.bmm(z, dd.mT).mul_(p.kept[:, 1:, :-1]).sum(-1).unsqueeze(1)
     direct = torch.bmm(p.kept[:, :1, :-1], dd)
     repairs = []
-    pieces = (z, z.mT, p.L, a, a.mT, direct, ends, *(fading or ()))
-    for rows, *views in reversed(list(zip(p.rows(), *(y.split(p.sizes) for y in pieces)))):
-        z_n, zt_n, L_n, a_n, column_n, direct_n, end_n, *fading_n = views
-        now = lam[: len(z_n)].unsqueeze(1)
+    pieces = (z, z.mT, p.L, a, direct, ends, *(fading or ()))
+    views = (y.split(p.sizes) for y in pieces)
+    steps = list(zip(p.rows(), first_rows(lam.unsqueeze(1), p.sizes), *views))
+    for rows, now, z_n, zt_n, L_n, a_n, direct_n, end_n, *fading_n in reversed(steps):
         end_n.copy_(now)
         if not fading_n:
             a_n.baddbmm_(now, zt_n)
         else:
             a_n.addcmul_(torch.bmm(now, zt_n), fading_n[1])
-        _solve(L_n, column_n, upper=True)
+        solve(L_n, a_n, upper=False, left=False, unitriangular=True, out=a_n)
         if not fading_n:
             now.add_(direct_n).baddbmm_(a_n, z_n, alpha=-eta)
         else:
@@ -213,13 +207,13 @@ def backward(
         later.index_copy_(0, at, repaired)
         a.index_copy_(0, at, torch.linalg.vecdot(repaired, z[at]).unsqueeze(1))
     dlog_gamma = None if p.gamma is None else torch.linalg.vecdot(later, path).mul_(p.gamma)
-    return later.mul_(x.mul_(eta)).addcmul_(path, a.mT, value=-eta), dlog_gamma
+    return later.mul_((p.x * eta).mT).addcmul_(path, a.mT, value=-eta), dlog_gamma
 
 
-def _passed(p: Chunks, path: Tensor, x: Tensor, rule: Rule) -> Tensor | None:
+def _passed(p: Chunks, path: Tensor, rule: Rule) -> Tensor | None:
     """1 where clip passed u = γ d + η x z unchanged, else 0, in z's dtype; None if everywhere."""
     u = path if p.gamma is None else path * p.gamma.unsqueeze(-1)
-    passing = _passing(torch.addcmul(u, p.z, x, value=rule.eta), rule)
+    passing = _passing(torch.addcmul(u, p.z, p.x.mT, value=rule.eta), rule)
     return None if bool(passing.all()) else passing.to(path.dtype)
 
 

@@ -43,18 +43,23 @@ class Layout:
         """The number of rows of each step of [i, j)."""
         return [n * self.H for n in self.active[i:j]]
 
-    def load(self, x: Tensor, i: int, j: int, dtype: torch.dtype, fill: float = 0.0) -> Tensor:
-        """The chunks of steps [i, j) of tokens x, contiguous, in dtype; padding becomes `fill`."""
-        out = x.new_empty(sum(self.sizes(i, j)), self.C, *x.shape[3:], dtype=dtype)
-        return self.load_into(out, x, i, j, fill)
+    def rows(self, i: int, j: int) -> slice:
+        """Where the rows of steps [i, j) lie among those of all steps."""
+        first = sum(self.active[:i]) * self.H
+        return slice(first, first + sum(self.sizes(i, j)))
 
-    def load_into(self, out: Tensor, x: Tensor, i: int, j: int, fill: float = 0.0) -> Tensor:
+    def load(self, x: Tensor, i: int, j: int, dtype: torch.dtype) -> Tensor:
+        """The chunks of steps [i, j) of tokens x, contiguous, in dtype; padding becomes 0."""
+        out = x.new_empty(sum(self.sizes(i, j)), self.C, *x.shape[3:], dtype=dtype)
+        return self.load_into(out, x, i, j)
+
+    def load_into(self, out: Tensor, x: Tensor, i: int, j: int) -> Tensor:
         """The same into `out` [R, C, ...], which is returned."""
         C, steps_of = self.C, out.unflatten(0, (j - i, self.active[0], self.H))
         for steps, tokens, width in self._pieces(i, j):
             into = steps_of[steps]
             if width < C:
-                into.fill_(fill)
+                into.zero_()
             chunks = (
                 x[:, tokens].unflatten(1, (-1, width)).permute(1, 0, 3, 2, *range(4, x.ndim + 1))
             )
@@ -90,7 +95,7 @@ class RaggedLayout(Layout):
     """Where the chunks of the sequences between cu_seqlens lie; tokens are [1, T, H, ...]."""
 
     def __init__(self, cu_seqlens: Tensor, T: int, H: int) -> None:
-        self.T, self.H, self.C = T, H, chunk_size(T)
+        self.T, self.H, self.C = T, H, chunk_size(T // (len(cu_seqlens) - 1))
         device, C = cu_seqlens.device, self.C
         offsets = cu_seqlens.cpu().long()
         lengths = offsets.diff()
@@ -112,13 +117,13 @@ class RaggedLayout(Layout):
         self.token, self.padding = token.clamp(max=T - 1).to(device), ~real.to(device)
         self.slots, self.real_token = slots.to(device), token.flatten()[slots].to(device)
 
-    def load_into(self, out: Tensor, x: Tensor, i: int, j: int, fill: float = 0.0) -> Tensor:
+    def load_into(self, out: Tensor, x: Tensor, i: int, j: int) -> Tensor:
         a, b, rest = self.first[i], self.first[j], x.shape[3:]
         tokens = x.reshape(self.T, -1).index_select(0, self.token[a:b].flatten())
         into = out.unflatten(0, (b - a, self.H))
         into.copy_(tokens.view(b - a, self.C, self.H, *rest).transpose(1, 2))
         if self.first_slot[b] - self.first_slot[a] < (b - a) * self.C:
-            into.masked_fill_(self.padding[a:b].view(b - a, 1, self.C, *[1] * len(rest)), fill)
+            into.masked_fill_(self.padding[a:b].view(b - a, 1, self.C, *[1] * len(rest)), 0)
         return out
 
     def store(self, chunks: Tensor, x: Tensor, i: int, j: int) -> None:
@@ -136,12 +141,33 @@ class RaggedLayout(Layout):
         return rows.unflatten(0, (-1, self.H)).index_select(0, self.inverse)
 
 
+def first_rows(x: Tensor, sizes: list[int]) -> list[Tensor]:
+    """The first rows of x for each step of the given sizes, which are mostly the same."""
+    views = {n: x[:n] for n in set(sizes)}
+    return [views[n] for n in sizes]
+
+
 def chunk_size(T: int) -> int:
-    """Tokens a chunk: LARGEST_CHUNK, or for short sequences the next power of two."""
+    """Tokens a chunk of sequences of T: LARGEST_CHUNK, or for short ones the next power of two."""
     C = SMALLEST_CHUNK
     while min(T, LARGEST_CHUNK) > C:
         C *= 2
     return C
+
+
+def size_of(tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
+    """(tokens a chunk, rows of all chunks together) for tokens [B, T, H, ...].
+
+    With cu_seqlens the rows are a bound that takes no look at the offsets. Chunks are no longer
+    than twice the mean sequence (or SMALLEST_CHUNK), which limits what padding adds.
+    """
+    B, T, H = tokens.shape[:3]
+    if cu_seqlens is None:
+        C = chunk_size(T)
+        return C, B * -(-T // C) * H
+    N = len(cu_seqlens) - 1
+    C = chunk_size(T // N)
+    return C, min(T, T // C + N) * H
 
 
 def layout_of(tokens: Tensor, cu_seqlens: Tensor | None) -> Layout:

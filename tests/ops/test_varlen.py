@@ -1,12 +1,14 @@
 """The layout of chunks: every token in its place, once, and padding neutral."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from osdn.ops import varlen
-from osdn.ops.varlen import Layout, RaggedLayout, layout_of
+from osdn.ops.varlen import Layout, RaggedLayout, layout_of, size_of
 
 
 def ragged(lengths: list[int], H: int) -> RaggedLayout:
@@ -14,7 +16,7 @@ def ragged(lengths: list[int], H: int) -> RaggedLayout:
     return RaggedLayout(offsets, sum(lengths), H)
 
 
-def expected_rows(x: torch.Tensor, bounds: list[tuple[int, int, int]], C: int, fill: float):
+def expected_rows(x: torch.Tensor, bounds: list[tuple[int, int, int]], C: int):
     """Rows by the definition: step by step, the longest sequences first, then heads."""
     order = sorted(range(len(bounds)), key=lambda n: bounds[n][1] - bounds[n][2])
     rows = []
@@ -23,7 +25,7 @@ def expected_rows(x: torch.Tensor, bounds: list[tuple[int, int, int]], C: int, f
             if start + step * C >= stop:
                 continue
             for h in range(x.shape[2]):
-                row = x.new_full((C, *x.shape[3:]), fill)
+                row = x.new_zeros(C, *x.shape[3:])
                 piece = x[b, start + step * C : min(start + (step + 1) * C, stop), h]
                 row[: len(piece)] = piece
                 rows.append(row)
@@ -39,8 +41,8 @@ def test_a_pack_is_cut_by_the_definition_and_put_back(lengths, H):
     bounds = [(0, start, start + length) for start, length in zip(starts, lengths)]
     for shape in ((1, T, H), (1, T, H, 3)):
         x = torch.randn(shape)
-        rows = layout.load(x, 0, steps, torch.float64, fill=7.0)
-        assert torch.equal(rows, expected_rows(x.double(), bounds, layout.C, 7.0))
+        rows = layout.load(x, 0, steps, torch.float64)
+        assert torch.equal(rows, expected_rows(x.double(), bounds, layout.C))
         back = torch.full_like(x, float("nan"))
         for i, j in layout.groups(rows=2 * H):
             layout.store(layout.load(x, i, j, torch.float64), back, i, j)
@@ -56,8 +58,8 @@ def test_a_batch_is_cut_by_the_definition_and_put_back(B, T, H):
     bounds = [(b, 0, T) for b in range(B)]
     for shape in ((B, T, H), (B, T, H, 3)):
         x = torch.randn(shape).transpose(0, 0)
-        rows = layout.load(x, 0, len(layout.active), torch.float64, fill=-2.0)
-        assert torch.equal(rows, expected_rows(x.double(), bounds, layout.C, -2.0))
+        rows = layout.load(x, 0, len(layout.active), torch.float64)
+        assert torch.equal(rows, expected_rows(x.double(), bounds, layout.C))
         back = torch.full_like(x, float("nan"))
         for i, j in layout.groups(rows=2 * B * H):
             layout.store(layout.load(x, i, j, torch.float64), back, i, j)
@@ -88,6 +90,25 @@ def test_short_sequences_get_short_chunks(T, C):
     assert Layout(1, T, 1).C == C
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=20), st.integers(1, 3))
+def test_room_for_all_rows_is_told_without_a_look_at_the_offsets(lengths, H):
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    layout = ragged(lengths, H)
+    C, room = size_of(torch.empty(1, sum(lengths), H, 0), offsets)
+    assert layout.C == C and layout.rows(0, len(layout.active)).stop <= room
+    assert room * C <= H * max(3 * sum(lengths), 8 * len(lengths) + sum(lengths))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 130), st.integers(1, 3))
+def test_room_for_a_batch_is_exact_and_groups_share_it(B, T, H):
+    layout = Layout(B, T, H)
+    assert size_of(torch.empty(B, T, H, 0), None) == (layout.C, layout.rows(0, 99).stop)
+    rows = [layout.rows(i, j) for i, j in layout.groups(rows=2 * B * H)]
+    assert rows[0].start == 0 and all(a.stop == b.start for a, b in pairwise(rows))
+
+
 def test_the_layout_of_the_last_offsets_is_kept_until_they_change(monkeypatch):
     made = []
 
@@ -102,6 +123,6 @@ def test_the_layout_of_the_last_offsets_is_kept_until_they_change(monkeypatch):
     assert layout_of(x, offsets) is first and len(made) == 1
     offsets[1] = 5
     changed = layout_of(x, offsets)
-    assert len(made) == 2 and changed.active == [2] and changed.padding.sum() == 2 * 16 - 10
+    assert len(made) == 2 and changed.active == [2] and changed.padding.sum() == 2 * 8 - 10
     assert layout_of(x, offsets.clone()) is not changed and len(made) == 3
     assert layout_of(torch.zeros(1, 10, 3, 4), offsets).H == 3
