@@ -15,6 +15,7 @@ from osdn.errors import UserError
 COMMANDS = {
     "demo": ("osdn.demo", "train a tiny OSDN model beside its DeltaNet twin and show both"),
     "train": ("osdn.train.command", "train a model as a recipe says, or go on with a run"),
+    "plan": ("osdn.plan.command", "predict a recipe's memory, time and cost on many GPUs"),
     "tokenize": ("osdn.data.command", "turn text into shards of tokens that a recipe can name"),
     "generate": ("osdn.generate", "continue a prompt with a trained model"),
     "convert": ("osdn.model.convert", "turn a DeltaNet checkpoint into an OSDN one"),

@@ -1,0 +1,1 @@
+"""What a training run will need: memory, time and money for a number of GPUs, in advance."""

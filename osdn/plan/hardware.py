@@ -1,0 +1,102 @@
+"""The constants of `osdn plan`: GPUs by their vendors' figures, what was measured, what is assumed.
+
+Corrected in one place: a new measurement changes a `Figure` and its source, and nothing else.
+"""
+
+from typing import NamedTuple
+
+from osdn.errors import UserError
+from osdn.flops import peak_flops
+
+
+class Figure(NamedTuple):
+    """A number, its unit, and where it comes from."""
+
+    value: float
+    unit: str
+    source: str
+
+
+class Gpu(NamedTuple):
+    """A GPU: memory in bytes; memory, link (NVLink, one way) and network bandwidth in bytes/s.
+
+    network: of one GPU's share of the machine's adapters.  machine: GPUs in one machine.
+    """
+
+    name: str
+    memory: float
+    bandwidth: float
+    link: float
+    network: float
+    machine: int
+
+    def peak(self) -> float:
+        """FLOP/s in bfloat16 by the vendor."""
+        found = peak_flops(self.name)
+        assert found is not None
+        return found
+
+
+GIB = 2**30
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("A100", 80e9, 2.04e12, 300e9, 25e9, 8),
+        Gpu("H100", 80e9, 3.35e12, 450e9, 50e9, 8),
+        Gpu("H100 PCIe", 80e9, 2.04e12, 64e9, 25e9, 8),
+        Gpu("H200", 141e9, 4.8e12, 450e9, 50e9, 8),
+        Gpu("B200", 180e9, 7.7e12, 900e9, 50e9, 8),
+        Gpu("L40S", 48e9, 0.864e12, 32e9, 12.5e9, 8),
+        Gpu("RTX 4090", 24e9, 1.008e12, 32e9, 12.5e9, 8),
+        Gpu("MI300X", 192e9, 5.3e12, 448e9, 50e9, 8),
+    )
+}
+H100 = GPUS["H100"]
+
+KERNELS = "docs/kernels.md: osdn bench, H100 80GB HBM3, torch 2.11, Triton 3.6, bf16"
+MATMUL = Figure(779e12, "FLOP/s", f"{KERNELS}, 8192³")
+COPY = Figure(3.00e12, "B/s", KERNELS)
+# Seconds for a token of one head with K = V = 128: (forward, backward).
+OPERATOR = {
+    "osdn": (1.917e-9, 4.152e-9),
+    "osdn_forgetting": (2.057e-9, 4.539e-9),
+    "osdn_box": (2.089e-9, 4.118e-9),
+    "delta_net": (1.205e-9, 3.220e-9),
+}
+OPERATOR_SOURCE = f"{KERNELS}, B16 T4096 H16 K=V=128; others as K+V"
+
+NOT_MEASURED = "assumed, until a model's step has been measured"
+GEMM_SHARE = Figure(0.80, "of the 8192³ rate, for a model's matrices", NOT_MEASURED)
+ATTENTION_SHARE = Figure(0.45, "of the 8192³ rate, attention with a mask", NOT_MEASURED)
+TRAFFIC_SHARE = Figure(0.80, "of the copy rate, between the products", NOT_MEASURED)
+EAGER = Figure(3.0, "times the compiled traffic where train.compile is false", NOT_MEASURED)
+LINK_SHARE = Figure(0.80, "of the vendor's link and network bandwidth", "assumed, as NCCL reaches")
+HOP = Figure(5e-6, "s for each machine that a collective passes", "assumed")
+OVERLAP = Figure(0.80, "of the backward hides communication", "assumed")
+RESERVE = Figure(2.0 * GIB, "B for the CUDA context, NCCL and libraries", "assumed")
+FRAGMENTS = Figure(1.05, "times the tensors, for the allocator's gaps", "assumed")
+
+
+def find_gpu(name: str) -> Gpu:
+    """The GPU of that name, whatever the case of its letters."""
+    for known, gpu in GPUS.items():
+        if known.lower().replace(" ", "") == name.lower().replace(" ", ""):
+            return gpu
+    raise UserError(f"--gpu: expected one of {', '.join(GPUS)}, got {name!r}")
+
+
+def assumptions() -> list[str]:
+    """Every constant with its source, one a line."""
+    lines = [f"matrix products {MATMUL.value / 1e12:.0f} TFLOP/s ({MATMUL.source})"]
+    lines.append(f"memory traffic {COPY.value / 1e12:.2f} TB/s ({COPY.source})")
+    pairs = ", ".join(f"{name} {a * 1e9:.2f}+{b * 1e9:.2f}" for name, (a, b) in OPERATOR.items())
+    lines.append(f"ns a token-head, forward+backward: {pairs} ({OPERATOR_SOURCE})")
+    for figure in (GEMM_SHARE, ATTENTION_SHARE, TRAFFIC_SHARE, EAGER, LINK_SHARE, OVERLAP):
+        lines.append(f"{figure.value:g} {figure.unit} ({figure.source})")
+    lines.append(f"{HOP.value * 1e6:g} µs for each machine that a collective passes ({HOP.source})")
+    lines.append(
+        f"{RESERVE.value / GIB:g} GiB for the CUDA context, NCCL and libraries, and "
+        f"{FRAGMENTS.value:g} {FRAGMENTS.unit} (assumed)"
+    )
+    lines.append("other GPUs than the H100 by their vendors' peak and bandwidth, not measured")
+    return lines

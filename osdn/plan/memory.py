@@ -1,0 +1,120 @@
+"""Bytes that one GPU holds while it trains, part by part.
+
+With N parameters over `shard` GPUs: float32 weights 4N/shard, AdamW's moments 8N/shard, gradients
+4N/shard (and 4N more where a sharded run accumulates several passes before it exchanges them). What
+is kept for the backward is counted from the tensors of a block (osdn/model) and of the kernels
+(saved_like of osdn/ops/triton); r bytes a number in the residual stream, c in compute.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from osdn.model.configuration import OSDNConfig
+from osdn.model.loss import CHUNK_LOGITS
+from osdn.model.modeling import OSDNForCausalLM
+from osdn.plan.hardware import FRAGMENTS, RESERVE
+from osdn.train.config import Train
+
+CHUNK = 64  # tokens in a chunk of the kernels
+
+
+class Model(NamedTuple):
+    """Parameters in all, in the largest block, and outside the blocks."""
+
+    parameters: int
+    block: int
+    root: int
+
+
+def count_model(config: OSDNConfig) -> Model:
+    """The model's parameters, from the model itself on the meta device."""
+    with torch.device("meta"):
+        model = OSDNForCausalLM(config)
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.model.layers]
+    total = sum(p.numel() for p in model.parameters())
+    return Model(total, max(blocks), total - sum(blocks))
+
+
+class Memory(NamedTuple):
+    """Bytes of one GPU."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    compute_copies: float
+    activations: float
+    loss: float
+
+    @property
+    def tensors(self) -> float:
+        """All of them."""
+        return float(sum(self))
+
+    @property
+    def total(self) -> float:
+        """With what the allocator and the libraries take."""
+        return self.tensors * FRAGMENTS.value + RESERVE.value
+
+
+def heads(config: OSDNConfig) -> tuple[int, int, int]:
+    """(H, K, V)."""
+    H = config.num_heads
+    K = config.hidden_size // H if config.head_dim is None else config.head_dim
+    return H, K, K if config.head_v_dim is None else config.head_v_dim
+
+
+def kernel_bytes(config: OSDNConfig, name: str, c: int) -> float:
+    """What an osdn or delta_net layer's kernels keep for the backward, for one token.
+
+    x and d at chunk starts in float32; w, A k and A; e; and, where d moves, the inverse of phase 1
+    in float32 (saved_like of osdn/ops/triton, long rows).
+    """
+    H, K, V = heads(config)
+    operands = 4 + 4 * K / CHUNK + 2 * c * K + c * CHUNK + c * V
+    return H * (operands + (4 * CHUNK if name == "osdn" else 0))
+
+
+def kept_by_block(config: OSDNConfig, name: str, train: Train, *, r: int, c: int) -> float:
+    """Bytes a token that a block of mixer `name` keeps from its forward to its backward."""
+    D, I = config.hidden_size, config.intermediate_size
+    assert I is not None
+    if train.activation_checkpointing == "full":
+        return r * D
+    H, K, V = heads(config)
+    linear = name != "attention"
+    widths = H * (2 * K + V) if linear else 3 * H * K
+    out = c * H * (V if linear else K)  # o
+    kernels = kernel_bytes(config, name, c) if linear else 4 * H
+    products = c * widths + out + 2 * c * I  # q, k, v; o; gate and up
+    if train.activation_checkpointing == "selective":
+        return r * D + products + 2 * c * D + kernels
+    compiled = 2 * r * D + products + c * widths + kernels
+    if train.compile:
+        return compiled
+    normed = 2 * c * D + out + 2 * c * I  # inputs of the products, silu(gate) and gate · up
+    convolved = (3 * c * widths + 2 * 4 * H * 2 * K) if linear else 0  # sums, float32 of the norm
+    return compiled + normed + convolved
+
+
+def memory(config: OSDNConfig, model: Model, train: Train, *, shard: int, passes: int) -> Memory:
+    """Bytes of one GPU whose weights are divided over `shard`, with `passes` in a step."""
+    bfloat16 = train.precision == "bfloat16"
+    c = 2 if bfloat16 else 4
+    r = 4 if shard == 1 else c  # autocast leaves the residual stream in float32
+    tokens, D, N = train.rows * train.seq_len, config.hidden_size, model.parameters
+    if shard == 1:
+        copies = 2.0 * (N - config.vocab_size * D) if bfloat16 else 0.0
+    else:  # the root, and a block in use beside the next one, with their gradients
+        copies = (c + 4.0) * model.root + 2 * (2 * c + 4.0) * model.block
+    gradients = 4.0 * N / shard + (4.0 * N if shard > 1 and passes > 1 else 0)
+    kept = [kept_by_block(config, name, train, r=r, c=c) for name in config.mixers]
+    again = 0.0  # a block that is being made again
+    if train.activation_checkpointing != "none":
+        plain = train.model_copy(update={"activation_checkpointing": "none"})
+        again = max(kept_by_block(config, name, plain, r=r, c=c) for name in config.mixers)
+    masks = 4.0 * tokens**2 * ("attention" in config.mixers)  # a boolean mask, and as a bias
+    rows = min(tokens, max(1, CHUNK_LOGITS // config.vocab_size))
+    loss = rows * config.vocab_size * (2 * c + 4.0) + 4.0 * config.vocab_size * D + c * tokens * D
+    activations = tokens * (sum(kept) + again + r * D) + masks
+    return Memory(4.0 * N / shard, gradients, 8.0 * N / shard, copies, activations, loss)
