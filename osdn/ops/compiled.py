@@ -4,6 +4,10 @@ The loops and what they compute are in compiled_forward.py and compiled_backward
 the four functions is in osdn.ops.registration. float32 and float64 are computed as they are, other
 dtypes in float32. Of all that the forward computes, the residual e [B, T, H, V] alone is saved.
 
+PyTorch's operations are left out where the dtype is the accumulation dtype: one over enough
+elements (2,048 for exp, 32,768 for a copy) wakes PyTorch's OpenMP threads, which go on spinning for
+milliseconds on the cores that the threads here want.
+
 Threads: as many as torch.get_num_threads() says, from a pool of Python threads (the machine code
 releases the GIL). numba's prange is not used: where neither TBB nor a system OpenMP is found, it
 falls back to a pool that ends the process when two threads call it at once.
@@ -46,7 +50,7 @@ def forward(
     tensors = (q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
     saved = saved_like(*tensors, rule, save)
     o = torch.empty(v.shape, dtype=beta.dtype)
-    final_state, final_precond = initial_state.clone(), initial_precond.clone()
+    final_state, final_precond = _copied(initial_state), _copied(initial_precond)
     _forward(*tensors[:5], cu_seqlens, rule, (o, *saved, final_state, final_precond))
     return o.to(v.dtype), final_state, final_precond, saved
 
@@ -83,19 +87,17 @@ def backward(
     rule: Rule,
 ) -> list[Tensor]:
     """[dq, dk, dv, dbeta, dinitial_state, dinitial_precond] and dlog_gamma, if that was given."""
-    gamma = beta.new_empty(0) if log_gamma is None else log_gamma.exp()
-    given = (do, q, k, beta, gamma, initial_state, initial_precond)
-    out = [torch.empty(x.shape, dtype=beta.dtype) for x in (q, k, v, beta, gamma)]
-    dq, dk, dv, dbeta, dgamma = out
-    dstate, dprecond = (
-        x.clone(memory_format=torch.contiguous_format) for x in (dfinal_state, dfinal_precond)
-    )
+    log_gammas = beta.new_empty(0) if log_gamma is None else log_gamma
+    given = (do, q, k, beta, log_gammas, initial_state, initial_precond)
+    out = [torch.empty(x.shape, dtype=beta.dtype) for x in (q, k, v, beta, log_gammas)]
+    dq, dk, dv, dbeta, dlog_gamma = out
+    dstate, dprecond = _copied(dfinal_state), _copied(dfinal_precond)
     out += [dstate, dprecond]
     moves = not rule.constant_precond(log_gamma is not None)
     arrays = tuple(_flat(beta.dtype, *given, *saved)), tuple(_flat(beta.dtype, *out))
     _run(compiled_backward.backward, v, k.shape[-1], cu_seqlens, (_numbers(rule, moves), *arrays))
     gradients = [dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbeta, dstate, dprecond]
-    return gradients if log_gamma is None else [*gradients, dgamma * gamma]
+    return gradients if log_gamma is None else [*gradients, dlog_gamma]
 
 
 def step(
@@ -118,11 +120,18 @@ def step(
 
 def _forward(q, k, v, beta, log_gamma, cu_seqlens, rule: Rule, out) -> None:
     """Fill out = (o, e, state, precond), of which the last two hold the start."""
-    gamma = beta.new_empty(0) if log_gamma is None else log_gamma.exp()
     moves = not rule.constant_precond(log_gamma is not None)
-    given = _flat(beta.dtype, q, k, v, beta, gamma)
+    log_gamma = beta.new_empty(0) if log_gamma is None else log_gamma
+    given = _flat(beta.dtype, q, k, v, beta, log_gamma)
     arguments = (_numbers(rule, moves), tuple(given), tuple(_flat(beta.dtype, *out)))
     _run(compiled_forward.forward, v, k.shape[-1], cu_seqlens, arguments)
+
+
+def _copied(x: Tensor) -> Tensor:
+    """A contiguous copy, made by this thread."""
+    copy = torch.empty(x.shape, dtype=x.dtype)
+    np.copyto(copy.numpy(), x.detach().numpy())
+    return copy
 
 
 def _flat(dtype: torch.dtype, *tensors: Tensor) -> list[ndarray]:

@@ -11,7 +11,7 @@ the gradient of S, which needs e but not S, two passes a token:
 and between them phase 1 reversed.
 """
 
-from osdn.ops.compiled_forward import begin, energy, moved, preconditioners, weigh
+from osdn.ops.compiled_forward import begin, energy, moved, preconditioners, retained, weigh
 from osdn.ops.compiled_vectors import (
     AHEAD,
     BLOCK,
@@ -113,16 +113,16 @@ def backward_reads(p, first, T, sizes, scale, d, at, wide, S, panel, arrays, gra
 
 
 @inlined
-def backward_precond(job, first, T, sizes, rule, d, at, wide, carry, k, beta, gamma, gradients):
+def backward_precond(job, first, T, sizes, rule, d, at, wide, carry, k, beta, log_gamma, gradients):
     """Phase 1 reversed, carrying λ = ∂/∂d_{t+1}: turns ∂/∂(d ⊙ k), found in dk, into dk.
 
     With g = λ where the clip let u through, else 0, and x, b, s, u as in the forward:
-    dx = η b ⟨g, s⟩;  dγ = ⟨g, d⟩;  db = η x ⟨g, s⟩ − dx ⟨d, s⟩;  ds = η b x g − dx b d;
+    dx = η b ⟨g, s⟩;  dlog γ = γ ⟨g, d⟩;  db = η x ⟨g, s⟩ − dx ⟨d, s⟩;  ds = η b x g − dx b d;
     dk = ∂/∂(d ⊙ k) ⊙ d + 2 k ds;  λ ← ∂/∂(d ⊙ k) ⊙ k + γ g − b dx s.
     """
     H, K = sizes[:2]
     eta, aware, low, high, _, moves = rule
-    dk, dbeta, dgamma, dprecond = gradients
+    dk, dbeta, dlog_gamma, dprecond = gradients
     W = lanes(d)
     begin(carry, 0, dprecond, job, K)
     at += T * wide
@@ -131,7 +131,7 @@ def backward_precond(job, first, T, sizes, rule, d, at, wide, carry, k, beta, ga
         fetch(k, row - 2 * AHEAD * H, K, 0, K)
         fetch(dk, row - 2 * AHEAD * H, K, 0, K)
         b = beta[row] if aware else 1.0
-        retention = gamma[row] if gamma.size else 1.0
+        retention = retained(log_gamma, row)
         rate, dx = 0.0, 0.0
         if moves:
             ds_dot = energy(d, at, k, row * K, K)
@@ -147,8 +147,8 @@ def backward_precond(job, first, T, sizes, rule, d, at, wide, carry, k, beta, ga
                 along_d = fma(g, di, along_d)
             gs = total(along_s)
             dx = eta * b * gs
-            if gamma.size:
-                dgamma[row] = total(along_d)
+            if log_gamma.size:
+                dlog_gamma[row] = retention * total(along_d)
             if aware:
                 dbeta[row] += eta * x * gs - dx * ds_dot
         for i in range(0, K, W):
@@ -166,8 +166,8 @@ def backward_precond(job, first, T, sizes, rule, d, at, wide, carry, k, beta, ga
 def backward_sequence(n, jobs, bounds, sizes, rule, given, out, scratches):
     """The jobs of sequence n: d for all tokens, the two reversed scans, then the reads."""
     H, K, V = sizes
-    do, q, k, beta, gamma, state, precond, e = given
-    dq, dk, dv, dbeta, dgamma, dstate, dprecond = out
+    do, q, k, beta, log_gamma, state, precond, e = given
+    dq, dk, dv, dbeta, dlog_gamma, dstate, dprecond = out
     G, w, r = scratches
     W, scale, moves = lanes(k), rule[4], rule[5]
     heads, begins, ends = jobs[1] - jobs[0], bounds[n], bounds[n + 1]
@@ -182,7 +182,7 @@ def backward_sequence(n, jobs, bounds, sizes, rule, given, out, scratches):
         for j in range(jobs[0], jobs[1]):
             at = (j - jobs[0]) * length + (t - begins) * wide
             first, T = (t - n) * H + j, min(BLOCK, ends - t)
-            preconditioners(d, at, first, T, sizes, rule, k, beta, gamma)
+            preconditioners(d, at, first, T, sizes, rule, k, beta, log_gamma)
     for t in range(begins + (ends - begins - 1) // BLOCK * BLOCK, begins - 1, -BLOCK):
         for j in range(jobs[0], jobs[1]):
             at = (j - jobs[0]) * length + (t - begins) * wide
@@ -190,8 +190,8 @@ def backward_sequence(n, jobs, bounds, sizes, rule, given, out, scratches):
             for p in range(0, V, W):
                 backward_memory(p, j, first, T, sizes, scale, d, at, wide, (G, w, r),
                                 (q, k, beta, e, do), (dk, dv, dbeta, dstate))  # fmt: skip
-            backward_precond(j, first, T, sizes, rule, d, at, wide, r, k, beta, gamma,
-                             (dk, dbeta, dgamma, dprecond))  # fmt: skip
+            backward_precond(j, first, T, sizes, rule, d, at, wide, r, k, beta, log_gamma,
+                             (dk, dbeta, dlog_gamma, dprecond))  # fmt: skip
     for t in range(begins, ends, BLOCK):
         for j in range(jobs[0], jobs[1]):
             at = (j - jobs[0]) * length + (t - begins) * wide
@@ -204,9 +204,9 @@ def backward_sequence(n, jobs, bounds, sizes, rule, given, out, scratches):
 
 @entry
 def backward(jobs, bounds, sizes, rule, given, out):
-    """The jobs from jobs[0] to jobs[1]: given (do, q, k, beta, gamma, state, precond, e), out (dq,
-    dk, dv, dbeta, dgamma, dstate, dprecond), of which the last two hold the gradients of the final
-    states before, and of the initial ones after."""
+    """The jobs from jobs[0] to jobs[1]: given (do, q, k, beta, log γ, state, precond, e), out
+    (dq, dk, dv, dbeta, dlog γ, dstate, dprecond), of which the last two hold the gradients of the
+    final states before, and of the initial ones after."""
     H, K = sizes[:2]
     k = given[2]
     scratches = scratch(k, K, lanes(k)), scratch(k, 1, K), scratch(k, 1, K)

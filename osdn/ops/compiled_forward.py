@@ -14,6 +14,8 @@ beta_aware, d_min, d_max, scale, whether d moves); an array of size 0 stands for
 given or is not wanted.
 """
 
+import math
+
 from osdn.ops.compiled_vectors import (
     AHEAD,
     BLOCK,
@@ -51,6 +53,12 @@ def moved(d, key, gamma, rate):
 
 
 @inlined
+def retained(log_gamma, row):
+    """γ of a token; 1 where no log γ was given."""
+    return math.exp(log_gamma[row]) if log_gamma.size else 1.0
+
+
+@inlined
 def begin(d, at, precond, job, K):
     """The preconditioner of a job from its place among all to the row of d at `at`."""
     for i in range(0, K, lanes(d)):
@@ -58,7 +66,7 @@ def begin(d, at, precond, job, K):
 
 
 @inlined
-def preconditioners(d, at, first, T, sizes, rule, k, beta, gamma):
+def preconditioners(d, at, first, T, sizes, rule, k, beta, log_gamma):
     """d_2 .. d_{T+1} in the padded rows after d_1, which is at `at`; phase 1."""
     H, K = sizes[:2]
     eta, aware, low, high = rule[:4]
@@ -67,7 +75,7 @@ def preconditioners(d, at, first, T, sizes, rule, k, beta, gamma):
     for row in range(first, first + T * H, H):
         fetch(k, row + 2 * AHEAD * H, K, 0, K)
         b = beta[row] if aware else 1.0
-        retention = gamma[row] if gamma.size else 1.0
+        retention = retained(log_gamma, row)
         rate = eta * b * (1.0 - b * energy(d, at, k, row * K, K))
         for i in range(0, K, W):
             key = load(k, row * K + i, K - i)
@@ -122,10 +130,10 @@ def forward_panel(p, job, first, T, sizes, scale, d, wide, S, w, arrays):
 
 @entry
 def forward(jobs, bounds, sizes, rule, given, out):
-    """The jobs from jobs[0] to jobs[1]: given (q, k, v, beta, gamma), out (o, e, state, precond),
+    """The jobs from jobs[0] to jobs[1]: given (q, k, v, beta, log γ), out (o, e, state, precond),
     of which the last two hold the start before and the end after."""
     H, K, V = sizes
-    q, k, v, beta, gamma = given
+    q, k, v, beta, log_gamma = given
     o, e, state, precond = out
     W, moves, arrays = lanes(k), rule[5], (q, k, v, beta, o, e, state)
     S, w, d = scratch(k, K, W), scratch(k, 1, K), scratch(k, BLOCK + 1, K)
@@ -140,7 +148,7 @@ def forward(jobs, bounds, sizes, rule, given, out):
                 first = (t - n) * H + j
                 begin(d, 0, precond, j, K)
                 if moves:
-                    preconditioners(d, 0, first, T, sizes, rule, k, beta, gamma)
+                    preconditioners(d, 0, first, T, sizes, rule, k, beta, log_gamma)
                 for p in range(0, V, W):
                     forward_panel(p, j, first, T, sizes, rule[4], d, wide, S, w, arrays)
                 for i in range(0, K, W):

@@ -2,7 +2,11 @@
 
 import errno
 import multiprocessing
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,3 +125,39 @@ def test_head_sizes_around_a_vector(dtype, lanes, over):
         bound = 1e-6 if dtype == torch.float32 else 1e-10
         for name, y in want.items():
             assert (got[name] - y).norm() <= bound * y.norm() + 1e-12, name
+
+
+NO_OPENMP = """
+import os, threading
+import numpy, torch
+from osdn.ops import online_scaled_delta_rule
+
+def others():
+    return len(os.listdir("/proc/self/task")) - threading.active_count()
+
+def numbers(*shape):
+    return torch.from_numpy(numpy.random.rand(*shape).astype("float32") / 8).requires_grad_()
+
+torch.set_num_threads(2)
+x = [numbers(1, 2048, 2, 32) for _ in "qkv"] + [numbers(1, 2048, 2), -numbers(1, 2048, 2).detach()]
+S, d, do = numbers(1, 2, 32, 32), numbers(1, 2, 32), numbers(1, 2048, 2, 32).detach()
+before = others()
+results = online_scaled_delta_rule(
+    *x, beta_aware=True, precond_min=0.0, precond_max=2.0, initial_state=S, initial_precond=d,
+    output_final_state=True, backend="numba",
+)
+torch.autograd.grad(results, [*x[:4], S, d], (do, S.detach(), d.detach()))
+started = others() - before
+(x[4] + 1).exp()
+print(started, others() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
+def test_no_openmp_thread_is_woken_that_would_spin_on_our_cores():
+    """None is there after a call with everything on; one is after PyTorch's exp of as many."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = subprocess.run(
+        [sys.executable, "-c", NO_OPENMP], env=environment, capture_output=True, text=True
+    )
+    assert run.stdout.split() == ["0", "1"], run.stdout + run.stderr
