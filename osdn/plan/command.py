@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from osdn.data.shards import JOB
 from osdn.errors import UserError
 from osdn.model.configuration import OSDNConfig
 from osdn.plan.hardware import GIB, Gpu, assumptions, find_gpu
@@ -126,7 +127,8 @@ def warnings(plans: list[Plan], config: OSDNConfig) -> list[str]:
         lines.append(f"{plan.gpus:,} GPUs: {plan.memory.total / GIB:.1f} GiB do not fit; {advice}")
     if plans:
         data, most = plans[-1].recipe.data, max(plan.gpus for plan in plans)
-        if data.lanes < most:
+        tokens = isinstance(data.corpus, str) and (Path(data.corpus) / JOB).is_file()
+        if data.lanes < most and not tokens:
             lines.append(
                 f"data.lanes={data.lanes} for {most:,} GPUs: text is tokenised by "
                 f"{-(-most // data.lanes):,} processes each; tokenise it once (osdn tokenize)"
