@@ -113,7 +113,7 @@ def _saved(inputs: dict, bounds: dict) -> torch.Tensor:
 
 
 def test_when_walks_are_cut_into_segments():
-    assert count_segments(1, 65536, 32) == 16  # of 64 chunks each: 512 programs
+    assert count_segments(1, 65536, 32) == 8  # of 128 chunks each: 256 programs
     assert count_segments(1, 16384, 16) == 16  # of 16 chunks, the least
     assert count_segments(1, 16384, 8, ease=2) == 1  # a shorter walk, not worth it
     assert count_segments(1, 8192, 32) == 1

@@ -15,9 +15,9 @@ from torch import Tensor
 
 CHUNK = 64
 # A walk over at least LONG chunks is cut into segments where it would run on at most FEW programs,
-# so that about PROGRAMS run (four on each of an H100's 132 multiprocessors), of at least LEAST
+# so that about PROGRAMS run (two on each of an H100's 132 multiprocessors), of at least LEAST
 # chunks each.
-LONG, FEW, PROGRAMS, LEAST = 256, 64, 512, 16
+LONG, FEW, PROGRAMS, LEAST = 256, 64, 256, 16
 
 
 class Chunks(NamedTuple):

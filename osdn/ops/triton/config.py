@@ -14,8 +14,8 @@ from osdn.ops.triton.chunks import tile
 
 CONFIG: dict[str, dict[str, Any]] = {
     "inverse": {"num_warps": 1, "BK": 16},
-    "scan": {"num_warps": 4, "STAGES": 3},
-    "transfer": {"num_warps": 4, "num_stages": 2, "BV": 64},
+    "scan": {"num_warps": 4, "STAGES": 4},
+    "transfer": {"num_warps": 4, "num_stages": 1, "BV": 64},
     "token_scan": {"num_warps": 1},
     "write_keys": {"num_warps": 1, "BK": 32},
     "memory": {"num_warps": 4, "num_stages": 1, "BV": 64},
@@ -23,7 +23,7 @@ CONFIG: dict[str, dict[str, Any]] = {
     "memory_reverse": {"num_warps": 4, "num_stages": 1, "BV": 64},
     "gradients": {"num_warps": 8, "num_stages": 3, "BK": 128, "BV": 64},
     "couple": {"num_warps": 4, "BK": 128},
-    "scan_reverse": {"num_warps": 4, "STAGES": 3},
+    "scan_reverse": {"num_warps": 4, "STAGES": 4},
     "precond_gradients": {"num_warps": 4, "BK": 32},
     "step": {"num_warps": 4, "BV": 128},
 }
