@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers.cache_utils import Cache
 
 from osdn.layers import Mixed, head_size
@@ -91,17 +92,42 @@ def attention_pattern(
     T, S = q.shape[-2], k.shape[-2]
     if attention_mask is None and cu_seqlens is None and T == S:
         return None
-    row = torch.arange(S - T, S, device=q.device)[:, None]
-    column = torch.arange(S, device=q.device)
-    seen = (column <= row)[None, None]
-    if cu_seqlens is not None:
-        document = torch.searchsorted(cu_seqlens[1:], column, right=True)
-        seen = seen & (document[:, None] == document)
+    seen = _causal(T, S, q.device) if cu_seqlens is None else _packed(cu_seqlens, S)
     if attention_mask is not None:
         if attention_mask.shape != (len(q), S):
             raise ValueError(
                 f"attention_mask: expected [B, past + T] = {[len(q), S]}, "
                 f"got shape {list(attention_mask.shape)}"
             )
-        seen = seen & attention_mask[:, None, None].bool() | (column == row)  # no empty row
+        itself = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T).tril(S - T)
+        seen = seen & attention_mask[:, None, None].bool() | itself  # no empty row
     return seen
+
+
+def _causal(T: int, S: int, device: torch.device) -> Tensor:
+    """[1, 1, T, S]: the last T of S tokens see all up to themselves."""
+    row, column = torch.arange(S - T, S, device=device)[:, None], torch.arange(S, device=device)
+    return (column <= row)[None, None]
+
+
+def _packed(cu_seqlens: Tensor, T: int) -> Tensor:
+    """[1, 1, T, T]: causal within each sequence of cu_seqlens.
+
+    Made once for a cu_seqlens tensor, which all layers of a model are handed, and let go with it.
+    """
+    if torch.compiler.is_compiling() or cu_seqlens.is_inference():  # no version to compare
+        return _packed_now(cu_seqlens, T)
+    version, pattern = _patterns.get(cu_seqlens, (None, None))
+    if pattern is None or version != (cu_seqlens._version, T):
+        pattern = _packed_now(cu_seqlens, T)
+        _patterns[cu_seqlens] = (cu_seqlens._version, T), pattern
+    return pattern
+
+
+def _packed_now(cu_seqlens: Tensor, T: int) -> Tensor:
+    time = torch.arange(T, device=cu_seqlens.device)
+    document = torch.searchsorted(cu_seqlens[1:], time, right=True)
+    return _causal(T, T, cu_seqlens.device) & (document[:, None] == document)
+
+
+_patterns: Any = WeakIdKeyDictionary()

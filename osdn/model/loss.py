@@ -49,6 +49,24 @@ def linear_cross_entropy(
     return total / ((labels != IGNORED).sum() if num_items is None else num_items)
 
 
+def cross_entropy(
+    logits: Tensor, labels: Tensor, num_items: Tensor | float | None = None
+) -> Tensor:
+    """The same loss from logits [N, vocabulary] that are there anyway, as in evaluation.
+
+    The float32 copies of its softmax are made for CHUNK_LOGITS logits at a time.
+    """
+    rows = max(1, CHUNK_LOGITS // logits.shape[-1])
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    losses = [
+        F.cross_entropy(some.to(wide), y, ignore_index=IGNORED, reduction="sum")
+        for some, y in zip(logits.split(rows), labels.split(rows))
+    ]
+    return torch.stack(losses).sum() / (
+        (labels != IGNORED).sum() if num_items is None else num_items
+    )
+
+
 class _Summed(torch.autograd.Function):
     """The sum, and the gradients of hidden and weight in the same pass over the chunks."""
 

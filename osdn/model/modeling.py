@@ -25,7 +25,7 @@ from osdn.attention import Attention
 from osdn.layers import OSDN, SwiGLU
 from osdn.model.cache import OSDNCache
 from osdn.model.configuration import OSDNConfig
-from osdn.model.loss import linear_cross_entropy, next_token_labels
+from osdn.model.loss import cross_entropy, linear_cross_entropy, next_token_labels
 
 
 def build_mixer(config: OSDNConfig, layer_idx: int) -> OSDN | Attention:
@@ -254,15 +254,15 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         )
         hidden_states = outputs.last_hidden_state
         loss = logits = None
-        if labels is not None:
-            loss = linear_cross_entropy(
-                hidden_states.flatten(0, 1),
-                self.lm_head.weight,
-                next_token_labels(labels, cu_seqlens).flatten(),
-                num_items_in_batch,
-            )
         if labels is None or not self.training:
             logits = self.lm_head(hidden_states[:, -logits_to_keep:])
+        if labels is not None:
+            targets = next_token_labels(labels, cu_seqlens).flatten()
+            if logits is not None and logits.shape[:2] == labels.shape:
+                loss = cross_entropy(logits.flatten(0, 1), targets, num_items_in_batch)
+            else:
+                hidden, weight = hidden_states.flatten(0, 1), self.lm_head.weight
+                loss = linear_cross_entropy(hidden, weight, targets, num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -88,6 +88,9 @@ def online_scaled_delta_rule(
     Padding: a token with k = 0, beta = 0 and log_gamma = 0 changes neither S nor d (its clip moves
     a d that starts outside the box, as any token's does).
 
+    A NaN or an infinity in a token reaches the later tokens of its head. With chunkwise it also
+    reaches the earlier ones of its chunk of up to 32 tokens: 0 times NaN is NaN in its products.
+
     Raises:
         ValueError: a wrong shape, dtype, device, option or backend; the message names the
             argument, what was expected and what came.

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -17,7 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from osdn import OSDNConfig, OSDNForCausalLM, OSDNModel
+from osdn import OSDNConfig, OSDNForCausalLM, OSDNModel, attention
 from osdn.model import loss as loss_module
 from tests.model.tiny import MIXERS, SIZES, build, tokens
 from tests.numerics import assert_close
@@ -112,6 +113,40 @@ def test_loss_is_next_token_cross_entropy(monkeypatch):
     chunked = model(ids, labels=ids).loss
     assert_close(chunked, expected, 1e-6)
     assert_close(torch.autograd.grad(chunked, model.lm_head.weight)[0], whole, 1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_evaluation_with_labels_makes_the_logits_once(monkeypatch, packed):
+    """As many operations as without labels, and training mode's loss and gradient."""
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 61 * 9)
+    model, ids = build(), tokens(1, 40)
+    options = {"cu_seqlens": torch.tensor([0, 13, 40])} if packed else {}
+    counts = []
+    for labels in (None, ids):
+        with FlopCounterMode(display=False) as counter:
+            result = model(ids, labels=labels, **options)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0 and result.logits.shape == (1, 40, 61)
+    losses = [result.loss, model.train()(ids, labels=ids, **options).loss]
+    assert_close(*losses, 1e-6)
+    assert_close(*(torch.autograd.grad(x, model.lm_head.weight)[0] for x in losses), 1e-5)
+
+
+def test_the_mask_of_packed_documents_is_made_once_for_all_layers(monkeypatch):
+    made, make = [], attention._packed_now
+    monkeypatch.setattr(attention, "_packed_now", lambda *x: made.append(x) or make(*x))
+    model, ids, offsets = build("attention"), tokens(1, 12), torch.tensor([0, 5, 12])
+    first = model(ids, cu_seqlens=offsets).logits
+    assert len(made) == 1
+    assert torch.equal(model(ids, cu_seqlens=offsets).logits, first) and len(made) == 1
+    offsets[1] = 7
+    changed = model(ids, cu_seqlens=offsets).logits
+    assert len(made) == 2 and not torch.equal(changed[:, 5:7], first[:, 5:7])
+    assert torch.equal(model(ids, cu_seqlens=offsets.clone()).logits, changed) and len(made) == 3
+    held = len(attention._patterns)
+    made.clear()
+    del offsets
+    assert len(attention._patterns) == held - 1
 
 
 def test_ignored_labels_and_num_items():
