@@ -1,20 +1,18 @@
 """What a process holds of a run, and how it goes through it."""
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.distributed.checkpoint import CheckpointException
 from tqdm import tqdm
 
 from osdn.data import load_tokenizer
 from osdn.errors import UserError
+from osdn.flops import flops_per_token
 from osdn.model.configuration import OSDNConfig
 from osdn.train import checkpoint
 from osdn.train.config import Recipe
@@ -30,6 +28,7 @@ from osdn.train.setup import (
     passes,
 )
 from osdn.train.signals import Signals
+from osdn.train.speed import peak_memory, utilisation
 from osdn.train.stall import Heartbeat
 from osdn.train.step import Outcome, Stepper
 from osdn.train.trackers import TensorBoard, Tracker, WeightsAndBiases
@@ -90,6 +89,7 @@ class Run:
 
     def _make_model(self, config: OSDNConfig, found: checkpoint.Checkpoint | None) -> None:
         self.sharded = make_sharded(self.recipe, config, self.parallel)
+        self.flops = flops_per_token(config, self.options.seq_len)
         self.optimizer = make_optimizer(self.sharded.model, self.options.optimizer)
         fill_state(self.optimizer, 0)
         if found is None:
@@ -184,6 +184,9 @@ class Run:
             seconds=round(seconds, 6),
             tokens_per_s=round(speed, 1),
             peak_memory=peak_memory(self.parallel.device),
+            mfu=utilisation(
+                speed, self.flops, self.parallel.device, self.options.precision, self.parallel.size
+            ),
         )
 
     def _give_up(self) -> None:
@@ -282,11 +285,3 @@ class Run:
         self.rows.close()
         if self.log is not None:
             self.log.close()
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: allocated on a CUDA device at most, or resident in this process at most."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -92,7 +92,14 @@ class Saver:
     def __init__(self, root: Path, parallel: Parallel, *, keep: int) -> None:
         self.root, self.parallel, self.keep = root, parallel, keep
         pinned = parallel.device.type == "cuda"
-        self._stager = DefaultStager(StagingOptions(pinned, False, False, pinned))
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=pinned,
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=pinned,
+            )
+        )
         self.step = 0  # of the save that was started last
         self._pending: Any = None
 

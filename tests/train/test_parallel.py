@@ -127,8 +127,8 @@ torch.compile = functools.partial(torch.compile, backend="eager")  # all but the
 
 
 @pytest.mark.parametrize("shard", [1, 2])
-def test_compiled_blocks_that_are_made_again_change_nothing(shard, forgetting, tmp_path):
-    recipe, one = forgetting
+def test_compiled_blocks_that_are_made_again_change_nothing(shard, run, tmp_path):
+    recipe, one = run
     out = tmp_path / "out"
     options = ("train.compile=true", "train.activation_checkpointing=full", "train.rows=2")
     processes = start_ranks(

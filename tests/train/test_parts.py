@@ -16,7 +16,7 @@ from osdn.model.loss import linear_cross_entropy
 from osdn.train.blocks import prepare_blocks
 from osdn.train.initial import Initializer, empty_model
 from osdn.train.objective import Objective, inputs
-from osdn.train.precond import measure, measured
+from osdn.train.precond import keys, measured, walk
 from osdn.train.setup import passes
 from tests.train.tiny import recipe
 
@@ -150,7 +150,7 @@ def test_measurements_are_those_of_the_definition(box, forgetting):
     cu_seqlens = torch.tensor([0, 12, 33], dtype=torch.int32)
     for layer in (model.model.layers[0].attn, model.model.layers[2].attn):
         with torch.no_grad():
-            found = measure(layer, hidden, cu_seqlens)
+            (found,) = walk([keys(layer, hidden, cu_seqlens)])
             parts = [activations(layer, hidden[:, a:b]) for a, b in ((0, 12), (12, 33))]
         d = torch.cat([part.precond.expand_as(part.k) for part in parts])
         dot = torch.cat([part.step(part.precond) for part in parts])

@@ -140,7 +140,7 @@ def fields(corpus: str, **changes: Any) -> dict[str, Any]:
     }
 
 
-TIMINGS = ("seconds", "tokens_per_s", "peak_memory")
+TIMINGS = ("seconds", "tokens_per_s", "peak_memory", "mfu")
 
 
 def curve(out: Path) -> list[dict[str, Any]]:
