@@ -70,9 +70,9 @@ def operator(config: OSDNConfig, name: str) -> tuple[float, float]:
     if name == "osdn":
         rule = "osdn" if config.precond_min is None else "osdn_box"
         rule = "osdn_forgetting" if config.forgetting == "data" else rule
-    forward, backward = hardware.OPERATOR[rule]
-    scale = H * (K + V) / 256
-    return forward * scale, backward * scale
+    forward, both = hardware.OPERATOR_MS[rule]
+    scale = 1e-3 / hardware.OPERATOR_TOKEN_HEADS * H * (K + V) / 256
+    return forward * scale, (both - forward) * scale
 
 
 def step_seconds(
@@ -101,9 +101,8 @@ def step_seconds(
         traffic *= hardware.EAGER.value
     remade = {"none": 0, "selective": 1, "full": 1}[train.activation_checkpointing]
     moved = tokens * traffic * (3 + remade) / (rate.copy * hardware.TRAFFIC_SHARE.value)
-    loss = tokens * (
-        3 * head / (rate.matmul * hardware.GEMM_SHARE.value) + 3 * 2 * c * V / rate.copy
-    )
+    # Products as large as those whose rate was measured, and three passes over the logits.
+    loss = tokens * (3 * head / rate.matmul + 3 * 2 * c * V / rate.copy)
     update = 28.0 * model.parameters / shard / rate.copy  # 4 numbers read, 3 written
     backward = passes * (products + mixers + moved) * 2 / 3
     exposed = _exposed(model, gpu, c, gpus, shard, passes, backward)
