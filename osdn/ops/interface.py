@@ -1,8 +1,9 @@
 """The front door of the operator: documentation, validation and the choice of a backend."""
 
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ BACKENDS = {
 HAS_NUMBA = find_spec("numba") is not None
 HAS_TRITON = find_spec("triton") is not None
 TRITON_LARGEST_HEAD = 256
+TAKE_SLOTS = ("triton",)
 
 
 def online_scaled_delta_rule(
@@ -146,6 +148,7 @@ def online_scaled_delta_step(
     precond_min: float | None = None,
     precond_max: float | None = None,
     scale: float | None = None,
+    slots: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One token of `online_scaled_delta_rule`, for decoding: constant time and memory per token.
@@ -155,6 +158,10 @@ def online_scaled_delta_step(
         state: [B, H, K, V], contiguous, as the rule returned it: float32 (float64 for float64 input
             and in the reference); updated in place.
         precond: [B, H, K], likewise.
+        slots: [B] int32 or int64, where sequence i keeps its memory in a pool: state [P, H, K, V]
+            and precond [P, H, K] are read and written at slots[i], and nowhere else. Distinct and
+            less than P (a GPU kernel does not look), or negative for an empty place, whose o is of
+            no use. None: sequence i is at i.
         eta, beta_aware, precond_min, precond_max, scale, backend: as in the rule.
 
     Returns:
@@ -169,7 +176,7 @@ def online_scaled_delta_step(
     check_kinds(required, {"log_gamma": log_gamma}, numbers)
     q, k, v = _autocast(q, k, v)
     check_tensors(q=q, k=k, v=v, beta=beta, log_gamma=log_gamma, state=state, precond=precond)
-    check_step_shapes(q, k, v, beta, log_gamma, state, precond)
+    check_step_shapes(q, k, v, beta, log_gamma, state, precond, slots)
     check_rule(eta, precond_min, precond_max)
     backend = _choose(backend, q, v)
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -189,12 +196,33 @@ def online_scaled_delta_step(
     rule = Rule(
         eta, beta_aware, precond_min, precond_max, q.shape[-1] ** -0.5 if scale is None else scale
     )
-    if backend == "reference":
-        return reference.step(*given, rule), state, precond
-    beta, log_gamma = _cast(beta, accumulate), _cast(log_gamma, accumulate)
-    step = BACKENDS[backend].step if _dispatched(q) else BACKENDS[backend].eager_step
-    o = step(q, k, v, beta, log_gamma, state, precond, *rule)
+    tokens = list(given[:5])
+    if slots is None or backend in TAKE_SLOTS:
+        return _step(backend, tokens, state, precond, slots, rule), state, precond
+    used = slots >= 0
+    places = slots[used].long()
+    tokens = [None if x is None else x[used] for x in tokens]
+    S, d, o = state[places], precond[places], torch.zeros_like(v)
+    o[used] = _step(backend, tokens, S, d, None, rule)
+    state[places], precond[places] = S, d
     return o, state, precond
+
+
+def _step(
+    backend: str,
+    tokens: Sequence[Any],
+    state: Tensor,
+    precond: Tensor,
+    slots: Tensor | None,
+    rule: Rule,
+) -> Tensor:
+    q, k, v, beta, log_gamma = tokens
+    if backend == "reference":
+        return reference.step(q, k, v, beta, log_gamma, state, precond, rule)
+    accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
+    gates = _cast(beta, accumulate), _cast(log_gamma, accumulate)
+    step = BACKENDS[backend].step if _dispatched(q) else BACKENDS[backend].eager_step
+    return step(q, k, v, *gates, state, precond, slots, *rule)
 
 
 def _dispatched(x: Tensor) -> bool:

@@ -10,7 +10,8 @@ dtype, float32, or float64 for float64 input):
         -> empty tensors of the shapes and dtypes of saved, of no data-dependent size
     backward(do, dfinal_state, dfinal_precond, *the eight tensors above*, saved, rule)
         -> [dq, dk, dv, dbeta, dinitial_state, dinitial_precond] + [dlog_gamma] if it was given
-    step(q, k, v, beta, log_gamma, state, precond, rule) -> o; state and precond change in place
+    step(q, k, v, beta, log_gamma, state, precond, rule) -> o; state and precond change in place;
+        one that takes `slots` too is in interface.TAKE_SLOTS
 
 No output may alias an input. `register` is all there is to adding one; its module is imported at
 the first call, so that a backend's dependencies (numba, Triton) cost nothing until then.
@@ -137,6 +138,7 @@ def _step(name: str, module: Module) -> tuple[CustomOpDef, Callable[..., Tensor]
         log_gamma: Tensor | None,
         state: Tensor,
         precond: Tensor,
+        slots: Tensor | None,
         eta: float,
         beta_aware: bool,
         precond_min: float | None,
@@ -144,7 +146,8 @@ def _step(name: str, module: Module) -> tuple[CustomOpDef, Callable[..., Tensor]
         scale: float,
     ) -> Tensor:
         rule = Rule(eta, beta_aware, precond_min, precond_max, scale)
-        return module().step(q, k, v, beta, log_gamma, state, precond, rule)
+        options = () if slots is None else (slots,)
+        return module().step(q, k, v, beta, log_gamma, state, precond, rule, *options)
 
     step = torch.library.custom_op(f"osdn::{name}_step", step_op, mutates_args=("state", "precond"))
 

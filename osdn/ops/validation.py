@@ -100,6 +100,7 @@ def check_step_shapes(
     log_gamma: Tensor | None,
     state: Tensor,
     precond: Tensor,
+    slots: Tensor | None,
 ) -> None:
     """The shapes of one token. The states are written to, so nothing of them is expanded."""
     _expect_sizes("q", q, ("B", "H", "K"))
@@ -110,8 +111,16 @@ def check_step_shapes(
     _expect("beta", beta, (B, H), "[B, H]")
     if log_gamma is not None:
         _expect("log_gamma", log_gamma, (B, H), "[B, H]")
-    _expect("state", state, (B, H, K, V), "[B, H, K, V]")
-    _expect("precond", precond, (B, H, K), "[B, H, K]")
+    P, kept = (B, "B") if slots is None else (state.shape[0], "P")
+    _expect("state", state, (P, H, K, V), f"[{kept}, H, K, V]")
+    _expect("precond", precond, (P, H, K), f"[{kept}, H, K]")
+    if slots is not None:
+        _expect("slots", slots, (B,), "[B]")
+        if slots.dtype not in (torch.int32, torch.int64) or slots.device != q.device:
+            raise ValueError(
+                f"slots: expected int32 or int64 on {q.device} like q, got {slots.dtype} on "
+                f"{slots.device}"
+            )
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:

@@ -55,6 +55,37 @@ def test_inference_mode(backend):
     assert_close(state, want["final_state"], 1e-10)
 
 
+def test_slots_of_a_pool(backend):
+    """As each sequence alone, and nothing else in the pool changes; a negative slot is empty."""
+    x = detached(make_inputs(3, 1, 2, 16, 24))
+    token = [x[name][:, 0] for name in ("q", "k", "v", "beta", "log_gamma")]
+    g = torch.Generator().manual_seed(3)
+    pool = torch.randn(5, 2, 16, 24, generator=g, dtype=torch.float64)
+    preconds = torch.rand(5, 2, 16, generator=g, dtype=torch.float64)
+    state, precond = pool.clone(), preconds.clone()
+    o, *after = online_scaled_delta_step(
+        *token, state=state, precond=precond, slots=torch.tensor([4, -1, 0]), backend=backend
+    )
+    assert after[0] is state and after[1] is precond
+    for i, slot in ((0, 4), (2, 0)):
+        S, d = pool[slot : slot + 1].clone(), preconds[slot : slot + 1].clone()
+        alone = [t[i : i + 1] for t in token]
+        expected, *_ = online_scaled_delta_step(*alone, state=S, precond=d, backend=backend)
+        for actual, wanted in ((o[i], expected[0]), (state[slot], S[0]), (precond[slot], d[0])):
+            assert_close(actual, wanted, 1e-12)
+    assert torch.equal(state[1:4], pool[1:4]) and torch.equal(precond[1:4], preconds[1:4])
+
+
+@pytest.mark.parametrize("slots", [torch.zeros(2), torch.zeros(3, dtype=torch.int64)])
+def test_slots_that_do_not_fit(slots):
+    x = detached(make_inputs(2, 1, 1, 4, 4))
+    token = [x[name][:, 0] for name in ("q", "k", "v", "beta", "log_gamma")]
+    with pytest.raises(ValueError, match="slots: expected"):
+        online_scaled_delta_step(
+            *token, state=x["initial_state"], precond=x["initial_precond"], slots=slots
+        )
+
+
 def zeros(*shape: int) -> torch.Tensor:
     return torch.zeros(*shape)
 

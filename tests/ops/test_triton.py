@@ -243,13 +243,15 @@ def test_step(options):
 def test_step_with_slots_of_a_pool():
     inputs = detached(on_device(make_inputs(3, 1, 2, 16, 24, dtype=torch.float32)))
     token = [inputs[n][:, 0] for n in ("q", "k", "v", "beta", "log_gamma")]
-    rule = Rule(1.0, True, None, None, 0.25)
+    rule = Rule(1.0, True, None, None, 0.25)  # the default scale of K = 16
     g = torch.Generator().manual_seed(3)
     pool = torch.randn(5, 2, 16, 24, generator=g).to(DEVICE)
     preconds = torch.rand(5, 2, 16, generator=g).to(DEVICE)
     slots = torch.tensor([4, -1, 0], device=DEVICE)
     state, precond = pool.clone(), preconds.clone()
-    o = backend_step(*token, state, precond, rule, slots=slots)
+    o, *_ = online_scaled_delta_step(
+        *token, state=state, precond=precond, slots=slots, beta_aware=True, backend="triton"
+    )
     for i, slot in ((0, 4), (2, 0)):
         S, d = pool[slot : slot + 1].clone(), preconds[slot : slot + 1].clone()
         alone = backend_step(*(x[i : i + 1].contiguous() for x in token), S, d, rule)
@@ -277,7 +279,9 @@ def test_custom_operator_contract():
     )
     token = [x.detach()[:, 0].contiguous() for x in tensors[:5]]
     states = [x.detach() for x in tensors[5:]]
-    torch.library.opcheck(BACKENDS["triton"].step, (*token, *states, 1.0, True, None, None, 0.25))
+    for slots in (None, torch.zeros(1, dtype=torch.int64, device=DEVICE)):
+        arguments = (*token, *states, slots, 1.0, True, None, None, 0.25)
+        torch.library.opcheck(BACKENDS["triton"].step, arguments)
 
 
 def test_what_the_front_door_refuses(monkeypatch):
