@@ -76,12 +76,10 @@ def prepare(z: Tensor, log_gamma: Tensor | None, sizes: list[int], x: Tensor, L:
     if log_gamma is None:
         gamma, kept = None, z.new_ones(C + 1, C + 1).triu_().expand(R, -1, -1)
     else:
-        # Sums of log γ over each stretch, never differences of sums: after one large term those
-        # have lost the digits of the small ones.
+        # Products of γ over each stretch, never quotients of products, which may be 0 over 0.
         within = torch.ones(C + 1, C, dtype=torch.bool, device=z.device).triu_()
-        sums = torch.where(within, log_gamma[:, None, :], 0).cumsum_(-1)
         gamma, kept = log_gamma.exp(), z.new_ones(R, C + 1, C + 1)
-        kept[:, :, 1:] = sums.exp_()
+        torch.cumprod(torch.where(within, gamma[:, None, :], 1), -1, out=kept[:, :, 1:])
         kept.triu_()
     return Chunks(z, gamma, kept, sizes, x, L)
 
