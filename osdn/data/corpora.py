@@ -147,6 +147,7 @@ class FileCorpus:
             more = f" and {len(files) - 1} more" if len(files) > 1 else ""
             raise UserError(f"data.corpus: {files[0]}{more}: empty; give files that hold text")
         self.files, self.text_field, self.separator = files, text_field, separator
+        self.sizes = sizes
         self.size: int | None = sum(sizes)
         names = [str(path) for path in files]
         listing = repr([names, sizes, text_field, separator]).encode()
@@ -178,8 +179,9 @@ class FileCorpus:
         A Parquet file counts when it is left, since its offsets are rows.
         """
         number, offset, *_ = position
-        before = sum(path.stat().st_size for path in self.files[:number])
-        return before + (0 if self.files[number].suffix.lower() == ".parquet" else offset)
+        return sum(self.sizes[:number]) + (
+            0 if self.files[number].suffix.lower() == ".parquet" else offset
+        )
 
     def _pieces(self, path: Path, offset: int) -> Found:
         """The file's pieces behind an offset, however often it must be opened again."""

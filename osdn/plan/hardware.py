@@ -5,6 +5,8 @@ Corrected in one place: a new measurement changes a `Figure` and its source, and
 
 from typing import NamedTuple
 
+import torch
+
 from osdn.errors import UserError
 from osdn.flops import peak_flops
 
@@ -30,9 +32,9 @@ class Gpu(NamedTuple):
     network: float
     machine: int
 
-    def peak(self) -> float:
-        """FLOP/s in bfloat16 by the vendor."""
-        found = peak_flops(self.name)
+    def peak(self, precision: str = "bfloat16") -> float:
+        """FLOP/s by the vendor in bfloat16, or in float32."""
+        found = peak_flops(self.name, torch.float32 if precision == "float32" else torch.bfloat16)
         assert found is not None
         return found
 

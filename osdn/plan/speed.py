@@ -55,9 +55,8 @@ class Rates(NamedTuple):
 def rates(gpu: Gpu, train: Train) -> Rates:
     """Measured on the H100; elsewhere in proportion to the vendor's figures."""
     compute, traffic = gpu.peak() / H100.peak(), gpu.bandwidth / H100.bandwidth
-    exact = 1.0 if train.precision == "bfloat16" else 16.0  # float32 without the matrix units
     return Rates(
-        hardware.MATMUL.value * compute / exact,
+        hardware.MATMUL.value * gpu.peak(train.precision) / H100.peak(),
         hardware.COPY.value * traffic,
         max(1 / compute, 1 / traffic) if gpu is not H100 else 1.0,
     )

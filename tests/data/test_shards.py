@@ -183,6 +183,24 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path):
     assert corpus.open(corpus.shards[0])[0].tolist() == [1, 69999, 65536, 7, 1]
 
 
+def test_a_streamed_dataset_makes_the_shards_of_its_files(texts, shards, tmp_path, monkeypatch):
+    original, calls = os.replace, [0]
+
+    def stop(*names):
+        calls[0] += 1
+        if calls[0] in (7, 20):
+            raise KeyboardInterrupt
+        original(*names)
+
+    monkeypatch.setattr(os, "replace", stop)
+    codes = [tokenize(f"hf:{texts}", tmp_path, "--processes", "1") for _ in range(3)]
+    assert codes == [130, 130, 0]
+    made, expected = contents(tmp_path), contents(shards)
+    for name in expected:
+        if name.endswith((".tokens", ".index")):
+            assert made[name] == expected[name]
+
+
 @pytest.mark.parametrize("lanes", [1, 4, 32])
 def test_an_epoch_is_the_training_documents_once_in_a_seeded_order(lanes, texts, shards):
     expected = sorted(
