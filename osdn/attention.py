@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.cache_utils import Cache
 
@@ -69,9 +70,27 @@ class Attention(nn.Module):
             elif past:
                 seen: Any = past_key_values.layers[self.layer_idx]
                 k, v = torch.cat([seen.keys, k], dim=-2), torch.cat([seen.values, v], dim=-2)
-        mask = attention_pattern(q, k, attention_mask, cu_seqlens)
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        if cu_seqlens is not None and attention_mask is None and flash_packs(q):
+            o = packed_attention(q, k, v, cu_seqlens)
+        else:
+            mask = attention_pattern(q, k, attention_mask, cu_seqlens)
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.o_proj(o.transpose(1, 2).flatten(-2)), None, past_key_values
+
+
+def flash_packs(q: Tensor) -> bool:
+    """Whether PyTorch's variable-length flash attention takes such tensors."""
+    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Causal attention within each sequence, [1, H, T, K], in time and memory of the sequences."""
+    T, offsets = q.shape[2], cu_seqlens.int()
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
+    causal = (-1, 0)  # no limit to the left, nothing to the right
+    o = varlen_attn(q, k, v, offsets, offsets, T, T, window_size=causal)
+    assert isinstance(o, Tensor)  # a tuple only with return_aux
+    return o.transpose(0, 1).unsqueeze(0)
 
 
 def rotate(x: Tensor, start: int, theta: float) -> Tensor:

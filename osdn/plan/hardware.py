@@ -70,7 +70,7 @@ OPERATOR_SOURCE = f"B16 T4096 H16 K=V=128, else in proportion to K+V; {BENCH}"
 
 NOT_MEASURED = "assumed, until a model's step has been measured"
 GEMM_SHARE = Figure(0.80, "of the 8192³ rate, for a model's matrices", NOT_MEASURED)
-ATTENTION_SHARE = Figure(0.45, "of the 8192³ rate, attention with a mask", NOT_MEASURED)
+ATTENTION_SHARE = Figure(0.45, "of the 8192³ rate, attention", NOT_MEASURED)
 TRAFFIC_SHARE = Figure(
     0.40,
     "of the copy rate, between the products",

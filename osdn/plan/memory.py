@@ -113,7 +113,8 @@ def memory(config: OSDNConfig, model: Model, train: Train, *, shard: int, passes
     if train.activation_checkpointing != "none":
         plain = train.model_copy(update={"activation_checkpointing": "none"})
         again = max(kept_by_block(config, name, plain, r=r, c=c) for name in config.mixers)
-    masks = 4.0 * tokens**2 * ("attention" in config.mixers)  # a boolean mask, and as a bias
+    masked = "attention" in config.mixers and not bfloat16  # as a boolean, and as a bias
+    masks = 4.0 * tokens**2 * masked
     rows = min(tokens, max(1, CHUNK_LOGITS // config.vocab_size))
     loss = rows * config.vocab_size * (2 * c + 4.0) + 4.0 * config.vocab_size * D + c * tokens * D
     activations = tokens * (sum(kept) + again + r * D) + masks

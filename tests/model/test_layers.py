@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-from torch.nn.functional import conv1d, pad, rms_norm, silu
+from torch.nn.functional import conv1d, pad, rms_norm, scaled_dot_product_attention, silu
 from transformers import DynamicCache
 
-from osdn import OSDN, OSDNConfig, online_scaled_delta_rule
+from osdn import OSDN, OSDNConfig, attention, online_scaled_delta_rule
 from osdn.attention import Attention
 from osdn.layers import ShortConvolution, l2_normalize
 from tests.numerics import assert_close
@@ -148,6 +148,44 @@ def test_gradients_reach_every_parameter():
     layer(hidden())[0].square().sum().backward()
     for name, parameter in layer.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_packed_flash_attention_is_called_as_the_mask_means(monkeypatch):
+    """With flash attention's own contract in its place, which no CPU has."""
+
+    def flash(q, k, v, offsets, offsets_k, longest, longest_k, *, window_size):
+        assert offsets.dtype == torch.int32 and window_size == (-1, 0)
+        assert offsets_k is offsets and longest == longest_k == len(q)
+        parts = [
+            scaled_dot_product_attention(
+                *(x[start:end].transpose(0, 1) for x in (q, k, v)), is_causal=True
+            ).transpose(0, 1)
+            for start, end in itertools.pairwise(offsets.tolist())
+        ]
+        return torch.cat(parts)
+
+    torch.manual_seed(0)
+    layer, x = Attention(32, 2), torch.randn(1, 21, 32)
+    offsets = torch.tensor([0, 4, 5, 21])
+    masked = layer(x, cu_seqlens=offsets)[0]
+    monkeypatch.setattr(attention, "flash_packs", lambda q: True)
+    monkeypatch.setattr(attention, "varlen_attn", flash)
+    assert_close(layer(x, cu_seqlens=offsets)[0], masked, 1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_packed_flash_attention_on_a_gpu():
+    torch.manual_seed(0)
+    layer = Attention(256, 2).cuda()
+    x, offsets = torch.randn(1, 300, 256, device="cuda"), torch.tensor([0, 64, 65, 300]).cuda()
+    y = layer(x, cu_seqlens=offsets)[0]
+    with torch.autocast("cuda", torch.bfloat16):
+        packed = layer(x, cu_seqlens=offsets)[0]
+    gradients = [torch.autograd.grad(o.float().square().sum(), layer.k_proj.weight)[0]
+                 for o in (packed, y)]  # fmt: skip
+    assert_close(packed, y, 2e-2)
+    assert_close(*gradients, 4e-2)
 
 
 def test_beta_reaches_two_only_where_it_may():
