@@ -5,7 +5,8 @@
 Every round times each case once, in turn; a ratio is taken within a round, and the median over the
 rounds is quoted with its quartiles, so that a load that comes and goes hits both sides alike. The
 peer is `torch_chunk_gated_delta_rule` with a decay of 0, which is the delta rule: what a model of
-transformers runs where FLA is not installed. Times are wall-clock.
+transformers runs where FLA is not installed. Times are wall-clock; beside them stands the CPU time
+of all threads: with `OMP_NUM_THREADS=1` and `--threads 1` a second witness on a busy machine.
 
 Memory is the peak resident size (VmHWM, Linux) of forward + backward in a process of its own, above
 what it held with the inputs and the cotangent made and a short call done: outputs, gradients, what
@@ -80,8 +81,11 @@ def transformers_rule(x: dict[str, Tensor]) -> Tensor:
     return rule(x["q"], x["k"], x["v"], torch.zeros_like(x["beta"]), x["beta"])[0]
 
 
-def compare(rounds: int, size: tuple[int, int, int, int]) -> dict[str, dict[str, list[float]]]:
-    """Seconds by pass and case, a list over the rounds."""
+Times = dict[str, dict[str, list[float]]]
+
+
+def compare(rounds: int, size: tuple[int, int, int, int]) -> tuple[Times, Times]:
+    """Seconds by pass and case, a list over the rounds: of the clock, and of the processors."""
     x = inputs(*size)
     cases = {"transformers": transformers_rule}
     for backend in BACKENDS:
@@ -92,16 +96,19 @@ def compare(rounds: int, size: tuple[int, int, int, int]) -> dict[str, dict[str,
     for name, forward in cases.items():
         if name.endswith("off"):
             torch.testing.assert_close(forward(x), expected, rtol=1e-3, atol=1e-4)
-    times: dict[str, dict[str, list[float]]] = {}
+    times: Times = {}
+    cpu: Times = {}
     for kind, do in (("forward", None), ("forward+backward", torch.randn_like(x["v"]))):
         runs = {name: measure(forward, x, do) for name, forward in cases.items()}
         for run in runs.values():
             run()
-        times[kind] = {name: [] for name in runs}
+        times[kind], cpu[kind] = ({name: [] for name in runs} for _ in range(2))
         for _ in range(rounds):
             for name, run in runs.items():
+                start = time.process_time()
                 times[kind][name].append(run())
-    return times
+                cpu[kind][name].append(time.process_time() - start)
+    return times, cpu
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
@@ -173,15 +180,16 @@ def machine(threads: int) -> dict:
 
 def report(result: dict) -> None:
     """The tables."""
-    print("| pass | case | ms: median (quartiles) | over transformers | over off |")
-    print("|---|---|---|---|---|")
+    print("| pass | case | ms: median (quartiles) | CPU ms | over transformers | over off |")
+    print("|---|---|---|---|---|---|")
     for kind, times in result["times"].items():
         for name, seconds in times.items():
             ms = "{:.2f} ({:.2f} to {:.2f})".format(*(1e3 * x for x in quartiles(seconds)))
             peer = "{:.3f} ({:.3f} to {:.3f})".format(*ratio(seconds, times["transformers"]))
             off = times.get(name.split()[0] + " off")
             own = "" if off is None else "{:.2f} ({:.2f} to {:.2f})".format(*ratio(seconds, off))
-            print(f"| {kind} | {name} | {ms} | {peer} | {own} |")
+            cpu = f"{1e3 * statistics.median(result['cpu'][kind][name]):.1f}"
+            print(f"| {kind} | {name} | {ms} | {cpu} | {peer} | {own} |")
     print("\n| backend | T | ms: median | µs a token | peak extra MiB | over q, k, v, o |")
     print("|---|---|---|---|---|---|")
     for point in result["scaling"]:
@@ -204,12 +212,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write everything to this JSON file")
     parser.add_argument("--rounds", type=int, default=15, help="timings of each case")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--longest", type=int, default=LENGTHS[-1], help="largest T of the scaling")
+    parser.add_argument(
+        "--longest", type=int, default=LENGTHS[-1], help="largest T of the scaling; 0: none"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     size = (2, 2048, 4, 64)
     result = {"machine": machine(args.threads), "size": size}
-    result["times"] = compare(args.rounds, size)
+    result["times"], result["cpu"] = compare(args.rounds, size)
     result["decode"] = decode(args.rounds)
     lengths = [T for T in LENGTHS if args.longest >= T]
     points = [(b, T, args.threads) for b in BACKENDS for T in lengths]
