@@ -90,7 +90,8 @@ class _Summed(torch.autograd.Function):
             for start in range(0, len(labels), rows):
                 h, y = h_all[start : start + rows], labels[start : start + rows]
                 loss, dlogits = score(h @ w.T, y, z_loss, training)
-                total += loss
+                # Not in place: torch 2.11 compiles that into a result without a gradient.
+                total = total + loss
                 if training:
                     dh[start : start + rows] = dlogits @ w
                     dw += dlogits.T @ h
