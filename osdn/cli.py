@@ -24,6 +24,8 @@ COMMANDS = {
     "eval": ("osdn.evals.command", "measure models: recall, needle, perplexity, and more"),
     "report": ("osdn.evals.report", "put results side by side on one page"),
     "mqar": ("osdn.evals.mqar_grid", "compare mixers on multi-query associative recall"),
+    "study": ("osdn.study.command", "do a study in pieces, on any number of machines, and report"),
+    "corpus": ("osdn.study.corpus", "build a corpus from Debian packages, once, with a network"),
     "theory": ("osdn.theory.command", "run the theory's experiments and draw their plots"),
 }
 

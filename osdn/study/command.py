@@ -1,0 +1,166 @@
+"""`osdn study STUDY.yaml`: do what is left of a study, as much as fits in a time, and report it.
+
+Every finished run is a file in OUT/records, named by a hash of what it depends on: a study can be
+stopped at any time, done in pieces on any number of machines, and merged; no run is done twice.
+"""
+
+import argparse
+import math
+import os
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from osdn.errors import UserError
+from osdn.evals.results import provenance
+from osdn.study.plan import Run, Study, all_runs, load_study
+from osdn.study.records import Clock, Record, Records, append, merge
+from osdn.study.report import write_report
+from osdn.study.workers import complete
+from osdn.train.setup import make_device
+
+RESERVE = 5.0  # seconds before the deadline in which the report is written
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The study, the places, and how much to do."""
+    parser.add_argument("study", type=Path, help="such as recipes/study/mqar.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a field")
+    parser.add_argument("--out", type=Path, help="default: runs/study/ and the study's name")
+    parser.add_argument("--list", action="store_true", help="say what is to do and how long")
+    parser.add_argument("--minutes", type=float, help="begin only what fits; stop after these")
+    parser.add_argument("--only", help="these experiments, separated by commas")
+    parser.add_argument(
+        "--merge",
+        type=Path,
+        nargs="+",
+        metavar="FROM",
+        default=[],
+        help="first take over the records of other directories or packed files",
+    )
+    parser.add_argument(
+        "--pack", type=Path, help="also append every record to this one file as it is there"
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        help="MQAR runs at a time (default: on a GPU two less than there are cores, at most 14; "
+        "on a CPU its cores)",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--work", type=Path, help="of the models (default: OUT/work)")
+    parser.epilog = "Fields of a study, and how it is done in pieces: docs/study.md"
+
+
+def run(args: argparse.Namespace) -> None:
+    """Merge, list or train; write the report."""
+    began = time.monotonic()
+    study = load_study(args.study, args.overrides)
+    out = args.out or Path("runs/study") / args.study.stem
+    records = Records(out)
+    if args.merge:
+        new, known = merge(records, args.merge)
+        print(f"{new} records taken over, {known} were there")
+    runs = chosen(study, args.only)
+    device = make_device(args.device).type
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+    processes = args.processes or (max(1, min(14, cores - 2)) if device == "cuda" else cores)
+    machine = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {cores} cores"
+    clock = Clock(study, records.found.values(), machine, processes)
+    todo = [one for one in runs if one.name not in records.found]
+    print(overview(runs, todo, clock))
+    if not args.list:
+        limit = math.inf if args.minutes is None else 60 * args.minutes - RESERVE
+        session = Session(records, clock, pack=args.pack)
+        session.do(todo, limit - (time.monotonic() - began), device, args.work or out / "work")
+        if session.failed:
+            raise UserError(f"{session.failed} runs failed, see above; the others are kept")
+    if records.found:
+        page = write_report(study, records, out)
+        print(f"{page} and {page.with_suffix('.md')}")
+
+
+def chosen(study: Study, names: str | None) -> list[Run]:
+    """The runs of the named experiments, in the order of the names; all without names."""
+    if names is None:
+        return all_runs(study)
+    found: dict[str, Run] = {}
+    for name in names.split(","):
+        if name not in study.mqar and name not in study.language:
+            known = ", ".join([*study.mqar, *study.language])
+            raise UserError(f"--only: no experiment {name!r}; there are {known}")
+        part = Study(
+            mqar={k: v for k, v in study.mqar.items() if k == name},
+            language={k: v for k, v in study.language.items() if k == name},
+        )
+        found |= {one.name: one for one in all_runs(part) if one.name not in found}
+    return list(found.values())
+
+
+def overview(runs: list[Run], todo: list[Run], clock: Clock) -> str:
+    """A line an experiment: how many runs there are, are left, and how long these take."""
+    lines = [f"{clock.machine}, {clock.processes} MQAR runs at a time"]
+    for name in dict.fromkeys(one.experiment for one in runs):
+        left = [one for one in todo if one.experiment == name]
+        count = sum(one.experiment == name for one in runs)
+        sources = Counter(clock.seconds(one)[1] for one in left)
+        source = ", ".join(f"{n} {word}" for word, n in sources.items())
+        minutes = clock.total(left) / 60
+        lines.append(f"{name}: {len(left)} of {count} runs left, {minutes:.1f} min ({source})")
+    lines.append(f"in all {len(todo)} of {len(runs)} runs, {clock.total(todo) / 60:.1f} min")
+    return "\n".join(lines)
+
+
+class Session:
+    """What one call of the command does."""
+
+    def __init__(self, records: Records, clock: Clock, *, pack: Path | None) -> None:
+        self.records, self.clock, self.pack = records, clock, pack
+        self.failed = 0
+        self.origin = provenance()
+        if pack is not None:
+            pack.parent.mkdir(parents=True, exist_ok=True)
+
+    def do(self, todo: list[Run], limit: float, device: str, work: Path) -> None:
+        """MQAR runs several at a time, then language models one at a time."""
+        began = time.monotonic()
+        with tqdm(total=len(todo), unit="run", mininterval=1) as bar:
+            for kind, processes in (("mqar", self.clock.processes), ("language", 1)):
+                some = [one for one in todo if one.kind == kind]
+                if not some:
+                    continue
+                finished = complete(
+                    some,
+                    processes=processes,
+                    device=device,
+                    work=work,
+                    left=lambda: limit - (time.monotonic() - began),
+                    seconds=lambda one: self.clock.seconds(one)[0],
+                )
+                for one, outcome, error, seconds in finished:
+                    if outcome is None:
+                        self.failed += 1
+                        tqdm.write(f"{one.experiment}, {one.label}, seed {one.seed}: {error}")
+                    else:
+                        self.keep(one, outcome, seconds)
+                        bar.update()
+
+    def keep(self, one: Run, outcome: Record, seconds: float) -> None:
+        """Write a finished run down, in both places, before anything else."""
+        record = {
+            "name": one.name,
+            "kind": one.kind,
+            "spec": one.spec,
+            "outcome": outcome,
+            "seconds": round(seconds, 3),
+            "machine": self.clock.machine,
+            "processes": self.clock.processes,
+            **{name: self.origin[name] for name in ("command", "commit", "versions", "time")},
+        }
+        self.records.add(record)
+        if self.pack is not None:
+            append(self.pack, record)
+        self.clock.learn(record)

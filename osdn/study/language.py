@@ -1,0 +1,153 @@
+"""One language-model run: a chain of trainings, each from the weights before it, then evaluations.
+
+A training's directory is named by the hash of all that leads to it, so that two runs with the same
+beginning train it once where they share a disk, and a run that was killed goes on from its newest
+checkpoint.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import osdn.model.modeling  # noqa: F401  registers the model class
+from osdn.errors import UserError
+from osdn.evals import command
+from osdn.evals.results import RESULT, write_json
+from osdn.study.plan import run_name
+from osdn.train import checkpoint
+from osdn.train.config import Recipe
+from osdn.train.logs import TrainResult, read_result, tell
+from osdn.train.loop import train
+from osdn.train.parallel import Parallel
+from osdn.train.run import Run
+from osdn.train.setup import make_device
+from osdn.train.signals import Signals
+
+ONLY_OSDN = ("attn.initial_precond", "attn.a_proj.weight", "attn.a_proj.bias")
+
+
+class ContinuedRun(Run):
+    """A training that starts from another model's weights.
+
+    Parameters that the other model lacks keep their initial values, which leave its function as it
+    is (d_1 = 1; γ ≈ 0.999 with forgetting). Optimiser and schedule start afresh.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        found: checkpoint.Checkpoint | None,
+        parallel: Parallel,
+        *,
+        start: Path,
+    ) -> None:
+        super().__init__(recipe, out, found, parallel)
+        if found is None:
+            load_weights(self.sharded.model, start)
+
+
+def load_weights(model: torch.nn.Module, start: Path) -> None:
+    """Give a model the weights of the checkpoint directory `start`.
+
+    Raises:
+        UserError: the two differ in more than the preconditioner's own parameters.
+    """
+    weights = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32).state_dict()
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    wrong = [*(name for name in missing if not name.endswith(ONLY_OSDN)), *unexpected]
+    if wrong:
+        raise UserError(f"start_from: {start} does not fit this model: {', '.join(wrong[:3])}")
+
+
+def train_from(recipe: Recipe, out: Path, start: Path) -> TrainResult:
+    """`osdn.train.train`, but from the weights in `start`."""
+    found = checkpoint.load_newest(out / "checkpoints", recipe.resolved(), tell)
+    if found is not None and (out / "model").exists():
+        return train(recipe, out)  # it is finished; the result is read
+    parallel = Parallel(recipe, make_device(recipe.train.device))
+    try:
+        run = ContinuedRun(recipe, out, found, parallel, start=start)
+        try:
+            with Signals() as signals:
+                run.complete(signals)
+        finally:
+            run.close()
+        state = run.state()
+    finally:
+        parallel.close()
+    return read_result(
+        out,
+        parameters=state["parameters"],
+        steps=state["step"],
+        nonfinite=state["nonfinite"],
+    )
+
+
+def make_recipe(phase: dict[str, Any], device: str) -> Recipe:
+    """The recipe of a resolved phase; what the tokenizer and the rows decide is left out."""
+    model = {name: value for name, value in phase["model"].items() if value is not None}
+    quiet = {"tensorboard": False, "progress": False}
+    train_section = {**phase["train"], "device": device}
+    fields = {"model": model, "data": phase["data"], "train": train_section, "logging": quiet}
+    return Recipe.model_validate(fields)
+
+
+def perform(spec: dict[str, Any], *, device: str, work: Path) -> dict[str, Any]:
+    """Train the phases and measure the last model.
+
+    Returns:
+        {"train": loss, bits per byte and speed of the last phase, "evaluations": {name: result
+        without its provenance}, "steps": of all phases, "seconds": {"train", "evaluations"}}.
+    """
+    start: Path | None = None
+    began, phases = time.monotonic(), spec["phases"]
+    for i, phase in enumerate(phases):
+        directory = work / run_name("training", phases[: i + 1])
+        recipe = make_recipe(phase, device)
+        if start is None:
+            result = train(recipe, directory)
+        else:
+            result = train_from(recipe, directory, start)
+        start = directory / "model"
+    assert start is not None
+    trained = time.monotonic()
+    found = {
+        name: evaluate(start, words, work / "eval" / run_name("language", spec) / name, device)
+        for name, words in spec["evaluations"].items()
+    }
+    last = [loss for _, loss in result.loss[-50:] if loss is not None]
+    return {
+        "train": {
+            "loss": sum(last) / len(last) if last else None,
+            "bits_per_byte": result.bits_per_byte,
+            "validation": result.validation,
+            "parameters": result.parameters,
+            "tokens_per_s": result.tokens_per_s,
+            "nonfinite": result.nonfinite,
+        },
+        "evaluations": found,
+        "steps": sum(phase["train"]["steps"] for phase in phases),
+        "seconds": {
+            "train": trained - began,
+            "evaluations": time.monotonic() - trained,
+        },
+    }
+
+
+def evaluate(model: Path, words: list[str], out: Path, device: str) -> dict[str, Any]:
+    """The result of `osdn eval TASK MODEL WORDS`, whose first word is the task."""
+    parser = argparse.ArgumentParser(prog="osdn eval", exit_on_error=False)
+    command.add_arguments(parser)
+    task, *options = words
+    try:
+        args = parser.parse_args([task, str(model), *options, "--device", device])
+    except (argparse.ArgumentError, SystemExit) as error:
+        raise UserError(f"evaluations: {' '.join(words)}: {error}") from error
+    result = command.evaluate(args, str(model), out)
+    write_json(out / RESULT, result)
+    return {name: value for name, value in result.items() if name != "provenance"}

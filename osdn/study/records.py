@@ -1,0 +1,148 @@
+"""What finished runs leave: one JSON file each, named by the run's hash, and how long runs take."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from osdn.errors import UserError
+from osdn.evals.results import write_json
+from osdn.study.plan import Run, Study, run_name
+
+RECORDS = "records"
+Record = dict[str, Any]
+
+
+class Records:
+    """The finished runs in OUT/records, each {"name", "kind", "spec", "outcome", "seconds", ...}.
+
+    Raises:
+        UserError: a damaged record.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.directory = out / RECORDS
+        self.found: dict[str, Record] = {}
+        for path in sorted(self.directory.glob("*.json")):
+            try:
+                record = json.loads(path.read_text())
+                name = run_name(record["kind"], record["spec"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path}: damaged; delete it to run it again") from error
+            if name != path.stem:
+                raise UserError(f"{path}: holds the run {name}; delete it, or name it so")
+            self.found[name] = record
+
+    def get(self, kind: str, spec: dict[str, Any]) -> Record | None:
+        """The record of a run, if it is finished."""
+        return self.found.get(run_name(kind, spec))
+
+    def add(self, record: Record) -> bool:
+        """Keep a record unless that run is there; whether it was new."""
+        if record["name"] in self.found:
+            return False
+        write_json(self.directory / f"{record['name']}.json", record)
+        self.found[record["name"]] = record
+        return True
+
+
+def merge(records: Records, sources: Iterable[Path]) -> tuple[int, int]:
+    """Take over the records of other studies' directories or packed files: (new, known).
+
+    Raises:
+        UserError: a source without records, or a damaged one.
+    """
+    new = known = 0
+    for source in sources:
+        for record in _read(source):
+            if run_name(record["kind"], record["spec"]) != record["name"]:
+                raise UserError(f"{source}: run {record['name']} is not what its name says")
+            if records.add(record):
+                new += 1
+            else:
+                known += 1
+    return new, known
+
+
+def _read(source: Path) -> list[Record]:
+    if source.is_dir():
+        found = list(Records(source).found.values())
+        if not found:
+            raise UserError(f"{source}: no {RECORDS}/*.json in it")
+        return found
+    try:
+        lines = source.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{source}: cannot read: {error.strerror}") from error
+    try:  # the last line is empty, or was cut off by a kill
+        return [json.loads(line) for line in lines[:-1]]
+    except ValueError as error:
+        raise UserError(f"{source}: not a file of packed records: {error}") from error
+
+
+def append(path: Path, record: Record) -> None:
+    """Add a record to a packed file, one line each, on the disk when this returns."""
+    with path.open("ab") as file:
+        file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        file.flush()
+
+
+def work(spec: dict[str, Any]) -> float:
+    """Tokens of a step that an MQAR spec asks for, in thousands."""
+    return spec["task"]["length"] * spec["task"]["batch_size"] / 1000
+
+
+class Clock:
+    """Predicts how long runs take from the records of the same machine, or by assumption.
+
+    MQAR: seconds a step of runs alike in all but learning rate, seed and mixer options; else of
+    all runs, by tokens a step; else the study's assumption. Language models: the same experiment's
+    seconds a step, else its assumption.
+    """
+
+    def __init__(self, study: Study, records: Iterable[Record], machine: str, processes: int):
+        self.study, self.machine, self.processes = study, machine, processes
+        self.alike: dict[str, list[float]] = {}
+        self.all: list[float] = []
+        for record in records:
+            self.learn(record)
+
+    def learn(self, record: Record) -> None:
+        """Take a finished run into account if it ran on this kind of machine, as many at a time."""
+        same = record["machine"] == self.machine and record["processes"] == self.processes
+        if record["kind"] == "language":
+            same = record["machine"] == self.machine
+        steps = record["outcome"].get("steps", 0)
+        if same and steps:
+            each = record["seconds"] / steps
+            self.alike.setdefault(self._key(record["kind"], record["spec"]), []).append(each)
+            if record["kind"] == "mqar":
+                self.all.append(each / work(record["spec"]))
+
+    @staticmethod
+    def _key(kind: str, spec: dict[str, Any]) -> str:
+        if kind == "language":
+            phases = [[p["train"]["seq_len"], p["train"]["batch_rows"]] for p in spec["phases"]]
+            return json.dumps([kind, phases, sorted(spec["evaluations"])])
+        return json.dumps([kind, spec["mixer"]["mixer"], spec["task"], spec["width"]])
+
+    def seconds(self, run: Run) -> tuple[float, str]:
+        """(seconds of one run at most, where the figure comes from)."""
+        if found := self.alike.get(self._key(run.kind, run.spec)):
+            return median(found) * run.steps, "measured"
+        if run.kind == "language":
+            return self.study.language[run.experiment].seconds, "assumed"
+        if self.all:
+            return median(self.all) * work(run.spec) * run.steps, "scaled by tokens"
+        return self.study.seconds_per_step * run.steps, "assumed"
+
+    def total(self, runs: Iterable[Run]) -> float:
+        """Seconds on the clock for all of them: MQAR runs several at a time, the others alone."""
+        parallel = alone = 0.0
+        for run in runs:
+            if run.kind == "mqar":
+                parallel += self.seconds(run)[0]
+            else:
+                alone += self.seconds(run)[0]
+        return parallel / self.processes + alone

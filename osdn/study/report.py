@@ -1,0 +1,237 @@
+"""From records to pages: a result an experiment, the plots, and one report of all."""
+
+from pathlib import Path
+from typing import Any
+
+from osdn.evals.plots import save
+from osdn.evals.report import as_html, as_markdown, group
+from osdn.evals.results import RESULT, make_result, write_json
+from osdn.study.plan import Study, language_runs, mqar_spec
+from osdn.study.records import Records
+from osdn.study.statistics import Points, best_rate, difference, edge, row, spread
+
+Result = dict[str, Any]
+
+
+def write_report(study: Study, records: Records, out: Path) -> Path:
+    """Write OUT/results/NAME/ for every experiment with records, and OUT/report.html and .md.
+
+    Returns:
+        The page's path.
+    """
+    found: list[tuple[str, Result]] = []
+    grids = {name: mqar_points(study, records, name) for name in study.mqar}
+    results = {name: mqar_result(study, name, grid) for name, grid in grids.items() if grid}
+    if maps := all_maps(study, grids):
+        results["maps"] = make_result(
+            "study",
+            protocol={"protocol": "maps"},
+            model=None,
+            samples=0,
+            scores=[],
+            maps=maps,
+        )
+    for name in study.language:
+        if result := language_result(study, records, name):
+            results[name] = result
+    for name, result in results.items():
+        directory = out / "results" / name
+        write_json(directory / RESULT, result)
+        if result["curves"] or result["maps"]:
+            save(result["curves"], result["maps"], directory / "plot.png")
+        found.append((str(directory / RESULT), result))
+    page, groups = out / "report.html", group(found)
+    page.write_text(as_html(groups), encoding="utf-8")
+    page.with_suffix(".md").write_text(as_markdown(groups), encoding="utf-8")
+    return page
+
+
+Cells = dict[tuple[int, int, int], dict[str, Points]]  # (task, its number of pairs, width) -> ...
+
+
+def mqar_points(study: Study, records: Records, name: str) -> Cells:
+    """What is there of a grid: (task, pairs, width) -> mixer -> learning rate -> seed -> outcome.
+
+    task is the place in the experiment's list.
+    """
+    experiment = study.mqar[name]
+    grid: Cells = {}
+    for cell in experiment.cells():
+        spec = mqar_spec(experiment, cell)
+        record = records.get("mqar", spec)
+        if record is not None:
+            key = (experiment.tasks.index(cell.setting), cell.setting.pairs, cell.width)
+            points = grid.setdefault(key, {}).setdefault(cell.mixer, {})
+            points.setdefault(cell.learning_rate, {})[cell.seed] = record["outcome"]
+    return grid
+
+
+COLUMNS = [
+    "task",
+    "mixer",
+    "state",
+    "best lr",
+    "edge of the grid",
+    "mean",
+    "± over seeds",
+    "lowest to highest",
+    "seeds",
+    "less the first mixer, 95%",
+    "diverged",
+]
+
+
+def mqar_result(study: Study, name: str, grid: Cells) -> Result:
+    """Table, curves over the learning rate, and over the pairs where there are several tasks."""
+    experiment = study.mqar[name]
+    rows, scores, curves = [], [], []
+    by_pairs: dict[str, list[list[float]]] = {}
+    for (place, pairs, width), mixers in sorted(grid.items()):
+        setting = experiment.tasks[place]
+        title = f"{setting.length} tokens, {pairs} pairs, width {width}"
+        first = mixers.get(next(iter(experiment.mixers)))
+        series = {}
+        for mixer in [one for one in experiment.mixers if one in mixers]:
+            points = mixers[mixer]
+            rate = best_rate(points)
+            one = spread(points[rate])
+            at_edge = edge(rate, experiment.learning_rates)
+            gain = difference(points, first) if first and first is not points else "–"
+            rows.append([title, mixer, *row(points, at_edge, gain)])
+            scores.append({"group": title, "name": mixer, **one})
+            series[mixer] = [
+                [lr, *(spread(points[lr])[key] for key in ("value", "low", "high"))]
+                for lr in sorted(points)
+            ]
+            by_pairs.setdefault(mixer, []).append([pairs, one["value"], one["low"], one["high"]])
+        axes = {"x": "learning rate", "y": "share of right answers", "log_x": True}
+        curves.append({"title": f"{name}: {title}", **axes, "series": series})
+    if len(grid) > 1:
+        axes = {"x": "pairs", "y": "share of right answers", "log_x": True}
+        curves = [{"title": f"{name}, each at its best rate", **axes, "series": by_pairs}]
+    done = sum(len(seeds) for m in grid.values() for p in m.values() for seeds in p.values())
+    return make_result(
+        "study",
+        protocol={"protocol": f"{name}: {experiment.question}", "runs": len(experiment.cells())},
+        model=None,
+        samples=done,
+        scores=scores,
+        tables=[{"title": name, "columns": COLUMNS, "rows": rows}],
+        curves=curves,
+    )
+
+
+def all_maps(study: Study, grids: dict[str, Cells]) -> list[dict[str, Any]]:
+    """The heat maps whose every cell has been run."""
+    found: list[dict[str, Any]] = []
+    for title, one in study.maps.items():
+        first = study.mqar[next(iter(one.rows.values()))]
+        mixers, names = list(first.mixers), list(one.rows.values())
+        axes = {"x": one.x, "y": one.y, "rows": list(one.rows)}
+        if one.columns == "mixers":
+            values = [[best(grids[name], 0, mixer) for mixer in mixers] for name in names]
+            found.append(
+                {"title": title, "columns": one.labels or mixers, "values": values, **axes}
+            )
+            continue
+        labels = one.labels or [setting.pairs for setting in first.tasks]
+        for mixer in mixers:
+            places = range(len(first.tasks))
+            values = [[best(grids[name], place, mixer) for place in places] for name in names]
+            found.append(
+                {"title": f"{title}: {mixer}", "columns": labels, "values": values, **axes}
+            )
+    return [m for m in found if all(x is not None for line in m["values"] for x in line)]
+
+
+def best(grid: Cells, place: int, mixer: str) -> float | None:
+    """A mixer's mean at its best rate in a task, over the widths' first; None if not run."""
+    for (number, _, _), mixers in sorted(grid.items()):
+        if number == place and mixer in mixers:
+            return float(spread(mixers[mixer][best_rate(mixers[mixer])])["value"])
+    return None
+
+
+def language_result(study: Study, records: Records, name: str) -> Result | None:
+    """A row a measure, a column a variant: mean over the seeds and their range."""
+    experiment = study.language[name]
+    found: dict[str, dict[int, Any]] = {}
+    for run in language_runs(name, experiment):
+        if record := records.get("language", run.spec):
+            found.setdefault(run.label, {})[run.seed] = record["outcome"]
+    if not found:
+        return None
+    measures: dict[str, dict[str, list[float]]] = {}
+    curves: dict[str, dict[str, list[list[list[float]]]]] = {}
+    shapes: dict[str, dict[str, Any]] = {}
+    for label, seeds in found.items():
+        for outcome in seeds.values():
+            for measure, value in _measures(outcome):
+                measures.setdefault(measure, {}).setdefault(label, []).append(value)
+            for title, curve in _curves(outcome):
+                for series, points in curve["series"].items():
+                    text = label if len(curve["series"]) == 1 else f"{label}, {series}"
+                    curves.setdefault(title, {}).setdefault(text, []).append(points)
+                    shapes[title] = {k: v for k, v in curve.items() if k != "series"}
+    labels = [one for one in experiment.labels() if one in found]
+    rows, scores = [], []
+    for measure, by_label in measures.items():
+        line = [measure]
+        for label in labels:
+            values = by_label.get(label, [])
+            if not values:
+                line.append("–")
+                continue
+            low, mean, high = min(values), sum(values) / len(values), max(values)
+            line.append(f"{mean:.4g} ({low:.4g} to {high:.4g}, n={len(values)})")
+            ends = {"value": mean, "low": low, "high": high, "n": len(values)}
+            scores.append({"group": measure, "name": label, **ends})
+        rows.append(line)
+    table = {"title": f"{name}: mean over seeds (their range)", "columns": ["measure", *labels]}
+    return make_result(
+        "study",
+        protocol={"protocol": f"{name}: {experiment.question}"},
+        model=None,
+        samples=sum(map(len, found.values())),
+        scores=scores,
+        tables=[{**table, "rows": rows}],
+        curves=[
+            {**shapes[title], "title": title, "series": {k: _mean(v) for k, v in series.items()}}
+            for title, series in curves.items()
+        ],
+    )
+
+
+def _measures(outcome: dict[str, Any]) -> list[tuple[str, float]]:
+    """Everything one run was measured at."""
+    trained = outcome["train"]
+    names = {
+        "loss": "loss, mean of the last 50 steps",
+        "bits_per_byte": "bits per byte, validation",
+        "nonfinite": "steps not finite",
+    }
+    pairs = [(name, trained[key]) for key, name in names.items() if trained[key] is not None]
+    for name, result in outcome["evaluations"].items():
+        for one in result["scores"]:
+            words = ", ".join(word for word in (name, one["group"], one["name"]) if word)
+            pairs.append((words, one["value"]))
+    return pairs
+
+
+def _curves(outcome: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The curves of its evaluations, by a title; not those that have a line a layer."""
+    return [
+        (f"{name}: {curve['title']}", curve)
+        for name, result in outcome["evaluations"].items()
+        for curve in result["curves"]
+        if not any(series.startswith("layer") for series in curve["series"])
+    ]
+
+
+def _mean(runs: list[list[list[float]]]) -> list[list[float]]:
+    """[x, mean, lowest, highest] over runs of one course; where one is shorter, of the others."""
+    by_x: dict[float, list[float]] = {}
+    for points in runs:
+        for x, y, *_ in points:
+            by_x.setdefault(x, []).append(y)
+    return [[x, sum(ys) / len(ys), min(ys), max(ys)] for x, ys in sorted(by_x.items())]

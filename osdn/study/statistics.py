@@ -1,0 +1,74 @@
+"""Means, spreads and differences over seeds."""
+
+from statistics import mean, stdev
+from typing import Any
+
+Points = dict[float, dict[int, dict[str, Any]]]  # learning rate -> seed -> outcome
+# Student's t, 97.5%, by degrees of freedom.
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306,
+           9: 2.262}  # fmt: skip
+
+
+def best_rate(points: Points) -> float:
+    """The learning rate with the highest mean over its seeds, of those with the most seeds."""
+    most = max(map(len, points.values()))
+    means = {
+        lr: mean(one["accuracy"] for one in seeds.values())
+        for lr, seeds in points.items()
+        if len(seeds) == most
+    }
+    return max(sorted(means), key=lambda lr: means[lr])
+
+
+def edge(rate: float, rates: list[float]) -> str:
+    """Whether the best rate is the grid's lowest or highest, so that a better one may lie outside.
+
+    "–" inside of the grid, or where the grid has one rate.
+    """
+    if len(rates) == 1 or min(rates) < rate < max(rates):
+        return "–"
+    return "lowest" if rate == min(rates) else "highest"
+
+
+def spread(seeds: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """{"value": mean, "low", "high": the lowest and highest seed, "n": seeds} of the accuracy."""
+    values = [one["accuracy"] for one in seeds.values()]
+    return {"value": mean(values), "low": min(values), "high": max(values), "n": len(values)}
+
+
+def interval(values: list[float]) -> tuple[float, float] | None:
+    """The 95% interval of the mean by Student's t; None for a single value."""
+    if len(values) < 2:
+        return None
+    half = STUDENT.get(len(values) - 1, 2.0) * stdev(values) / len(values) ** 0.5
+    return mean(values) - half, mean(values) + half
+
+
+def difference(points: Points, first: Points) -> str:
+    """This mixer's accuracy less the first's, each at its own best rate, paired by seed."""
+    own, other = points[best_rate(points)], first[best_rate(first)]
+    both = sorted(own.keys() & other.keys())
+    if not both:
+        return "–"
+    values = [own[seed]["accuracy"] - other[seed]["accuracy"] for seed in both]
+    if (ends := interval(values)) is None:
+        return f"{values[0]:+.3f}"
+    return f"{mean(values):+.3f} [{ends[0]:+.3f}, {ends[1]:+.3f}]"
+
+
+def row(points: Points, at_edge: str, gain: str) -> list[Any]:
+    """State, best rate, edge, mean, spread, range, seeds, difference, runs that diverged."""
+    rate = best_rate(points)
+    values = [one["accuracy"] for one in points[rate].values()]
+    outcomes = [one for seeds in points.values() for one in seeds.values()]
+    return [
+        f"{outcomes[0]['state_size']:,}",
+        f"{rate:g}",
+        at_edge,
+        f"{mean(values):.3f}",
+        f"{stdev(values):.3f}" if len(values) > 1 else "–",
+        f"{min(values):.3f} to {max(values):.3f}",
+        len(values),
+        gain,
+        sum(one["diverged"] for one in outcomes),
+    ]

@@ -1,0 +1,144 @@
+"""Processes that take runs one after another, and the loop that keeps them busy to a deadline."""
+
+import multiprocessing
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from osdn.study.plan import Run
+
+Finished = tuple[Run, dict[str, Any] | None, str, float]
+
+
+def perform(kind: str, spec: dict[str, Any], device: str, work: Path) -> dict[str, Any]:
+    """One run's outcome; "steps" among it."""
+    if kind == "mqar":
+        from osdn.evals.mqar_grid import train_cell
+        from osdn.study.plan import single
+
+        outcome = train_cell(*single(spec, device))
+        del outcome["cell"]
+        return outcome
+    from osdn.study.language import perform as language
+
+    return language(spec, device=device, work=work)
+
+
+def _serve(connection: Connection, device: str, work: Path, threads: int) -> None:
+    """A worker: (kind, spec) in, (outcome or None, error) out, until the other side is gone."""
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    connection.send("ready")
+    while True:
+        try:
+            kind, spec = connection.recv()
+        except EOFError:
+            return
+        reply: tuple[dict[str, Any] | None, str]
+        try:
+            reply = perform(kind, spec, device, work), ""
+        except Exception:
+            reply = None, traceback.format_exc()
+        try:
+            connection.send(reply)
+        except BrokenPipeError:
+            return
+
+
+def _leave_with_parent() -> None:
+    """End this process when the one that started it is gone, kill -9 included."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+class Worker:
+    """A process of its own, with a fresh interpreter, that performs one run at a time."""
+
+    def __init__(self, device: str, work: Path, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, other = context.Pipe()
+        arguments = (other, device, work, threads)
+        self.process = context.Process(target=_serve, args=arguments)
+        self.process.start()
+        other.close()
+        self.ready = False
+        self.run: Run | None = None
+        self.began = 0.0
+
+    def give(self, run: Run) -> None:
+        """Start a run."""
+        self.run, self.began = run, time.monotonic()
+        self.connection.send((run.kind, run.spec))
+
+    def stop(self) -> None:
+        """End the process, whatever it does."""
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+def complete(
+    runs: list[Run],
+    *,
+    processes: int,
+    device: str,
+    work: Path,
+    left: Callable[[], float],
+    seconds: Callable[[Run], float],
+) -> Iterator[Finished]:
+    """(run, outcome or None, error, seconds) of runs as they finish, several at a time.
+
+    A run is begun only if its predicted time still fits; at the deadline what is under way is
+    ended, and nothing is left of it. A process that dies costs its run, and is replaced.
+
+    Args:
+        left: seconds until the deadline, inf without one.
+        seconds: how long a run is expected to take.
+    """
+    waiting = list(runs)
+    threads = 1 if processes > 1 else torch.get_num_threads()
+    workers = [Worker(device, work, threads) for _ in range(min(processes, len(waiting)))]
+    try:
+        while workers:
+            for worker in [w for w in workers if w.ready and w.run is None]:
+                run = next((one for one in waiting if seconds(one) <= left()), None)
+                if run is None:
+                    worker.stop()
+                    workers.remove(worker)
+                else:
+                    waiting.remove(run)
+                    worker.give(run)
+            if left() <= 0:
+                return
+            heard = wait([worker.connection for worker in workers], min(max(left(), 0), 1.0))
+            for i, worker in enumerate(workers):
+                if worker.connection not in heard:
+                    continue
+                try:
+                    message = worker.connection.recv()
+                except (EOFError, ConnectionResetError):
+                    run, spent = worker.run, time.monotonic() - worker.began
+                    worker.stop()
+                    if run is None:
+                        raise RuntimeError("a worker process died as it started") from None
+                    yield run, None, f"its process died ({worker.process.exitcode})", spent
+                    workers[i] = Worker(device, work, threads)
+                    continue
+                if not worker.ready:
+                    worker.ready = True
+                    continue
+                run, worker.run = worker.run, None
+                assert run is not None
+                yield run, *message, time.monotonic() - worker.began
+    finally:
+        for worker in workers:
+            worker.stop()

@@ -1,0 +1,77 @@
+"""A study small enough for a test: two mixers on MQAR, two language models of bytes."""
+
+import json
+from pathlib import Path
+from random import Random
+
+import yaml
+
+WORDS = ("stone", "river", "copper", "lantern", "meadow", "signal", "harbour", "winter", "engine")
+MQAR = {
+    "mixers": {
+        "delta_net": {"mixer": "delta_net", "num_heads": 1, "head_dim": 4},
+        "osdn": {"mixer": "osdn", "num_heads": 1, "head_dim": 4},
+    },
+    "tasks": [
+        {"length": 16, "pairs": 2, "batch_size": 8},
+        {"length": 16, "pairs": 4, "batch_size": 8},
+    ],
+    "widths": [8],
+    "learning_rates": [5e-3, 1e-2],
+    "seeds": [0, 1],
+    "language": {"vocab_size": 16},
+    "train": {"examples": 32, "test_examples": 16, "epochs": 1},
+}
+MODEL = {"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32}
+
+
+def write_mqar(directory: Path, **changes) -> Path:
+    """A study of one grid, 16 runs, with a map."""
+    maps = {"all": {"rows": {"4": "grid"}, "labels": [0.5, 1]}}
+    study = {"mqar": {"grid": {**MQAR, **changes}}, "maps": maps, "seconds_per_step": 0.001}
+    path = directory / "mqar.yaml"
+    path.write_text(yaml.safe_dump(study))
+    return path
+
+
+def write_language(directory: Path) -> Path:
+    """A study of a DeltaNet trained on as OSDN, with its corpus, recall set and recipe."""
+    random = Random(0)
+    lines = []
+    for i in range(60):
+        words = " ".join(random.choice(WORDS) for _ in range(20))
+        number = random.randrange(10**5)
+        text = f"Name: item{i}\nSize: {number}\nText: {words}"
+        lines.append(json.dumps({"text": text, "key": "Size", "value": str(number)}))
+    for name, some in (("train", lines[:50]), ("held", lines[50:])):
+        (directory / f"{name}.jsonl").write_text("\n".join(some) + "\n")
+    recipe = {
+        "model": MODEL,
+        "data": {
+            "corpus": str(directory / "train.jsonl"),
+            "validation": str(directory / "held.jsonl"),
+        },
+        "train": {"steps": 6, "seq_len": 64, "rows": 2, "batch_rows": 2, "checkpoint_every": 2},
+    }
+    (directory / "lm.yaml").write_text(yaml.safe_dump(recipe))
+    study = {
+        "recipe": str(directory / "lm.yaml"),
+        "variants": {
+            "base": {"overrides": ["model.mixer=delta_net"]},
+            "as DeltaNet": {
+                "start_from": "base",
+                "overrides": ["model.mixer=delta_net", "train.steps=3"],
+            },
+            "as OSDN": {"start_from": "base", "overrides": ["train.steps=3"]},
+        },
+        "measured": ["as DeltaNet", "as OSDN"],
+        "seeds": [0],
+        "seconds": 1,
+        "evaluations": {
+            "recall": ["recall", "--data", str(directory / "held.jsonl"), "--limit", "3"],
+            "perplexity": ["perplexity", "--data", str(directory / "held.jsonl"), "--limit", "3"],
+        },
+    }
+    path = directory / "language.yaml"
+    path.write_text(yaml.safe_dump({"language": {"upgrade": study}}))
+    return path
