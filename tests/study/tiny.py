@@ -22,7 +22,13 @@ MQAR = {
     "language": {"vocab_size": 16},
     "train": {"examples": 32, "test_examples": 16, "epochs": 1},
 }
-MODEL = {"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32}
+MODEL = {
+    "hidden_size": 16,
+    "num_heads": 2,
+    "num_hidden_layers": 1,
+    "intermediate_size": 32,
+    "initializer_range": 0.3,  # keys far above the normalisation's epsilon: of unit length
+}
 
 
 def write_mqar(directory: Path, **changes) -> Path:
@@ -35,7 +41,10 @@ def write_mqar(directory: Path, **changes) -> Path:
 
 
 def write_language(directory: Path) -> Path:
-    """A study of a DeltaNet trained on as OSDN, with its corpus, recall set and recipe."""
+    """A study of a DeltaNet trained on as OSDN, with its corpus, recall set and recipe.
+
+    The learning rate of the continuation is as good as nothing: it is the model it starts from.
+    """
     random = Random(0)
     lines = []
     for i in range(60):
@@ -51,18 +60,26 @@ def write_language(directory: Path) -> Path:
             "corpus": str(directory / "train.jsonl"),
             "validation": str(directory / "held.jsonl"),
         },
-        "train": {"steps": 6, "seq_len": 64, "rows": 2, "batch_rows": 2, "checkpoint_every": 2},
+        "train": {
+            "steps": 20,
+            "seq_len": 64,
+            "rows": 2,
+            "batch_rows": 2,
+            "optimizer": {"lr": 0.02},
+            "schedule": {"warmup_steps": 0},
+        },
     }
     (directory / "lm.yaml").write_text(yaml.safe_dump(recipe))
+    short = ["train.steps=3", "train.optimizer.lr=1e-12"]
     study = {
         "recipe": str(directory / "lm.yaml"),
         "variants": {
             "base": {"overrides": ["model.mixer=delta_net"]},
             "as DeltaNet": {
                 "start_from": "base",
-                "overrides": ["model.mixer=delta_net", "train.steps=3"],
+                "overrides": ["model.mixer=delta_net", *short],
             },
-            "as OSDN": {"start_from": "base", "overrides": ["train.steps=3"]},
+            "as OSDN": {"start_from": "base", "overrides": short},
         },
         "measured": ["as DeltaNet", "as OSDN"],
         "seeds": [0],
