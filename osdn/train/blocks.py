@@ -25,12 +25,12 @@ PRODUCTS = {
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
 }
+MIXERS = ("osdn", "torch_attn")  # whose operators are kept: ours, and variable-length attention
 
 
 def _keep(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Matrix products and mixers are kept; norms, gates, casts and convolutions made again."""
-    mixer = getattr(operator, "namespace", None) == "osdn"
-    kept = operator in PRODUCTS or mixer
+    kept = operator in PRODUCTS or getattr(operator, "namespace", None) in MIXERS
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 

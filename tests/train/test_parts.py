@@ -105,6 +105,8 @@ def test_what_is_made_again_changes_no_gradient():
     product, silu = "aten.mm.default", "aten.silu.default"
     assert once[product] == some[product] < all_[product]  # products are kept, or made again
     assert once[silu] < some[silu] == all_[silu]
+    (mixer,) = (name for name in once if name.startswith("osdn.") and "backward" not in name)
+    assert once[mixer] == some[mixer] == 2 and all_[mixer] == 4
 
 
 def test_nothing_is_made_again_without_a_gradient():
