@@ -6,10 +6,18 @@ READY := $(VENV)/ready
 # One thread per library and passive waiting: two test processes share two cores.
 QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint study clean
 
 demo: $(READY)
 	$(BIN)/osdn demo $(ARGS)
+
+# What it is and how long it takes is said first; ARGS="--minutes 9" does a piece of it.
+study: $(READY) runs/corpus/manifest.json
+	$(BIN)/osdn study recipes/study/mqar.yaml $(ARGS)
+	$(BIN)/osdn study recipes/study/language.yaml $(ARGS)
+
+runs/corpus/manifest.json:
+	$(BIN)/osdn corpus recipes/study/corpus.yaml --out runs/corpus
 
 test: $(READY)
 	$(QUIET) $(BIN)/pytest -n 2 $(ARGS)

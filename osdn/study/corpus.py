@@ -142,7 +142,11 @@ class Documentation:
         self.sources: dict[str, int] = {}
 
     def keep(self, source: str, text: str) -> str | None:
-        """The text without lines that an earlier document has; None if half of it is gone."""
+        """The text without lines that an earlier document has; None if it is to be left out.
+
+        It is if half of it is gone so, or what is left is short, not English, or too much of its
+        source. The lines of a document that is left out count as seen, too.
+        """
         whole, kept = len(text), []
         for line in text.split("\n"):
             if len(line) >= LONG_LINE:
