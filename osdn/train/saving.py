@@ -91,8 +91,14 @@ class Saver:
 
     def __init__(self, root: Path, parallel: Parallel, *, keep: int) -> None:
         self.root, self.parallel, self.keep = root, parallel, keep
-        pinned = parallel.device.type == "cuda"
-        self._stager = DefaultStager(
+        self._stager = self._new_stager()
+        self.step = 0  # of the save that was started last
+        self._pending: Any = None
+
+    def _new_stager(self) -> DefaultStager:
+        """What copies the tensors to the host."""
+        pinned = self.parallel.device.type == "cuda"
+        return DefaultStager(
             StagingOptions(
                 use_pinned_memory=pinned,
                 use_shared_memory=False,
@@ -100,8 +106,6 @@ class Saver:
                 use_non_blocking_copy=pinned,
             )
         )
-        self.step = 0  # of the save that was started last
-        self._pending: Any = None
 
     def start(self, tensors: dict[str, Tensor], state: dict[str, Any], recipe: dict) -> None:
         """Copy the tensors and begin to write; `finish` must have been called for the last one.
@@ -116,6 +120,9 @@ class Saver:
             if isinstance(tensor, DTensor) or i % size == rank
         }
         self.step = state["step"]
+        if torch.__version__ < "2.13":
+            # torch 2.11 closes what a DefaultStager copies with after its first use; 2.13 does not.
+            self._stager = self._new_stager()
         self._pending = dcp.async_save(
             mine,
             storage_writer=_Writer(self.root, state, recipe, self.keep),
