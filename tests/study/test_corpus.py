@@ -78,7 +78,7 @@ def built(tmp_path):
         f"Package: p{i}\nSource: {sources[i % 60]}\nVersion: 1.{i}\nSize: {1000 + i}\n\n"
         for i in range(300)
     )
-    recipe = CorpusRecipe(packages=["a-doc", "b-doc", "c-doc"], held_out=0.3, vocabulary=400)
+    recipe = CorpusRecipe(packages=["a-doc", "b-doc", "c-doc"], held_out=0.3, vocabulary=300)
     out = tmp_path / "corpus"
     manifest = build(recipe, index.splitlines(), files, out, processes=1)
     parts = {
@@ -119,7 +119,7 @@ def test_the_same_packages_give_the_same_archive(built, tmp_path):
     with lzma.open(tmp_path / "one.tar.xz") as file, tarfile.open(fileobj=file) as tar:
         tar.extractall(tmp_path / "there", filter="data")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "there" / "corpus" / "tokenizer")
-    assert len(tokenizer) == 400 and tokenizer.eos_token_id is not None
+    assert len(tokenizer) == 300 and tokenizer.eos_token_id is not None
     for one in parts["validation"][:5]:
         ids = tokenizer.encode(one["text"], add_special_tokens=False)
         assert tokenizer.decode(ids) == one["text"] and len(ids) < len(one["text"].encode())

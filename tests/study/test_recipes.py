@@ -1,0 +1,78 @@
+"""The study's recipes: every run can be built, and matched models are matched."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+
+from osdn import OSDNConfig, OSDNForCausalLM
+from osdn.errors import UserError
+from osdn.evals import command
+from osdn.study.corpus import CorpusRecipe
+from osdn.study.plan import all_runs, load_study, single
+from osdn.train.config import load_sections
+
+STUDY = Path("recipes/study")
+
+
+def test_mqar_runs_are_built_as_their_specs_say():
+    study = load_study(STUDY / "mqar.yaml")
+    runs = all_runs(study)
+    assert len({run.name for run in runs}) == len(runs) == 753
+    for run in runs[::25]:
+        recipe, cell = single(run.spec, "cpu")
+        with torch.device("meta"):
+            recipe.build(cell.mixer, cell.width)
+        assert recipe.tasks[0].model_dump() == run.spec["task"]
+    for experiment in study.mqar.values():  # all mixers of an experiment have keys of one size
+        sizes = {one.get("head_dim") for one in experiment.mixers.values()}
+        heads = {one["num_heads"] for one in experiment.mixers.values()}
+        assert len(sizes) == len(heads) == 1 and len(experiment.seeds) >= 3
+    sixteen = study.mqar["few_features"]
+    assert sixteen.mixers["box 2/3 to 3/2"]["precond_max"] == 1.5
+    assert "eta" not in sixteen.mixers["osdn"]  # η 1 is the default
+
+
+def test_language_models_are_matched_and_their_evaluations_parse():
+    study = load_study(STUDY / "language.yaml")
+    runs = all_runs(study)
+    assert len(runs) == 14
+    counts = {}
+    for run in runs:
+        model = run.spec["phases"][-1]["model"]
+        fields = {k: v for k, v in model.items() if v is not None}
+        with torch.device("meta"):
+            whole = OSDNForCausalLM(OSDNConfig(**{**fields, "vocab_size": 16384}))
+        counts[run.label] = sum(p.numel() for p in whole.parameters())
+        tokens = [
+            phase["train"]["steps"] * phase["train"]["seq_len"] * phase["train"]["batch_rows"]
+            for phase in run.spec["phases"]
+        ]
+        assert tokens == [98_304_000, 32_768_000][: len(tokens)]
+    assert 30e6 < min(counts.values()) and max(counts.values()) / min(counts.values()) < 1.001
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    for task, *words in runs[0].spec["evaluations"].values():
+        args = parser.parse_args([task, "model", *words])
+        assert args.task == task and args.limit if task != "needle" else args.samples == 4
+    assert all(one.spec["evaluations"] == runs[0].spec["evaluations"] for one in runs)
+
+
+def test_the_corpus_names_each_package_once():
+    recipe = load_sections(CorpusRecipe, STUDY / "corpus.yaml")
+    assert len(set(recipe.packages)) == len(recipe.packages) == 362
+    assert recipe.packages == sorted(recipe.packages)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("mqar.map_16.widths=[]", "mqar"),
+        ("maps.x={rows: {a: nothing}}", "no experiment 'nothing'"),
+        ("mqar.map_16.unknown=1", "unknown"),
+    ],
+)
+def test_a_mistake_is_named(change, said):
+    with pytest.raises(UserError, match=said):
+        load_study(STUDY / "mqar.yaml", [change])
