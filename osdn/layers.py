@@ -183,10 +183,10 @@ class OSDN(nn.Module):
     def gates(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
         """(β, log γ), each [B, T, H] in float32; log γ is None without forgetting."""
         beta = self.b_proj(hidden_states).float().sigmoid() * (2 if self.allow_neg_eigval else 1)
-        log_gamma = (
-            None if self.a_proj is None else F.logsigmoid(self.a_proj(hidden_states).float())
-        )
-        return beta, log_gamma
+        if self.a_proj is None:
+            return beta, None
+        logits = F.linear(hidden_states, self.a_proj.weight.to(hidden_states.dtype)).float()
+        return beta, F.logsigmoid(logits + self.a_proj.bias.float())  # 6.9 + x keeps x's digits
 
     def forward(
         self,

@@ -194,6 +194,18 @@ def test_beta_reaches_two_only_where_it_may():
     assert build().gates(x)[0].max() <= 1 < build(allow_neg_eigval=True).gates(x)[0].max() <= 2
 
 
+def test_forgetting_keeps_its_digits_in_bfloat16():
+    """log γ near logsigmoid(6.9) ≈ −0.001: the logit itself in bfloat16 would be off by 1.6%."""
+    layer = build(forgetting="data")
+    torch.nn.init.normal_(layer.a_proj.weight, std=0.02)
+    torch.nn.init.constant_(layer.a_proj.bias, 6.9)
+    x = hidden()
+    _, exact = layer.gates(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(layer.gates(x)[1], exact, 1e-3)
+    assert_close(layer.bfloat16().float().gates(x)[1], exact, 2e-2)  # the bias is rounded itself
+
+
 def test_short_convolution_is_causal():
     convolution = ShortConvolution(D, 4)
     x = hidden()
