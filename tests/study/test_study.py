@@ -118,7 +118,7 @@ def test_kill_9_loses_what_is_under_way_and_nothing_else(tmp_path):
         stdout=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    deadline = time.monotonic() + 50
+    deadline = time.monotonic() + 150
     while len(list(out.glob("records/*.json"))) < 3:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
@@ -159,7 +159,7 @@ def test_a_deadline_is_kept_and_a_failed_run_is_told(tmp_path, capsys):
         seconds=lambda run: 0.0,
     )  # fmt: skip
     assert run is broken and outcome is None and "Error" in error
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 150
 
 
 def test_the_clock_takes_what_was_measured(done):
