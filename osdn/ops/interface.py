@@ -196,16 +196,7 @@ def online_scaled_delta_step(
     rule = Rule(
         eta, beta_aware, precond_min, precond_max, q.shape[-1] ** -0.5 if scale is None else scale
     )
-    tokens = list(given[:5])
-    if slots is None or backend in TAKE_SLOTS:
-        return _step(backend, tokens, state, precond, slots, rule), state, precond
-    used = slots >= 0
-    places = slots[used].long()
-    tokens = [None if x is None else x[used] for x in tokens]
-    S, d, o = state[places], precond[places], torch.zeros_like(v)
-    o[used] = _step(backend, tokens, S, d, None, rule)
-    state[places], precond[places] = S, d
-    return o, state, precond
+    return _step(backend, given[:5], state, precond, slots, rule), state, precond
 
 
 def _step(
@@ -216,6 +207,14 @@ def _step(
     slots: Tensor | None,
     rule: Rule,
 ) -> Tensor:
+    """The step by a backend; where its own step knows no slots, on copies of the places in use."""
+    if slots is not None and backend not in TAKE_SLOTS:
+        used = slots >= 0
+        places = slots[used].long()
+        S, d, o = state[places], precond[places], torch.zeros_like(tokens[2])
+        o[used] = _step(backend, [x if x is None else x[used] for x in tokens], S, d, None, rule)
+        state[places], precond[places] = S, d
+        return o
     q, k, v, beta, log_gamma = tokens
     if backend == "reference":
         return reference.step(q, k, v, beta, log_gamma, state, precond, rule)
