@@ -284,9 +284,9 @@ def _first(error: ValidationError, kind: type[Section]) -> str:
     section: Any = kind
     path: list[str] = []
     for name in first["loc"]:
-        if isinstance(name, int) and get_origin(section) is list:
-            path[-1] += f"[{name}]"
-            section = get_args(section)[0]
+        if get_origin(section) in (list, dict):
+            path[-1] += f"[{name}]" if isinstance(name, int) else f".{name}"
+            section = get_args(section)[-1]
             continue
         if not isinstance(section, type) or not issubclass(section, Section):
             break  # within a value, such as the second name of data.corpus

@@ -76,3 +76,10 @@ def test_the_corpus_names_each_package_once():
 def test_a_mistake_is_named(change, said):
     with pytest.raises(UserError, match=said):
         load_study(STUDY / "mqar.yaml", [change])
+
+
+def test_a_misspelt_field_of_an_experiment_is_named(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text("mqar:\n  few:\n    sedes: [1]\n")
+    with pytest.raises(UserError, match=r"mqar\.few: no field 'sedes'; did you mean 'seeds'\?"):
+        load_study(path)
