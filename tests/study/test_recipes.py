@@ -70,7 +70,7 @@ def test_the_corpus_names_each_package_once():
     [
         ("mqar.map_16.widths=[]", "mqar"),
         ("maps.x={rows: {a: nothing}}", "no experiment 'nothing'"),
-        ("mqar.map_16.unknown=1", "mqar: extra inputs are not permitted"),
+        ("mqar.map_16.unknown=1", "mqar.map_16: no field 'unknown'"),
     ],
 )
 def test_a_mistake_is_named(change, said):
