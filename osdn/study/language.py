@@ -7,6 +7,7 @@ checkpoint.
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,9 @@ from osdn.evals.results import RESULT, write_json
 from osdn.study.plan import run_name
 from osdn.train import checkpoint
 from osdn.train.config import Recipe
-from osdn.train.logs import TrainResult, read_result, tell
 from osdn.train.loop import train
 from osdn.train.parallel import Parallel
 from osdn.train.run import Run
-from osdn.train.setup import make_device
-from osdn.train.signals import Signals
 
 ONLY_OSDN = ("attn.initial_precond", "attn.a_proj.weight", "attn.a_proj.bias")
 
@@ -64,30 +62,6 @@ def load_weights(model: torch.nn.Module, start: Path) -> None:
         raise UserError(f"start_from: {start} does not fit this model: {', '.join(wrong[:3])}")
 
 
-def train_from(recipe: Recipe, out: Path, start: Path) -> TrainResult:
-    """`osdn.train.train`, but from the weights in `start`."""
-    found = checkpoint.load_newest(out / "checkpoints", recipe.resolved(), tell)
-    if found is not None and (out / "model").exists():
-        return train(recipe, out)  # it is finished; the result is read
-    parallel = Parallel(recipe, make_device(recipe.train.device))
-    try:
-        run = ContinuedRun(recipe, out, found, parallel, start=start)
-        try:
-            with Signals() as signals:
-                run.complete(signals)
-        finally:
-            run.close()
-        state = run.state()
-    finally:
-        parallel.close()
-    return read_result(
-        out,
-        parameters=state["parameters"],
-        steps=state["step"],
-        nonfinite=state["nonfinite"],
-    )
-
-
 def make_recipe(phase: dict[str, Any], device: str) -> Recipe:
     """The recipe of a resolved phase; what the tokenizer and the rows decide is left out."""
     model = {name: value for name, value in phase["model"].items() if value is not None}
@@ -112,7 +86,7 @@ def perform(spec: dict[str, Any], *, device: str, work: Path) -> dict[str, Any]:
         if start is None:
             result = train(recipe, directory)
         else:
-            result = train_from(recipe, directory, start)
+            result = train(recipe, directory, make_run=partial(ContinuedRun, start=start))
         start = directory / "model"
     assert start is not None
     trained = time.monotonic()

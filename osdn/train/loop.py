@@ -1,5 +1,6 @@
 """Training: find what there is of the run, go on with it, and read its result."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from osdn.errors import UserError
@@ -12,7 +13,7 @@ from osdn.train.setup import make_device
 from osdn.train.signals import Signals
 
 
-def train(recipe: Recipe, out: str | Path) -> TrainResult:
+def train(recipe: Recipe, out: str | Path, *, make_run: Callable[..., Run] = Run) -> TrainResult:
     """Train as the recipe says, or go on from the newest checkpoint in the directory `out`.
 
     out/log.jsonl      a line per logged step and per validation
@@ -23,21 +24,26 @@ def train(recipe: Recipe, out: str | Path) -> TrainResult:
     A finished run is not trained again; its result is read from the log. Started by torchrun, every
     process calls this, with `out` on a file system that all of them see.
 
+    Args:
+        make_run: called as Run is, for a run that begins otherwise.
+
     Raises:
         UserError: something the user can put right, in one line.
         KeyboardInterrupt, SystemExit(143): Ctrl-C or SIGTERM came; a checkpoint was saved first.
     """
     parallel = Parallel(recipe, make_device(recipe.train.device))
     try:
-        return _train(recipe, Path(out), parallel)
+        return _train(recipe, Path(out), parallel, make_run)
     finally:
         parallel.close()
 
 
-def _train(recipe: Recipe, out: Path, parallel: Parallel) -> TrainResult:
+def _train(
+    recipe: Recipe, out: Path, parallel: Parallel, make_run: Callable[..., Run]
+) -> TrainResult:
     found, finished = parallel.from_main(lambda: _find(recipe, out))
     if found is None or found.state["step"] < recipe.train.steps or not finished:
-        run = Run(recipe, out, found, parallel)
+        run = make_run(recipe, out, found, parallel)
         try:
             with Signals() as signals:
                 run.complete(signals)
