@@ -2,20 +2,22 @@
 
 Forward, loss over every next token, backward, with parameters in bfloat16, which is what FSDP2's
 mixed precision hands to a forward; each model as its own library means it to be used: ours with
-every block through `torch.compile`, FLA's with its fused kernels in eager. The optimiser is left
-out: it is the same for both.
+every block through `torch.compile` (and once keeping the products' results alone for the backward,
+train.activation_checkpointing=selective), FLA's with its fused kernels in eager. The optimiser is
+left out: it is the same for both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from osdn import OSDNConfig, OSDNForCausalLM
+from osdn.train.blocks import prepare_blocks
 
 Timer = Callable[[dict[str, Callable[[], object]], int], dict[str, tuple[float, float]]]
 WIDTH, HEADS, MLP, VOCABULARY = 1024, 8, 2816, 32000  # the 340M model's, at any depth
@@ -28,6 +30,7 @@ def model_step(sizes: tuple[int, ...], rounds: int, take_turns: Timer) -> list[d
     ids = torch.randint(VOCABULARY, (B, T), device="cuda")
     models: dict[str, nn.Module] = {
         "osdn": _osdn(layers),
+        "osdn, selective": _osdn(layers, checkpointing="selective"),
         "osdn as DeltaNet": _osdn(layers, mixer="delta_net"),
     }
     peer = _fla_delta_net(layers)
@@ -64,7 +67,9 @@ def model_step(sizes: tuple[int, ...], rounds: int, take_turns: Timer) -> list[d
     return rows
 
 
-def _osdn(layers: int, **options: Any) -> nn.Module:
+def _osdn(
+    layers: int, *, checkpointing: Literal["none", "selective"] = "none", **options: Any
+) -> nn.Module:
     config = OSDNConfig(
         hidden_size=WIDTH, num_hidden_layers=layers, num_heads=HEADS, intermediate_size=MLP,
         vocab_size=VOCABULARY, **options,
@@ -72,8 +77,7 @@ def _osdn(layers: int, **options: Any) -> nn.Module:
     with torch.device("cuda"):
         model = OSDNForCausalLM(config).train()
     model.to(dtype=torch.bfloat16)  # type: ignore[call-arg]  # a decorator hides its signature
-    for block in model.model.layers:
-        block.compile()
+    prepare_blocks(model, checkpointing=checkpointing, compile=True)
     return model
 
 

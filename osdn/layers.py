@@ -68,19 +68,19 @@ class ShortConvolution(nn.Conv1d):
         With cu_seqlens, no sequence sees its neighbour, and the history returned is of no use.
         W shifted products, summed in float32, which a compiler fuses: conv1d is slower on a GPU.
         """
-        (B, T, D), gap = x.shape, self.kernel_size[0] - 1
-        before = x.new_zeros(B, gap, D) if history is None else history.transpose(1, 2).to(x.dtype)
-        padded = torch.cat([before, x], dim=1)
-        weight = self.weight.squeeze(1).to(torch.promote_types(x.dtype, torch.float32))
-        y, age = x * weight[:, gap], None
+        gap, first = self.kernel_size[0] - 1, 0
+        if history is not None:
+            x, first = torch.cat([history.transpose(1, 2).to(x.dtype), x], dim=1), gap
+        T = x.shape[1]
+        age = torch.arange(T, device=x.device)  # tokens before this one in its sequence
         if cu_seqlens is not None:
-            age = torch.arange(T, device=x.device)  # tokens before this one in its sequence
             age = age - cu_seqlens[torch.searchsorted(cu_seqlens, age, right=True) - 1]
-        for back in range(1, gap + 1):
-            shifted = padded[:, gap - back : gap - back + T]
-            inside = 1 if age is None else (age >= back)[:, None]
-            y = y + shifted * inside * weight[:, gap - back]
-        return F.silu(y).to(x.dtype), padded[:, T:].transpose(1, 2)
+        weight = self.weight.squeeze(1).to(torch.promote_types(x.dtype, torch.float32))
+        y = x * weight[:, gap]
+        for back in range(1, gap + 1):  # rolled: a compiled block would keep a padded copy
+            y = y + torch.where((age >= back)[:, None], x.roll(back, 1), 0) * weight[:, gap - back]
+        last = F.pad(x[:, max(0, T - gap) :], (0, 0, max(0, gap - T), 0))
+        return F.silu(y[:, first:]).to(x.dtype), last.transpose(1, 2)
 
 
 class OSDN(nn.Module):
@@ -93,8 +93,7 @@ class OSDN(nn.Module):
 
     Args:
         hidden_size: D.  num_heads: H.
-        head_dim: K, features of a key; None means hidden_size // num_heads.
-        head_v_dim: V, features of a value; None means K.
+        head_dim: K, None means hidden_size // num_heads.  head_v_dim: V, None means K.
         adaptive: learn the preconditioner online; False fixes it at 1, which is DeltaNet.
         forgetting: "none" (γ = 1) or "data" (Adaptive Preconditioner Forgetting).
         eta: step size η of the preconditioner, in [0, 2].
@@ -208,9 +207,7 @@ class OSDN(nn.Module):
         mask = token_mask(attention_mask, hidden_states)
         if mask is not None:
             hidden_states = hidden_states * mask[..., None]
-        convolved, history = self._convolve(hidden_states, past, cu_seqlens)
-        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in convolved)
-        q, k = l2_normalize(q), l2_normalize(k)
+        (q, k, v), history = self._convolve(hidden_states, past, cu_seqlens)
         beta, log_gamma = self.gates(hidden_states)
         if mask is not None:
             k, beta = k * mask[..., None, None], beta * mask[..., None]
@@ -247,24 +244,27 @@ class OSDN(nn.Module):
     def _convolve(
         self, hidden_states: Tensor, cache: LinearAttentionLayer | None, cu_seqlens: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """q, k and v after their convolutions, [B, T, H·K or H·V], and the next history of each.
+        """q, k [B, T, H, K] of unit length and v [B, T, H, V], and the next history of each.
 
-        Slot 0 of the cache holds the history of q and k, slot 1 that of v.
+        The cache holds the history of q and k in slot 0, that of v in slot 1.
         """
         before: list[Tensor | None] = [None] * 3
         if cache is not None:
             qk, value = cache.conv_states[0], cache.conv_states[1]
             assert qk is not None
             before = [*qk.chunk(2, dim=1), value]
-        pairs = [
-            convolution(projection(hidden_states), history, cu_seqlens)
-            for projection, convolution, history in zip(
-                (self.q_proj, self.k_proj, self.v_proj),
-                (self.q_conv1d, self.k_conv1d, self.v_conv1d),
-                before,
-            )
-        ]
-        return [y for y, _ in pairs], [history for _, history in pairs]
+        made, after = [], []
+        for projection, convolution, history in zip(
+            (self.q_proj, self.k_proj, self.v_proj),
+            (self.q_conv1d, self.k_conv1d, self.v_conv1d),
+            before,
+        ):
+            x, history = convolution(projection(hidden_states), history, cu_seqlens)
+            x = x.unflatten(-1, (self.num_heads, -1))
+            # Normed at once: a compiled block keeps the input of a norm far from its convolution.
+            made.append(x if projection is self.v_proj else l2_normalize(x))
+            after.append(history)
+        return made, after
 
 
 class SwiGLU(nn.Module):

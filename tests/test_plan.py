@@ -105,6 +105,30 @@ def test_a_block_keeps_what_autograd_saves(mixer):
     assert predicted == pytest.approx(measured, rel=0.2)
 
 
+@pytest.mark.parametrize("mixer", ["osdn", "delta_net"])
+def test_a_compiled_block_keeps_what_its_partition_says(mixer):
+    """Under autocast, as a run on a GPU; what of the tokens is kept, the kernels' part aside."""
+    tokens, config = 192, OSDNConfig(hidden_size=256, num_heads=2, mixer=mixer)
+    block = OSDNBlock(config, 0)
+    block.attn.backend = "chunkwise"  # keeps none of its own tensors by token
+    saved, kept = dict[int, int](), []
+
+    def pack(x):
+        kept.append(x)  # so that no address is used twice
+        if tokens in x.shape[:2]:
+            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    compiled = torch.compile(block, backend="aot_eager_decomp_partition")
+    x = torch.randn(1, tokens, 256, requires_grad=True)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+    with hooks, torch.autocast("cpu", dtype=torch.bfloat16):
+        compiled(x, cu_seqlens=torch.tensor([0, tokens], dtype=torch.int32))
+    train = load_recipe("recipes/340m.yaml").train
+    predicted = kept_by_block(config, mixer, train, r=4, c=2) - kernel_bytes(config, mixer, 2)
+    assert predicted == pytest.approx(sum(saved.values()) / tokens, rel=0.02)
+
+
 def test_memory_falls_with_shards_and_checkpointing():
     plans = [plan("1.3b", n, overrides=LARGE) for n in (2, 4, 8, 64, 512)]
     for one, other in pairwise(plans):

@@ -89,12 +89,13 @@ def kept_by_block(config: OSDNConfig, name: str, train: Train, *, r: int, c: int
     products = c * widths + out + 2 * c * I  # q, k, v; o; gate and up
     if train.activation_checkpointing == "selective":
         return r * D + products + 2 * c * D + kernels
-    compiled = 2 * r * D + products + c * widths + kernels
+    inputs = 2 * c * D + (out if linear else 0) + c * I  # of products: normed, and silu(gate) · up
+    moved = c * widths if linear else 0  # convolved and normed
     if train.compile:
-        return compiled
-    normed = 2 * c * D + out + 2 * c * I  # inputs of the products, silu(gate) and gate · up
+        return r * D + products + inputs + moved + c * D + kernels
+    gated = (0 if linear else out + c * widths) + c * I  # silu(gate); rotated
     convolved = (3 * c * widths + 2 * 4 * H * 2 * K) if linear else 0  # sums, float32 of the norm
-    return compiled + normed + convolved
+    return 2 * r * D + products + inputs + moved + gated + convolved + kernels
 
 
 def memory(config: OSDNConfig, model: Model, train: Train, *, shard: int, passes: int) -> Memory:
