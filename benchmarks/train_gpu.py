@@ -1,6 +1,6 @@
 """A recipe's optimiser step beside flash-linear-attention's DeltaNet on the same rows.
 
-    python benchmarks/train_gpu.py recipes/340m.yaml [--steps 6] [key=value ...]
+    python benchmarks/train_gpu.py [--steps 6] recipes/340m.yaml [key=value ...]
 
 The same packed rows, passes, autocast, clipping and AdamW for both, in one process, by turns: ours
 as `osdn train` makes it, FLA's model as its users train it, with its fused kernels. Printed are the
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=6, help="of each model; the first is not counted"
     )
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     recipe = load_recipe(args.recipe, args.overrides)
     options, tokenizer = recipe.train, load_tokenizer(recipe.data.tokenizer)
     parallel = Parallel(recipe, make_device(options.device))

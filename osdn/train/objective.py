@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import maybe_mark_dynamic
 
 from osdn.data import Batch
 from osdn.model.loss import linear_cross_entropy, next_token_labels
@@ -44,4 +45,6 @@ def inputs(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         host = x.pin_memory() if device.type == "cuda" else x
         return host.to(device, non_blocking=True)
 
-    return moved(batch.input_ids), moved(batch.labels), moved(batch.cu_seqlens)
+    cu_seqlens = moved(batch.cu_seqlens)
+    maybe_mark_dynamic(cu_seqlens, 0)  # as many sequences as there are: no second compilation
+    return moved(batch.input_ids), moved(batch.labels), cu_seqlens

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from osdn.data import encode_document, held_out_texts, open_corpus
@@ -170,8 +171,12 @@ def test_a_compiled_model_has_the_same_losses(texts, finished, tmp_path, monkeyp
         return original(function, backend="eager")
 
     monkeypatch.setattr(torch, "compile", traced)
+    torch._dynamo.reset()
+    counters.clear()
     result = train(recipe(texts, compile=True, steps=3, schedule={"warmup_steps": 3}), tmp_path)
     assert len(compiled) == 2  # blocks
+    # Training, whatever the number of documents; validation, and its last, shorter rows.
+    assert counters["stats"]["unique_graphs"] == 3
     for (_, a), (_, b) in zip(result.loss, finished.loss):
         assert a == pytest.approx(b, rel=1e-4)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.hidden_size == 32
