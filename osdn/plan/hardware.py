@@ -68,14 +68,16 @@ OPERATOR_MS = {
 OPERATOR_TOKEN_HEADS = 16 * 4096 * 16
 OPERATOR_SOURCE = f"B16 T4096 H16 K=V=128, else in proportion to K+V; {BENCH}"
 
-NOT_MEASURED = "assumed, until a model's step has been measured"
-GEMM_SHARE = Figure(0.80, "of the 8192³ rate, for a model's matrices", NOT_MEASURED)
+NOT_MEASURED = "assumed, until such a model's step has been measured"
+GEMM_SHARE = Figure(
+    0.80, "of the 8192³ rate, for a model's matrices", "assumed; with the share below"
+)
 ATTENTION_SHARE = Figure(0.45, "of the 8192³ rate, attention", NOT_MEASURED)
 TRAFFIC_SHARE = Figure(
     0.40,
     "of the copy rate, between the products",
-    "fitted to the one step timed: 55.9 ms for 4 layers of the 340M width at B8 T4096, "
-    "docs/results.md",
+    "fitted to 55.9 ms for 4 layers of the 340M width at B8 T4096; the 340M recipe then ran at "
+    "1.02 of the tokens/s planned, docs/results.md",
 )
 EAGER = Figure(3.0, "times the compiled traffic where train.compile is false", NOT_MEASURED)
 LINK_SHARE = Figure(0.80, "of the vendor's link and network bandwidth", "assumed, as NCCL reaches")
