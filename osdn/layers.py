@@ -72,13 +72,14 @@ class ShortConvolution(nn.Conv1d):
         if history is not None:
             x, first = torch.cat([history.transpose(1, 2).to(x.dtype), x], dim=1), gap
         T = x.shape[1]
-        age = torch.arange(T, device=x.device)  # tokens before this one in its sequence
-        if cu_seqlens is not None:
-            age = age - cu_seqlens[torch.searchsorted(cu_seqlens, age, right=True) - 1]
+        starts = torch.arange(T, device=x.device) == 0
+        if cu_seqlens is not None:  # scattered, as a compiler would search anew for every number
+            starts = starts.new_zeros(T + 1).index_fill(0, cu_seqlens.long(), True)[:T]
         weight = self.weight.squeeze(1).to(torch.promote_types(x.dtype, torch.float32))
-        y = x * weight[:, gap]
+        y, outside = x * weight[:, gap], starts
         for back in range(1, gap + 1):  # rolled: a compiled block would keep a padded copy
-            y = y + torch.where((age >= back)[:, None], x.roll(back, 1), 0) * weight[:, gap - back]
+            y = y + torch.where(outside[:, None], 0, x.roll(back, 1)) * weight[:, gap - back]
+            outside = outside | starts.roll(back)
         last = F.pad(x[:, max(0, T - gap) :], (0, 0, max(0, gap - T), 0))
         return F.silu(y[:, first:]).to(x.dtype), last.transpose(1, 2)
 
@@ -102,8 +103,7 @@ class OSDN(nn.Module):
         learn_initial_precond: d_1 is a parameter [H, K] starting at 1, else fixed at 1.
         allow_neg_eigval: β = 2 sigmoid(·), so that a write may overshoot.
         use_output_gate: multiply the normed output by silu(W_g x).
-        conv_size: width of the short convolutions.  norm_eps: of the output norm.
-        layer_idx: this layer's place in a cache; needed only with past_key_values.
+        conv_size: convolutions' width.  norm_eps: of the output norm.  layer_idx: place in a cache.
 
     The parameters shared with flash-linear-attention's DeltaNet have its names. Attribute
     `backend` ("auto") picks the operator's backend.

@@ -7,6 +7,8 @@ number of workers and ranks. torchdata's StatefulDataLoader (0.11) is not used: 
 (meta-pytorch/data issue 1337) and is restored to the same number of workers only.
 """
 
+import atexit
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -47,6 +49,7 @@ class WorkerRows:
         self._source, self._total = source, world * workers
         self._ranks = [rank + world * worker for worker in range(workers)]
         self._rows: Iterator[Made | UserError] | None = None
+        atexit.register(_close, weakref.ref(self))
         self._load([])
 
     def _load(self, states: Sequence[dict[str, Any]]) -> None:
@@ -110,8 +113,16 @@ class WorkerRows:
         self._load(states)
 
     def close(self) -> None:
-        """End the workers."""
-        self._rows = None
+        """End the workers; done at the latest when Python ends, which would wait for them."""
+        rows, self._rows = self._rows, None
+        if rows is not None:  # not left to its own end: a traceback may hold it longer
+            rows._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def _close(rows: "weakref.ref[WorkerRows]") -> None:
+    """At Python's end, before multiprocessing waits for processes that take no SIGTERM."""
+    if (alive := rows()) is not None:
+        alive.close()
 
 
 class _Worker(IterableDataset):

@@ -196,6 +196,23 @@ def test_a_killed_worker_ends_the_run_in_one_line(tmp_path):
     assert "UserError: data.workers: DataLoader worker" in errors and "killed" in errors
 
 
+LEFT_OPEN = """
+import sys, tests.data.test_rows as t
+from pathlib import Path
+if __name__ == "__main__":
+    rows = t.open_rows(t.make_source(Path(sys.argv[1])), workers=1)
+    t.deal([rows], 3)
+"""
+
+
+def test_python_ends_though_rows_were_not_closed(tmp_path):
+    (tmp_path / "child.py").write_text(LEFT_OPEN)
+    subprocess.run(
+        [sys.executable, tmp_path / "child.py", tmp_path / "texts"],
+        env={**os.environ, "PYTHONPATH": os.getcwd()}, check=True, timeout=60,
+    )  # fmt: skip
+
+
 def test_a_row_passed_over_is_a_row(tmp_path):
     source = make_source(tmp_path)
     one, other = source.lane(0), source.lane(0)
