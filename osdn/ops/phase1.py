@@ -38,18 +38,17 @@ from osdn.ops.varlen import first_rows
 class Chunks(NamedTuple):
     """What needs no start, for all chunks of a group at once.
 
-    z: [R, C, K].  gamma: [R, C], or None for γ = 1.  kept: P, [R, C+1, C+1].
-    sizes: the number of rows of each step in turn.
-    x: [R, 1, C], and L: [R, C, C], of which only what lies below the diagonal counts: both written
-    by forward and read by backward.
+    z: [R, C, K].  gamma: [R, C], or None for γ = 1.  sizes: the number of rows of each step in
+    turn.  Written by forward and read by backward, x: η x, [R, 1, C]; L: [R, C, C], of which only
+    what lies below the diagonal counts; kept: P, [R, C+1, C+1], or None for γ = 1.
     """
 
     z: Tensor
     gamma: Tensor | None
-    kept: Tensor
     sizes: list[int]
     x: Tensor
     L: Tensor
+    kept: Tensor | None = None
 
     def rows(self) -> list[slice]:
         """The rows of each step."""
@@ -58,40 +57,43 @@ class Chunks(NamedTuple):
 
     def at(self, rows: slice) -> Chunks:
         """One step by itself."""
-        gamma = None if self.gamma is None else self.gamma[rows]
-        z, kept, x, L = (y[rows] for y in (self.z, self.kept, self.x, self.L))
-        return Chunks(z, gamma, kept, [len(z)], x, L)
+        gamma, kept = (None if y is None else y[rows] for y in (self.gamma, self.kept))
+        z, x, L = (y[rows] for y in (self.z, self.x, self.L))
+        return Chunks(z, gamma, [len(z)], x, L, kept)
 
-    def fading(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """(P[1, t], P[t+1, C+1], P[1, C+1]) as rows [R, 1, ·]; None for γ = 1."""
-        if self.gamma is None:
-            return None
-        kept = self.kept
-        return kept[:, :1, :-1], kept[:, 1:, -1].unsqueeze(1), kept[:, :1, -1:]
+    def read(self) -> Tensor:
+        """z_t P[1, t], with which d at a chunk's start acts on x_t."""
+        return self.z if self.kept is None else self.z * self.kept[:, 0, :-1, None]
+
+    def write(self) -> Tensor:
+        """P[t+1, C+1] z_t, with which η x_t acts on d at a chunk's end."""
+        return self.z if self.kept is None else self.z * self.kept[:, 1:, -1:]
+
+    def decay(self) -> list[Tensor | None]:
+        """P[1, C+1] of each step, [N·H, 1, 1]; None for γ = 1."""
+        if self.kept is None:
+            return [None] * len(self.sizes)
+        return list(self.kept[:, :1, -1:].split(self.sizes))
 
 
-def prepare(z: Tensor, log_gamma: Tensor | None, sizes: list[int], x: Tensor, L: Tensor) -> Chunks:
-    """The parallel part over z [R, C, K] and log_gamma [R, C], with R = sum(sizes), but x and L."""
-    R, C, _ = z.shape
-    if log_gamma is None:
-        gamma, kept = None, z.new_ones(C + 1, C + 1).triu_().expand(R, -1, -1)
-    else:
+def _prepare(p: Chunks, eta: float) -> None:
+    """Write L and P, the parallel part."""
+    p.L.baddbmm_(p.z, p.z.mT, beta=0, alpha=eta)
+    if p.gamma is not None and p.kept is not None:
         # Products of γ over each stretch, never quotients of products, which may be 0 over 0.
-        within = torch.ones(C + 1, C, dtype=torch.bool, device=z.device).triu_()
-        gamma, kept = log_gamma.exp(), z.new_ones(R, C + 1, C + 1)
-        torch.cumprod(torch.where(within, gamma[:, None, :], 1), -1, out=kept[:, :, 1:])
-        kept.triu_()
-    return Chunks(z, gamma, kept, sizes, x, L)
+        outside = p.z.new_ones(*p.kept.shape[1:]).tril_(-1)[:, :-1]
+        factors = torch.addcmul(outside, 1 - outside, p.gamma[:, None])
+        torch.cumprod(factors, -1, out=p.kept[:, :, 1:])
+        p.kept[:, :, 0] = 1
+        p.L.mul_(p.kept.triu_()[:, 1:, :-1].mT)
 
 
 def forward(p: Chunks, path: Tensor, d: Tensor, rule: Rule) -> bool:
-    """Write x, L and d_1..d_C of every chunk, path [R, C, K]; whether the clip may have acted.
+    """Write x, L, P and d_1..d_C of every chunk, path [R, C, K]; whether the clip may have acted.
 
     d [N·H, K] goes to the end of the group.
     """
-    p.L.baddbmm_(p.z, p.z.mT, beta=0, alpha=rule.eta)
-    if p.gamma is not None:
-        p.L.mul_(p.kept[:, 1:, :-1].mT)
+    _prepare(p, rule.eta)
     start = None if rule.precond_min is None else d.clone()
     _without_box(p, path, d, rule.eta)
     if start is None or (_inside(path, rule) and _inside(d, rule)):
@@ -104,23 +106,19 @@ def forward(p: Chunks, path: Tensor, d: Tensor, rule: Rule) -> bool:
 
 def _without_box(p: Chunks, path: Tensor, d: Tensor, eta: float) -> None:
     """path = d_1..d_C as if there were no box; d moves on."""
-    fading, x = p.fading(), p.x.fill_(1)
-    terms, one = path if fading is None else torch.empty_like(path), x.new_ones(())
-    pieces = (p.z, p.z.mT, p.L, x, x.mT, terms[:, :1], *(fading or ()))
-    steps = zip(first_rows(d.unsqueeze(1), p.sizes), *(y.split(p.sizes) for y in pieces))
-    for now, z_n, zt_n, L_n, x_n, column_n, start, *fading_n in steps:
+    x, terms = p.x.fill_(eta), path if p.kept is None else torch.empty_like(path)
+    pieces = (p.read().mT, p.L, x, x.mT, p.write(), terms[:, :1])
+    views = (y.split(p.sizes) for y in pieces)
+    steps = zip(first_rows(d.unsqueeze(1), p.sizes), p.decay(), *views)
+    for now, decay, read_n, L_n, x_n, column_n, write_n, start in steps:
         start.copy_(now)
-        if not fading_n:
-            x_n.baddbmm_(now, zt_n, alpha=-1)
-        else:
-            torch.addcmul(one, torch.bmm(now, zt_n), fading_n[0], value=-1, out=x_n)
+        x_n.baddbmm_(now, read_n, alpha=-eta)
         solve(L_n, column_n, upper=False, unitriangular=True, out=column_n)
-        if not fading_n:
-            now.baddbmm_(x_n, z_n, alpha=eta)
-        else:
-            now.mul_(fading_n[2]).baddbmm_(x_n * fading_n[1], z_n, alpha=eta)
-    torch.mul(p.z[:, :-1], (x * eta).mT[:, :-1], out=terms[:, 1:])
-    if fading is None:
+        if decay is not None:
+            now.mul_(decay)
+        now.baddbmm_(x_n, write_n)
+    torch.mul(p.z[:, :-1], x.mT[:, :-1], out=terms[:, 1:])
+    if p.kept is None:
         terms.cumsum_(1)
     else:
         torch.bmm(p.kept[:, :-1, :-1].mT, terms, out=path)
@@ -138,7 +136,8 @@ def _with_box(p: Chunks, path: Tensor, d: Tensor, rule: Rule) -> None:
         tokens = _scan(p.z[bad], gamma, start[bad], rule)
         repaired = tokens[:-1].transpose(0, 1)
         path.index_copy_(0, bad, repaired)
-        p.x.index_copy_(0, bad, 1 - torch.linalg.vecdot(repaired, p.z[bad]).unsqueeze(1))
+        x = 1 - torch.linalg.vecdot(repaired, p.z[bad])
+        p.x.index_copy_(0, bad, x.mul_(rule.eta).unsqueeze(1))
         d.index_copy_(0, bad, tokens[-1])
 
 
@@ -163,55 +162,61 @@ def _scan(z: Tensor, gamma: Tensor | None, start: Tensor, rule: Rule) -> Tensor:
 
 
 def backward(
-    p: Chunks, path: Tensor, g: Tensor, lam: Tensor, rule: Rule, clipped: bool
+    p: Chunks, path: Tensor, g: Tensor, out: Tensor, lam: Tensor, rule: Rule, clipped: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(dz [R, C, K], dlog_gamma [R, C] or None) of a group of chunks, from its end to its start.
 
-    path: d_1..d_C, [R, C, K].  g: the gradient of each d_t from its own write, and a row to work
-    in: [R, C+1, K]; overwritten.  lam: [N·H, K] dL/dd at the end of the group; becomes that at its
-    start.  clipped: as forward said.
+    path: d_1..d_C, [R, C, K].  g: the gradient of each d_t from its own write, alike; overwritten.
+    out: where dz goes.  lam: [N·H, K] dL/dd at the end of the group; becomes that at its start.
+    clipped: as forward said.
     """
-    z, eta, fading = p.z, rule.eta, p.fading()
-    dd, ends = g[:, :-1], g[:, -1:]
+    z, eta, ends = p.z, rule.eta, g.new_empty(len(g), 1, g.shape[-1])
     passed = _passed(p, path, rule) if clipped else None
-    a = torch.bmm(z, dd.mT).mul_(p.kept[:, 1:, :-1]).sum(-1).unsqueeze(1)
-    direct = torch.bmm(p.kept[:, :1, :-1], dd)
+    direct = g.sum(1, keepdim=True) if p.kept is None else torch.bmm(p.kept[:, :1, :-1], g)
+    a = torch.bmm(z, g.mT)  # what becomes η a, [R, 1, C]
+    a = a.triu_(1) if p.kept is None else a.mul_(p.kept[:, 1:, :-1])
+    a = a.sum(-1).mul_(eta).unsqueeze(1)
     repairs = []
-    pieces = (z, z.mT, p.L, a, direct, ends, *(fading or ()))
+    # L as the upper triangle of a left side: the same with left=False takes three times as long.
+    pieces = (p.write().mT, p.L.mT, a, a.mT, p.read(), direct, ends)
     views = (y.split(p.sizes) for y in pieces)
-    steps = list(zip(p.rows(), first_rows(lam.unsqueeze(1), p.sizes), *views))
-    for rows, now, z_n, zt_n, L_n, a_n, direct_n, end_n, *fading_n in reversed(steps):
-        end_n.copy_(now)
-        if not fading_n:
-            a_n.baddbmm_(now, zt_n)
-        else:
-            a_n.addcmul_(torch.bmm(now, zt_n), fading_n[1])
-        solve(L_n, a_n, upper=False, left=False, unitriangular=True, out=a_n)
-        if not fading_n:
-            now.add_(direct_n).baddbmm_(a_n, z_n, alpha=-eta)
-        else:
-            now.mul_(fading_n[2]).add_(direct_n).baddbmm_(a_n * fading_n[0], z_n, alpha=-eta)
+    steps = list(zip(p.rows(), first_rows(lam.unsqueeze(1), p.sizes), p.decay(), *views))
+    for rows, now, decay, write_n, Lt_n, a_n, column_n, read_n, direct_n, end in reversed(steps):
+        end.copy_(now)
+        a_n.baddbmm_(now, write_n, alpha=eta)
+        solve(Lt_n, column_n, upper=True, unitriangular=True, out=column_n)
+        if decay is not None:
+            now.mul_(decay)
+        now.add_(direct_n).baddbmm_(a_n, read_n, alpha=-1)
         if passed is not None:
             bad = _left_box(passed[rows])
             if len(bad):
                 at = bad + rows.start
                 gamma = None if p.gamma is None else p.gamma[at]
-                later, start = _scan_back(dd[at], z[at], gamma, passed[at], g[at, -1], eta)
+                repaired, start = _scan_back(g[at], z[at], gamma, passed[at], ends[at, 0], eta)
                 lam.index_copy_(0, bad, start)
-                repairs.append((at, later))
-    dd.addcmul_(z, a.mT, value=-eta)
-    later = torch.bmm(p.kept[:, 1:, 1:], g[:, 1:])
+                repairs.append((at, repaired))
+    later = _later(p, g.addcmul_(z, a.mT, value=-1), ends, out)
     for at, repaired in repairs:
         later.index_copy_(0, at, repaired)
-        a.index_copy_(0, at, torch.linalg.vecdot(repaired, z[at]).unsqueeze(1))
+        a.index_copy_(0, at, torch.linalg.vecdot(repaired, z[at]).mul_(eta).unsqueeze(1))
     dlog_gamma = None if p.gamma is None else torch.linalg.vecdot(later, path).mul_(p.gamma)
-    return later.mul_((p.x * eta).mT).addcmul_(path, a.mT, value=-eta), dlog_gamma
+    return later.mul_(p.x.mT).addcmul_(path, a.mT, value=-1), dlog_gamma
+
+
+def _later(p: Chunks, g: Tensor, ends: Tensor, out: Tensor) -> Tensor:
+    """Σ_{i>t} P[t+1, i] g_i for every t, [R, C, K], in `out`, with g_{C+1} = ends, [R, 1, K]."""
+    if p.kept is None:
+        torch.cumsum(g, 1, out=out)
+        return torch.sub(out[:, -1:] + ends, out, out=out)
+    torch.bmm(p.kept[:, 1:, :-1], g, out=out)
+    return out.addcmul_(p.kept[:, 1:, -1:], ends)
 
 
 def _passed(p: Chunks, path: Tensor, rule: Rule) -> Tensor | None:
     """1 where clip passed u = γ d + η x z unchanged, else 0, in z's dtype; None if everywhere."""
     u = path if p.gamma is None else path * p.gamma.unsqueeze(-1)
-    passing = _passing(torch.addcmul(u, p.z, p.x.mT, value=rule.eta), rule)
+    passing = _passing(torch.addcmul(u, p.z, p.x.mT), rule)
     return None if bool(passing.all()) else passing.to(path.dtype)
 
 
@@ -220,21 +225,21 @@ def _left_box(passed: Tensor) -> Tensor:
 
 
 def _scan_back(
-    dd: Tensor, z: Tensor, gamma: Tensor | None, passed: Tensor, lam: Tensor, eta: float
+    g: Tensor, z: Tensor, gamma: Tensor | None, passed: Tensor, lam: Tensor, eta: float
 ) -> tuple[Tensor, Tensor]:
     """The reverse recurrence token by token over one chunk: (clipped λ_{t+1} [R, C, K], λ_1).
 
-    l_t = λ_{t+1} ⊙ passed_t,  λ_t = dd_t + γ_t l_t − η ⟨l_t, z_t⟩ z_t.
+    l_t = λ_{t+1} ⊙ passed_t,  λ_t = g_t + γ_t l_t − η ⟨l_t, z_t⟩ z_t.
     """
-    dd, z, passed = (y.transpose(0, 1).contiguous() for y in (dd, z, passed))
+    g, z, passed = (y.transpose(0, 1).contiguous() for y in (g, z, passed))
     clipped = torch.empty_like(passed)
     gammas = None if gamma is None else gamma.t().unsqueeze(-1).unbind(0)
-    tokens = list(zip(dd.unbind(0), z.unbind(0), passed.unbind(0), clipped.unbind(0)))
+    tokens = list(zip(g.unbind(0), z.unbind(0), passed.unbind(0), clipped.unbind(0)))
     for t in reversed(range(len(tokens))):
-        dd_t, z_t, passed_t, l_t = tokens[t]
+        g_t, z_t, passed_t, l_t = tokens[t]
         torch.mul(lam, passed_t, out=l_t)
         a = torch.linalg.vecdot(l_t, z_t).unsqueeze(-1)
-        torch.addcmul(dd_t, a, z_t, value=-eta, out=lam)
+        torch.addcmul(g_t, a, z_t, value=-eta, out=lam)
         if gammas is None:
             lam.add_(l_t)
         else:

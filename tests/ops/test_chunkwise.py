@@ -134,6 +134,15 @@ def test_the_size_of_a_group_changes_nothing(monkeypatch, options, packed):
         assert_all_close(everything(x, "chunkwise", **options), whole, 1e-12)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_nothing_handed_out_is_an_inference_tensor(packed):
+    """Inside it is inference mode; autograd refuses such tensors wherever they are used again."""
+    cu_seqlens = torch.tensor([0, 33, 70]) if packed else None
+    x = make_inputs(1 if packed else 2, 70, 2, 6, 5, sequences=2 if packed else None)
+    results = everything(x, "chunkwise", cu_seqlens=cu_seqlens)
+    assert not [name for name, y in results.items() if y.is_inference()]
+
+
 def test_autocast_does_not_reach_inside():
     """Under autocast q, k and v are rounded at the front door; nothing after that is."""
     x = make_inputs(2, 70, 2, 16, 16, dtype=torch.float32)
