@@ -1,8 +1,8 @@
 """Checkpoints are written: by DCP, in another thread, under a temporary name (see checkpoint)."""
 
-import dataclasses
 import json
 import os
+import re
 import shutil
 from concurrent.futures import Future
 from pathlib import Path
@@ -10,9 +10,20 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint._hf_utils import (
+    CUSTOM_METADATA_KEY,
+    DCP_VERSION_KEY,
+    FORMAT_KEY,
+    FORMAT_VALUE,
+    HF_DCP_VERSION,
+    _gen_file_name,
+)
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
 from osdn.train.checkpoint import (
@@ -52,12 +63,29 @@ class _Writer(dcp.HuggingFaceStorageWriter):
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: Any, planner: Any) -> Any:
-        """In every process; results are names and digests in place of DCP's, which are not used."""
-        written = super().write_data(plan, planner).wait()
-        names = {result.storage_data.relative_path for result in written}
-        digests = {name: sha256(self.unfinished / name) for name in names}
-        future: torch.futures.Future[list[Any]] = torch.futures.Future()
-        future.set_result([dataclasses.replace(r, storage_data=digests) for r in written[:1]])
+        """In every process; results are names and digests in place of DCP's, which are not used.
+
+        The file is what DCP would write. DCP makes it whole in memory and then writes it, which
+        takes the checkpoint's size once more, and where memory comes slowly most of the time.
+        """
+        future: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
+        if not plan.items:
+            future.set_result([])
+            return future
+        path = self.unfinished / _gen_file_name(1, 1, plan.storage_data["shard_index"])
+        tensors, offsets = {}, {}
+        for item in plan.items:
+            tensors[item.index.fqn] = planner.resolve_data(item).contiguous()
+            offsets[item.index.fqn] = {"saved_offsets": item.tensor_data.chunk.offsets}
+        metadata = {CUSTOM_METADATA_KEY: json.dumps(offsets), DCP_VERSION_KEY: str(HF_DCP_VERSION)}
+        try:
+            save_file(tensors, path, {**metadata, FORMAT_KEY: FORMAT_VALUE})
+        except SafetensorError as error:
+            raise _refusal(error) from error
+        path.chmod(self.unfinished.stat().st_mode & 0o666)  # it lets nobody else read
+        sync(path)
+        result = WriteResult(plan.items[0].index, path.stat().st_size, {path.name: sha256(path)})
+        future.set_result([result])
         return future
 
     def finish(self, metadata: Any, results: list[list[Any]]) -> None:
@@ -79,6 +107,12 @@ class _Writer(dcp.HuggingFaceStorageWriter):
         sync(self.root)
         for old in directories(self.root)[self.keep :]:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _refusal(error: SafetensorError) -> OSError:
+    """What the system refused, which safetensors tells in words: "... (os error 28)"."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
 
 
 class Saver:
