@@ -13,19 +13,13 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step
+from osdn.ops.convolution import short_convolution
 from osdn.ops.validation import check_box_holds_one, check_rule
 
 Forgetting = Literal["none", "data"]
 Mixed = tuple[Tensor, None, Cache | None]
 
 APF_BIAS = 6.9  # γ = sigmoid(6.9) ≈ 0.999 at the start
-L2_EPS = 1e-6
-
-
-def l2_normalize(x: Tensor) -> Tensor:
-    """x / sqrt(Σ x² + 1e-6) over the last dimension, in float32, returned in x's dtype."""
-    y = x.float()
-    return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + L2_EPS)).to(x.dtype)
 
 
 def token_mask(attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:
@@ -52,13 +46,15 @@ def head_size(hidden_size: int, num_heads: int, head_dim: int | None) -> int:
 
 
 class ShortConvolution(nn.Conv1d):
-    """Causal depthwise convolution over time, then SiLU: y_t = silu(Σ_j w_j ⊙ x_{t−W+1+j}).
+    """Causal depthwise convolution over time, then SiLU, then each head's norm if head_dim is given.
 
-    Weight [D, 1, W], no bias; what lies before a sequence's start counts as zero.
+    Weight [D, 1, W], no bias; what lies before a sequence's start counts as zero. The equation is
+    osdn.ops.convolution.short_convolution's.
     """
 
-    def __init__(self, channels: int, width: int):
+    def __init__(self, channels: int, width: int, head_dim: int | None = None):
         super().__init__(channels, channels, width, groups=channels, bias=False)
+        self.head_dim = head_dim
 
     def forward(  # type: ignore[override]
         self, x: Tensor, history: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -66,22 +62,13 @@ class ShortConvolution(nn.Conv1d):
         """x [B, T, D] with the W−1 inputs before it, history [B, D, W−1] -> (y, next history).
 
         With cu_seqlens, no sequence sees its neighbour, and the history returned is of no use.
-        W shifted products, summed in float32, which a compiler fuses: conv1d is slower on a GPU.
         """
         gap, first = self.kernel_size[0] - 1, 0
         if history is not None:
             x, first = torch.cat([history.transpose(1, 2).to(x.dtype), x], dim=1), gap
-        T = x.shape[1]
-        starts = torch.arange(T, device=x.device) == 0
-        if cu_seqlens is not None:  # scattered, as a compiler would search anew for every number
-            starts = starts.new_zeros(T + 1).index_fill(0, cu_seqlens.long(), True)[:T]
-        weight = self.weight.squeeze(1).to(torch.promote_types(x.dtype, torch.float32))
-        y, outside = x * weight[:, gap], starts
-        for back in range(1, gap + 1):  # rolled: a compiled block would keep a padded copy
-            y = y + torch.where(outside[:, None], 0, x.roll(back, 1)) * weight[:, gap - back]
-            outside = outside | starts.roll(back)
-        last = F.pad(x[:, max(0, T - gap) :], (0, 0, max(0, gap - T), 0))
-        return F.silu(y[:, first:]).to(x.dtype), last.transpose(1, 2)
+        y = short_convolution(x, self.weight.squeeze(1), cu_seqlens, head_dim=self.head_dim)
+        last = F.pad(x[:, max(0, x.shape[1] - gap) :], (0, 0, max(0, gap - x.shape[1]), 0))
+        return y[:, first:], last.transpose(1, 2)
 
 
 class OSDN(nn.Module):
@@ -147,8 +134,8 @@ class OSDN(nn.Module):
         self.k_proj = nn.Linear(hidden_size, key_size, bias=False)
         self.v_proj = nn.Linear(hidden_size, value_size, bias=False)
         self.b_proj = nn.Linear(hidden_size, num_heads, bias=False)
-        self.q_conv1d = ShortConvolution(key_size, conv_size)
-        self.k_conv1d = ShortConvolution(key_size, conv_size)
+        self.q_conv1d = ShortConvolution(key_size, conv_size, self.head_dim)
+        self.k_conv1d = ShortConvolution(key_size, conv_size, self.head_dim)
         self.v_conv1d = ShortConvolution(value_size, conv_size)
         self.a_proj = self.g_proj = self.initial_precond = None
         if adaptive and forgetting == "data":
@@ -260,9 +247,7 @@ class OSDN(nn.Module):
             before,
         ):
             x, history = convolution(projection(hidden_states), history, cu_seqlens)
-            x = x.unflatten(-1, (self.num_heads, -1))
-            # Normed at once: a compiled block keeps the input of a norm far from its convolution.
-            made.append(x if projection is self.v_proj else l2_normalize(x))
+            made.append(x.unflatten(-1, (self.num_heads, -1)))
             after.append(history)
         return made, after
 

@@ -21,7 +21,7 @@ from osdn.errors import UserError
 from osdn.evals.models import LanguageModel
 from osdn.evals.recall_data import read_prompts
 from osdn.evals.results import make_result, score
-from osdn.layers import OSDN, l2_normalize
+from osdn.layers import OSDN
 from osdn.ops import reference
 from osdn.ops.rule import Rule
 
@@ -82,7 +82,7 @@ def activations(layer: OSDN, hidden_states: Tensor) -> Activations:
         )
     )
     beta, log_gamma = layer.gates(hidden_states)
-    k, v, beta = (x[0].double() for x in (l2_normalize(k), v, beta))
+    k, v, beta = (x[0].double() for x in (k, v, beta))
     gamma = None if log_gamma is None else log_gamma[0].double()
     return Activations(k, v, beta, preconditioners(layer, k, beta, gamma))
 

@@ -7,10 +7,9 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from osdn.ops import reference
-from osdn.ops.registration import register
+from osdn.ops.registration import dispatched, register
 from osdn.ops.rule import Rule
 from osdn.ops.validation import (
     check_cu_seqlens,
@@ -129,7 +128,7 @@ def online_scaled_delta_rule(
         initial_precond = _cast(initial_precond, accumulate)
         tensors = (q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
         save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-        run = BACKENDS[backend].rule if _dispatched(q) else BACKENDS[backend].eager_rule
+        run = BACKENDS[backend].rule if dispatched(q) else BACKENDS[backend].eager_rule
         o, state, precond = run(*tensors, *rule, save)[:3]
     return (o, state, precond) if output_final_state else (o, None, None)
 
@@ -220,15 +219,8 @@ def _step(
         return reference.step(q, k, v, beta, log_gamma, state, precond, rule)
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     gates = _cast(beta, accumulate), _cast(log_gamma, accumulate)
-    step = BACKENDS[backend].step if _dispatched(q) else BACKENDS[backend].eager_step
+    step = BACKENDS[backend].step if dispatched(q) else BACKENDS[backend].eager_step
     return step(q, k, v, *gates, state, precond, slots, *rule)
-
-
-def _dispatched(x: Tensor) -> bool:
-    """Whether operators are looked at as they are called: by a tracer, a tensor subclass or a mode
-    (a counter of operations, a policy of activation checkpointing), or on the meta device."""
-    seen = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-    return seen or type(x) is not Tensor or x.is_meta
 
 
 @overload

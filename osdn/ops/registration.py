@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import CustomOpDef
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from osdn.ops.rule import Rule
 
@@ -44,6 +45,13 @@ class Backend(NamedTuple):
 
 
 Module = Callable[[], Any]
+
+
+def dispatched(x: Tensor) -> bool:
+    """Whether operators are looked at as they are called: by a tracer, a tensor subclass or a mode
+    (a counter of operations, a policy of activation checkpointing), or on the meta device."""
+    seen = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    return seen or type(x) is not Tensor or x.is_meta
 
 
 def register(name: str, module_name: str) -> Backend:

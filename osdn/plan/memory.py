@@ -94,8 +94,7 @@ def kept_by_block(config: OSDNConfig, name: str, train: Train, *, r: int, c: int
     if train.compile:
         return r * D + products + inputs + moved + c * D + kernels
     gated = (0 if linear else out + c * widths) + c * I  # silu(gate); rotated
-    convolved = (3 * c * widths + 2 * 4 * H * 2 * K) if linear else 0  # sums, float32 of the norm
-    return 2 * r * D + products + inputs + moved + gated + convolved + kernels
+    return 2 * r * D + products + inputs + moved + gated + kernels
 
 
 def memory(config: OSDNConfig, model: Model, train: Train, *, shard: int, passes: int) -> Memory:

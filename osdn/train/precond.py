@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from osdn.layers import OSDN, l2_normalize
+from osdn.layers import OSDN
 from osdn.model.modeling import OSDNForCausalLM
 from osdn.ops.reference import adapt
 from osdn.ops.rule import Rule
@@ -72,7 +72,7 @@ class _Hook:
 def keys(layer: OSDN, hidden_states: Tensor, cu_seqlens: Tensor) -> Keys:
     """What the layer makes of the first TOKENS of hidden_states [1, T, D]."""
     x, _ = layer.k_conv1d(layer.k_proj(hidden_states), None, cu_seqlens)
-    k = l2_normalize(x[0, :TOKENS].unflatten(-1, (layer.num_heads, -1))).float()
+    k = x[0, :TOKENS].unflatten(-1, (layer.num_heads, -1)).float()
     beta, log_gamma = (None if x is None else x[0, :TOKENS] for x in layer.gates(hidden_states))
     assert beta is not None
     options = {"beta_aware": False, "precond_min": None, "precond_max": None, **layer.rule}

@@ -105,8 +105,11 @@ def test_what_is_made_again_changes_no_gradient():
     product, silu = "aten.mm.default", "aten.silu.default"
     assert once[product] == some[product] < all_[product]  # products are kept, or made again
     assert once[silu] < some[silu] == all_[silu]
-    (mixer,) = (name for name in once if name.startswith("osdn.") and "backward" not in name)
+    ours = {name for name in once if name.startswith("osdn.") and "backward" not in name}
+    convolution = "osdn.short_convolution.default"
+    (mixer,) = ours - {convolution}
     assert once[mixer] == some[mixer] == 2 and all_[mixer] == 4
+    assert once[convolution] == 6 and some[convolution] == all_[convolution] == 12
 
 
 def test_nothing_is_made_again_without_a_gradient():

@@ -6,13 +6,11 @@ turns it into the operands of phase 2, which walks the memory (`memory_forward`,
 `decode` is one token. docs/kernels.md says what each kernel reads, writes and costs.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
 from osdn.ops.rule import Rule
-from osdn.ops.triton.chunks import CHUNK, Chunks, chunk_bound, cut
+from osdn.ops.triton.chunks import CHUNK, Chunks, chunk_bound, cut, on_device
 from osdn.ops.triton.decode import decode
 from osdn.ops.triton.memory_backward import gradients, memory_reverse, states
 from osdn.ops.triton.memory_forward import memory, segments_like
@@ -38,7 +36,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """(o, final_state, final_precond, saved); the contract is osdn.ops.registration's."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    with _on(q):
+    with on_device(q):
         chunks = cut(q.shape[0], q.shape[1], cu_seqlens)
         x, starts, w, ka, A, clipped = _operands(k, beta, initial_precond, cu_seqlens)
         e = torch.empty_like(v) if save else None
@@ -125,7 +123,7 @@ def backward(
     x, starts, w, ka, A, clipped, e, inverse, M, *segments = saved
     q, k, do = q.contiguous(), k.contiguous(), do.contiguous()
     dfinal_state, dfinal_precond = dfinal_state.contiguous(), dfinal_precond.contiguous()
-    with _on(q):
+    with on_device(q):
         chunks = cut(q.shape[0], q.shape[1], cu_seqlens)
         dv, dS, dstate = memory_reverse(q, w, ka, A, do, dfinal_state, segments, chunks, rule)
         S = states(w, e, initial_state, segments, chunks)
@@ -159,13 +157,8 @@ def step(
 ) -> Tensor:
     """o [B, H, V]; state and precond are updated in place. `slots` as in `decode.decode`."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    with _on(q):
+    with on_device(q):
         return decode(q, k, v, beta, log_gamma, state, precond, rule, slots)
-
-
-def _on(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _at_chunks(precond: Tensor, chunks: Chunks) -> Tensor:

@@ -6,6 +6,7 @@ cu_seqlens the number of chunks depends on data that lives on the GPU, so buffer
 bound T // CHUNK + N, and programs past the last chunk return at once: no host synchronisation.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -90,6 +91,11 @@ def split(chunks: Chunks, count: int) -> Chunks:
     """Each sequence in `count` segments; sequences without cu_seqlens only."""
     segment = triton.cdiv(chunks.segment, count)
     return chunks._replace(sequences=chunks.sequences * count, segment=segment)
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def tile(size: int) -> int:

@@ -1,0 +1,178 @@
+"""The short convolution of a layer's queries, keys and values, with the SiLU and the norm after it.
+
+Two implementations of one operator: plain PyTorch here, which is its definition, and kernels in
+osdn/ops/triton/convolution.py for a GPU. Both make the sums again in the backward: a compiler
+would keep, and an eager run would write and read, several float32 copies of the input.
+"""
+
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from osdn.ops.interface import HAS_TRITON
+from osdn.ops.registration import dispatched
+
+L2_EPS = 1e-6
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def short_convolution(
+    x: Tensor, weight: Tensor, cu_seqlens: Tensor | None = None, *, head_dim: int | None = None
+) -> Tensor:
+    """Causal depthwise convolution over time, SiLU, and with head_dim each head's unit vector.
+
+        u_t = Σ_j w_j ⊙ x_{t−W+1+j},   z_t = silu(u_t),   y_t = z_t / sqrt(Σ_head z_t² + 1e-6)
+
+    In float32 (float64 for float64 input), rounded once at the end; what lies before a sequence's
+    start counts as zero. Once differentiable, in x and weight.
+
+    Args:
+        x: [B, T, D], any floating dtype.
+        weight: [D, W], any floating dtype; w_{W−1} is the token's own.
+        cu_seqlens: [N + 1] offsets of sequences packed along T; none sees its neighbour.
+        head_dim: how many features in a row make a head, a divisor of D; None: no norm, y = z.
+
+    Returns:
+        [B, T, D] in x's dtype.
+    """
+    run = _operator if dispatched(x) else _Eager.apply
+    return run(x, weight, cu_seqlens, head_dim)
+
+
+def starts_of(cu_seqlens: Tensor | None, T: int) -> Tensor | None:
+    """[T] int8, 1 at every packed sequence's first token; scattered, with no search."""
+    if cu_seqlens is None:
+        return None
+    at = cu_seqlens.long()  # an empty sequence at the end starts at T
+    return torch.zeros(T + 1, dtype=torch.int8, device=at.device).index_fill_(0, at, 1)[:T]
+
+
+def forward(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, head_dim: int | None) -> Tensor:
+    """y, by PyTorch."""
+    x_wide, w, inside = _prepare(x, weight, cu_seqlens)
+    z = F.silu(_sums(x_wide, w, inside))
+    if head_dim is not None:
+        z = _unit(z.unflatten(-1, (-1, head_dim))).flatten(-2)
+    return z.to(x.dtype)
+
+
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, head_dim: int | None
+) -> tuple[Tensor, Tensor]:
+    """dx in x's dtype and dweight in weight's, by PyTorch."""
+    x_wide, w, inside = _prepare(x, weight, cu_seqlens)
+    u = _sums(x_wide, w, inside)
+    sigmoid = u.sigmoid()
+    dz = dy.to(u.dtype)
+    if head_dim is not None:
+        z, dz = ((one.unflatten(-1, (-1, head_dim))) for one in (u * sigmoid, dz))
+        y = _unit(z)
+        along = (dz * y).sum(-1, keepdim=True)
+        dz = (torch.addcmul(dz, y, along, value=-1) * _inverse_norm(z)).flatten(-2)
+    du = dz * sigmoid * (1 + u * (1 - sigmoid))
+    T, W = x.shape[1], w.shape[1]
+    dx = du * w[:, -1]
+    dweight = [(x_wide * du).sum((0, 1))]
+    for back in range(1, W):
+        later = _where(inside[back], du[:, back:])
+        dx[:, : max(0, T - back)].addcmul_(later, w[:, -1 - back])
+        dweight.append((x_wide[:, : max(0, T - back)] * later).sum((0, 1)))
+    return dx.to(x.dtype), torch.stack(dweight[::-1], 1).to(weight.dtype)
+
+
+def _prepare(
+    x: Tensor, weight: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """x and w in the dtype of the sums; and which tokens t ≥ back see t − back, for every back."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    T, W = x.shape[1], weight.shape[1]
+    inside: list[Tensor | None] = [None] * W
+    if (starts := starts_of(cu_seqlens, T)) is not None:
+        outside = torch.zeros_like(starts)
+        for back in range(1, W):
+            outside[back - 1 :] |= starts[: max(0, T - back + 1)]
+            inside[back] = outside[back:, None] == 0
+    return x.to(wide), weight.to(wide), inside
+
+
+def _sums(x: Tensor, w: Tensor, inside: list[Tensor | None]) -> Tensor:
+    u, T = x * w[:, -1], x.shape[1]
+    for back in range(1, len(inside)):
+        u[:, back:].addcmul_(_where(inside[back], x[:, : max(0, T - back)]), w[:, -1 - back])
+    return u
+
+
+def _where(inside: Tensor | None, x: Tensor) -> Tensor:
+    return x if inside is None else torch.where(inside, x, 0)
+
+
+def _inverse_norm(z: Tensor) -> Tensor:
+    return torch.rsqrt(z.square().sum(-1, keepdim=True) + L2_EPS)
+
+
+def _unit(z: Tensor) -> Tensor:
+    return z * _inverse_norm(z)
+
+
+def _module(x: Tensor) -> Any:
+    """The module whose forward and backward serve x."""
+    kernels = x.is_cuda and HAS_TRITON and x.dtype in TRITON_DTYPES
+    return import_module("osdn.ops.triton.convolution" if kernels else __name__)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator without PyTorch's dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _keep(ctx, inputs, None)
+        return _module(inputs[0]).forward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *cu_seqlens = ctx.saved_tensors
+        given = (x, weight, cu_seqlens[0] if cu_seqlens else None, ctx.head_dim)
+        return *_module(x).backward(dy, *given), None, None
+
+
+@torch.library.custom_op("osdn::short_convolution", mutates_args=())
+def _operator(
+    x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, head_dim: int | None
+) -> Tensor:
+    return _module(x).forward(x, weight, cu_seqlens, head_dim)
+
+
+@_operator.register_fake
+def _(x, weight, cu_seqlens, head_dim):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("osdn::short_convolution_backward", mutates_args=())
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, head_dim: int | None
+) -> tuple[Tensor, Tensor]:
+    return _module(x).backward(dy, x, weight, cu_seqlens, head_dim)
+
+
+@_backward.register_fake
+def _(dy, x, weight, cu_seqlens, head_dim):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
+    x, weight, cu_seqlens, ctx.head_dim = inputs
+    ctx.save_for_backward(x, weight, *([] if cu_seqlens is None else [cu_seqlens]))
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, *cu_seqlens = ctx.saved_tensors
+    given = (x, weight, cu_seqlens[0] if cu_seqlens else None, ctx.head_dim)
+    return *_backward(dy, *given), None, None
+
+
+_operator.register_autograd(_differentiate, setup_context=_keep)

@@ -1,0 +1,118 @@
+"""The short convolution: PyTorch's against conv1d sequence by sequence, the kernels against it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from osdn.ops.convolution import short_convolution
+from tests.numerics import assert_close
+
+triton = pytest.importorskip("osdn.ops.triton.convolution", reason="Triton cannot be installed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make(B, T, D, W, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(B, T, D, generator=generator).to(dtype) for _ in range(2))
+    return x, torch.randn(D, W, generator=generator), dy
+
+
+def expected(x, weight, cu_seqlens, head_dim):
+    """The definition, by conv1d, in float64, for every sequence alone."""
+    ends = [0, x.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    made = []
+    for begin, end in zip(ends, ends[1:]):
+        if begin == end:
+            continue
+        one = F.pad(x[:, begin:end].double().mT, (weight.shape[1] - 1, 0))
+        made.append(F.silu(F.conv1d(one, weight.double()[:, None], groups=len(weight))).mT)
+    z = torch.cat(made, 1)
+    if head_dim is None:
+        return z
+    heads = z.unflatten(-1, (-1, head_dim))
+    return (heads / (heads.square().sum(-1, keepdim=True) + 1e-6).sqrt()).flatten(-2)
+
+
+def with_gradients(run, x, weight, dy, *options):
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    y = run(x, weight, *options)
+    dx, dweight = torch.autograd.grad(y, (x, weight), dy.to(y.dtype))
+    return {"y": y.detach(), "dx": dx, "dweight": dweight}
+
+
+CASES = [
+    # B, T, D, W, head_dim, cu_seqlens
+    (2, 7, 12, 4, 6, None),
+    (1, 2, 5, 4, None, None),
+    (2, 1, 6, 3, 3, None),
+    (1, 9, 4, 1, 2, None),
+    (1, 40, 12, 4, 4, [0, 1, 3, 3, 20, 40, 40]),
+    (1, 33, 6, 4, None, [0, 2, 33]),
+    (1, 600, 48, 4, 24, [0, 255, 258, 600]),
+    (2, 300, 140, 4, None, None),
+    (1, 20, 300, 5, 300, None),
+]
+
+
+@pytest.mark.parametrize(("B", "T", "D", "W", "head_dim", "ends"), CASES)
+def test_pytorch_is_conv1d_of_each_sequence(B, T, D, W, head_dim, ends):
+    x, weight, dy = make(B, T, D, W)
+    weight = weight.double()
+    cu_seqlens = None if ends is None else torch.tensor(ends, dtype=torch.int32)
+    actual = with_gradients(
+        lambda x, w: short_convolution(x, w, cu_seqlens, head_dim=head_dim), x, weight, dy
+    )
+    exact = with_gradients(expected, x, weight, dy, cu_seqlens, head_dim)
+    for name, value in exact.items():
+        assert_close(actual[name], value, 1e-12, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("B", "T", "D", "W", "head_dim", "ends"), CASES)
+def test_kernels(B, T, D, W, head_dim, ends, dtype):
+    x, weight, dy = (one.to(DEVICE) for one in make(B, T, D, W, dtype))
+    cu_seqlens = None if ends is None else torch.tensor(ends, device=DEVICE)
+    exact = with_gradients(expected, x.double(), weight.double(), dy, cu_seqlens, head_dim)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty gives NaN
+    try:
+        y = triton.forward(x, weight, cu_seqlens, head_dim)
+        dx, dweight = triton.backward(dy, x, weight, cu_seqlens, head_dim)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert y.dtype == dx.dtype == dtype and dweight.dtype == weight.dtype
+    limit = 2e-6 if dtype == torch.float32 else 1e-3
+    for name, value in {"y": y, "dx": dx, "dweight": dweight}.items():
+        assert_close(value, exact[name], limit, name)
+
+
+def test_zeros_stay_zeros_and_bfloat16_is_rounded_once():
+    x, weight, _ = make(1, 5, 4, 4, torch.bfloat16)
+    y = short_convolution(x, weight, head_dim=2)
+    assert y.dtype == torch.bfloat16
+    assert_close(y, expected(x, weight, None, 2), 2e-3)  # half of its 2^-8, on average less
+    assert not short_convolution(torch.zeros_like(x), weight, head_dim=2).any()
+
+
+def test_a_nan_stays_in_its_sequence():
+    x, weight, _ = make(1, 8, 4, 4)
+    x[0, 2] = float("nan")
+    y = short_convolution(x, weight, torch.tensor([0, 3, 8]), head_dim=4)
+    assert y[0, 2].isnan().all() and y[0, 3:].isfinite().all()
+
+
+def test_compiled_is_eager():
+    x, weight, dy = make(1, 24, 12, 4, torch.float32)
+    given = x, weight, dy, torch.tensor([0, 5, 24])
+    run = lambda x, w, c: short_convolution(x, w, c, head_dim=6)  # noqa: E731
+    eager = with_gradients(run, *given)
+    compiled = with_gradients(torch.compile(run, backend="aot_eager", fullgraph=True), *given)
+    for name, value in eager.items():
+        assert torch.equal(compiled[name], value), name
+
+
+def test_opcheck():
+    x, weight, _ = make(1, 6, 4, 3, torch.float32)
+    x.requires_grad_(), weight.requires_grad_()
+    given = (x, weight, torch.tensor([0, 2, 6]), 2)
+    torch.library.opcheck(torch.ops.osdn.short_convolution.default, given)
