@@ -46,7 +46,7 @@ def head_size(hidden_size: int, num_heads: int, head_dim: int | None) -> int:
 
 
 class ShortConvolution(nn.Conv1d):
-    """Causal depthwise convolution over time, then SiLU, then each head's norm if head_dim is given.
+    """Causal depthwise convolution over time, then SiLU and, with head_dim, each head's norm.
 
     Weight [D, 1, W], no bias; what lies before a sequence's start counts as zero. The equation is
     osdn.ops.convolution.short_convolution's.

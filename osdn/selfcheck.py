@@ -7,14 +7,15 @@ kernels as this machine compiles them, and measures each result and gradient by
 
 expected being osdn.ops.reference in float64 on the same inputs. The limit is twice the error of the
 plain PyTorch backend (chunkwise, float32 inside) in the same dtype, plus a floor for what kernels
-round besides: the operands of their matrix products are in the inputs' dtype.
+round besides: the operands of their matrix products are in the inputs' dtype. The short convolution
+is compared likewise.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from math import inf
 from multiprocessing import get_context
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, normalize
 
 from osdn.errors import UserError
-from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step
+from osdn.ops import convolution, online_scaled_delta_rule, online_scaled_delta_step
 
 FLOORS = {torch.float32: 5e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -74,6 +75,26 @@ CASES = [
     Case("one key again and again", 1, 192, 2, 64, 64, {}, odd="repeated", slack=3.0),
     Case("beta 1 and 2", 1, 192, 2, 64, 64, {"beta_aware": True}, odd="strong"),
     Case("empty tokens, d at the box", 1, 192, 2, 64, 64, BOX, odd="empty"),
+]
+
+
+class Convolution(NamedTuple):
+    """One comparison of the short convolution."""
+
+    name: str
+    B: int
+    T: int
+    D: int
+    W: int
+    head_dim: int | None = None
+    cu_seqlens: tuple[int, ...] | None = None
+
+
+CONVOLUTIONS = [
+    Convolution("convolution, norm", 2, 1000, 512, 4, 128),
+    Convolution("convolution, K 40", 2, 130, 120, 4, 40),
+    Convolution("convolution, no norm", 1, 700, 200, 4),
+    Convolution("convolution, packed", 1, 400, 128, 3, 64, (0, 1, 3, 129, 400)),
 ]
 TINY = [
     Case("T 17", 1, 17, 1, 16, 16, {"beta_aware": True}),
@@ -176,27 +197,53 @@ def check(case: Case, dtype_name: str, device: torch.device) -> Result:
     cu = None if case.cu_seqlens is None else torch.tensor(case.cu_seqlens, device=device)
     inputs = make_inputs(case, dtype, device)
     exact = {n: None if x is None else x.double() for n, x in inputs.items()}
-    expected, plain = (
-        everything(case, exact, "reference", cu),
-        everything(case, inputs, "chunkwise", cu),
-    )
+    expected = everything(case, exact, "reference", cu)
+    plain = everything(case, inputs, "chunkwise", cu)
     from osdn.ops.triton import chunks
 
-    try:
+    def kernels() -> dict[str, Tensor]:
         with patch.object(chunks, "LONG", 16 if case.cut else chunks.LONG):
-            actual = everything(case, inputs, "triton", cu)
+            return everything(case, inputs, "triton", cu)
+
+    return _nearest(case.name, dtype_name, expected, plain, kernels, case.slack)
+
+
+def check_convolution(case: Convolution, dtype_name: str, device: torch.device) -> Result:
+    """Run one case of the short convolution by PyTorch in float64, in dtype, and by the kernels."""
+    g = torch.Generator().manual_seed(case.T)
+    cu = None if case.cu_seqlens is None else torch.tensor(case.cu_seqlens, device=device)
+    dy, x = torch.randn(2, case.B, case.T, case.D, generator=g).to(device, DTYPES[dtype_name])
+    weight = torch.randn(case.D, case.W, generator=g).to(device)
+
+    def run(module: Any, *given: Tensor) -> dict[str, Tensor]:
+        dx, dweight = module.backward(*given, cu, case.head_dim)
+        return {"y": module.forward(*given[1:], cu, case.head_dim), "dx": dx, "dweight": dweight}
+
+    from osdn.ops.triton import convolution as kernels
+
+    exact = run(convolution, dy.double(), x.double(), weight.double())
+    plain = run(convolution, dy, x, weight)
+    return _nearest(case.name, dtype_name, exact, plain, lambda: run(kernels, dy, x, weight), 1.0)
+
+
+def _nearest(
+    case: str,
+    dtype: str,
+    expected: dict[str, Tensor],
+    plain: dict[str, Tensor],
+    kernels: Callable[[], dict[str, Tensor]],
+    slack: float,
+) -> Result:
+    """Of all that the kernels make, what is nearest to its limit."""
+    try:
+        actual = kernels()
     except Exception as problem:  # one kernel that does not compile must not hide the other cases
-        return Result(case.name, dtype_name, f"{type(problem).__name__}: {problem}"[:200], inf, 0.0)
-    results = [
-        Result(
-            case.name,
-            dtype_name,
-            name,
-            relative_error(actual[name], x),
-            2 * relative_error(plain[name], x) + case.slack * FLOORS[dtype],
-        )
-        for name, x in expected.items()
-    ]
+        return Result(case, dtype, f"{type(problem).__name__}: {problem}"[:200], inf, 0.0)
+    floor = slack * FLOORS[DTYPES[dtype]]
+    results = []
+    for name, x in expected.items():
+        limit = 2 * relative_error(plain[name], x) + floor
+        results.append(Result(case, dtype, name, relative_error(actual[name], x), limit))
     return max(results, key=lambda r: (not r.right, r.error / r.limit))
 
 
@@ -206,13 +253,18 @@ def check_all() -> Iterator[Result]:
     Nearly all the time goes into compiling, which takes one core: so the cases share the cores.
     """
     if torch.cuda.is_available():
-        pairs = [(case, name) for name in DTYPES for case in CASES]
+        device = torch.device("cuda")
         workers = min(os.cpu_count() or 1, 16)
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            yield from pool.map(check, *zip(*pairs), [torch.device("cuda")] * len(pairs))
+            under_way = [pool.submit(check, case, n, device) for n in DTYPES for case in CASES]
+            for name in DTYPES:
+                for one in CONVOLUTIONS:
+                    under_way.append(pool.submit(check_convolution, one, name, device))
+            yield from (one.result() for one in under_way)
     elif os.environ.get("TRITON_INTERPRET", "0") == "1":
         for case in TINY:
             yield check(case, "float32", torch.device("cpu"))
+        yield check_convolution(CONVOLUTIONS[-1], "float32", torch.device("cpu"))
     else:
         raise UserError(
             "no CUDA device found, and these kernels run on one; TRITON_INTERPRET=1 checks their "

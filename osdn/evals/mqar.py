@@ -173,11 +173,11 @@ class MQARModel(nn.Module):
                 module.reset_special_parameters()
 
     def forward(self, inputs: Tensor, at: Tensor) -> Tensor:
-        """Logits [n, vocabulary] at the n positions where at [B, T] (bool) is true."""
+        """Logits [n, vocabulary] at the n positions `at` (int64, b T + t for token t of row b)."""
         x = self.embedding(inputs)
         for norm, mixer in zip(self.norms, self.mixers):
             x = x + mixer(norm(x))[0]
-        return F.linear(self.norm(x[at]), self.embedding.weight)
+        return F.linear(self.norm(x.flatten(0, 1).index_select(0, at)), self.embedding.weight)
 
     def state_size(self, length: int) -> int:
         """Numbers that all layers keep of a sequence of that length."""
@@ -197,13 +197,19 @@ def answers_right(model: nn.Module, inputs: Tensor, labels: Tensor, batch: int) 
     device = next(model.parameters()).device
     shares = []
     for x, y in zip(inputs.split(batch), labels.split(batch)):
-        asked = y != IGNORED
-        best = model(x.to(device), asked.to(device)).argmax(-1).cpu()
-        right = torch.zeros(asked.shape, dtype=torch.float64).masked_scatter(
-            asked, (best == y[asked]).double()
-        )
-        shares.append(right.sum(-1) / asked.sum(-1))
+        at, expected = _asked(y)
+        best = model(x.to(device), at.to(device)).argmax(-1).cpu()
+        shares.append((best == expected).view(len(x), -1).double().mean(-1))
     return torch.cat(shares)
+
+
+def _asked(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Where labels [B, T] ask something, as b T + t, and what is right there; B pairs numbers each.
+
+    Looked up where the labels are made, on the CPU: a GPU would have to be waited for.
+    """
+    at = (labels != IGNORED).flatten().nonzero()[:, 0]
+    return at, labels.flatten()[at]
 
 
 class Outcome(NamedTuple):
@@ -249,9 +255,8 @@ def train(
     step, diverged = 0, False
     for _ in range(epochs):
         for chosen in torch.randperm(examples, generator=order).split(batch_size):
-            x, y = inputs[chosen].to(device), labels[chosen].to(device)
-            asked = y != IGNORED
-            loss = F.cross_entropy(model(x, asked), y[asked])
+            at, expected = (one.to(device) for one in _asked(labels[chosen]))
+            loss = F.cross_entropy(model(inputs[chosen].to(device), at), expected)
             if diverged := not loss.isfinite():
                 break
             step += 1

@@ -141,9 +141,7 @@ class _Eager(torch.autograd.Function):
 
 
 @torch.library.custom_op("osdn::short_convolution", mutates_args=())
-def _operator(
-    x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, head_dim: int | None
-) -> Tensor:
+def _operator(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, head_dim: int | None) -> Tensor:
     return _module(x).forward(x, weight, cu_seqlens, head_dim)
 
 

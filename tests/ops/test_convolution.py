@@ -1,5 +1,7 @@
 """The short convolution: PyTorch's against conv1d sequence by sequence, the kernels against it."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,7 @@ def expected(x, weight, cu_seqlens, head_dim):
     """The definition, by conv1d, in float64, for every sequence alone."""
     ends = [0, x.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
     made = []
-    for begin, end in zip(ends, ends[1:]):
+    for begin, end in pairwise(ends):
         if begin == end:
             continue
         one = F.pad(x[:, begin:end].double().mT, (weight.shape[1] - 1, 0))

@@ -1,4 +1,4 @@
-"""The short convolution's kernels: sums, SiLU and the norm in one pass over x, as long as registers.
+"""The short convolution's kernels: sums, SiLU and the norm in one pass over x.
 
 A program takes BLOCK rows of one head (of BD features where nothing is normed). The W shifted reads
 of a row come from the cache but for the first. The backward makes u = Σ_j w_j ⊙ x_{t−W+1+j} again:
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from osdn.ops.convolution import L2_EPS, starts_of
-from osdn.ops.triton.chunks import on_device, tile
+from osdn.ops.triton.chunks import on_device
 
 ELEMENTS = 2048  # of a program's tile
 WARPS = 4
@@ -137,7 +137,7 @@ def input_backward_kernel(
 def forward(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, head_dim: int | None) -> Tensor:
     """y; the contract is osdn.ops.convolution's."""
     x, weight = x.contiguous(), weight.contiguous()
-    B, T, D = x.shape
+    T, D = x.shape[1:]
     y = torch.empty_like(x)
     with on_device(x):
         starts, shape = starts_of(cu_seqlens, T), _shape(D, head_dim)
