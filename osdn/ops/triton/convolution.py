@@ -15,8 +15,8 @@ from osdn.ops.convolution import L2_EPS, starts_of
 from osdn.ops.triton.chunks import on_device
 
 ELEMENTS = 2048  # of a program's tile
-WARPS = 4
-ROWS = 256  # at least, of a program of the backward, which writes one part of dweight
+WARPS = 2
+ROWS = 128  # at least, of a program of the backward, which writes one part of dweight
 
 
 @triton.jit
@@ -171,7 +171,7 @@ def backward(
             du, weight, sequences, dx, T, D, W=W, PACKED=starts is not None, num_warps=WARPS,
             **shape,
         )  # fmt: skip
-    return dx, parts.sum(0).t().to(weight.dtype)
+    return dx, parts.sum(0).t().to(weight.dtype).contiguous()
 
 
 def _shape(D: int, head_dim: int | None) -> dict[str, int]:
