@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from osdn.attention import Attention
+from osdn.evals.mqar_steps import Updates
 from osdn.layers import OSDN, ShortConvolution
 from osdn.model.loss import IGNORED
 from osdn.train.config import Optimizer, Schedule
-from osdn.train.optim import learning_rate, make_optimizer
+from osdn.train.optim import learning_rate
 
 TRAIN, TEST = 0, 1  # which of a seed's two streams; they never meet
 
@@ -173,7 +174,9 @@ class MQARModel(nn.Module):
                 module.reset_special_parameters()
 
     def forward(self, inputs: Tensor, at: Tensor) -> Tensor:
-        """Logits [n, vocabulary] at the n positions `at` (int64, b T + t for token t of row b)."""
+        """Logits [B n, vocabulary] of inputs [B, T], after the n tokens `at` [B, n] of each row."""
+        B, T = inputs.shape
+        at = (at + T * torch.arange(B, device=at.device)[:, None]).flatten()
         x = self.embedding(inputs)
         for norm, mixer in zip(self.norms, self.mixers):
             x = x + mixer(norm(x))[0]
@@ -197,19 +200,16 @@ def answers_right(model: nn.Module, inputs: Tensor, labels: Tensor, batch: int) 
     device = next(model.parameters()).device
     shares = []
     for x, y in zip(inputs.split(batch), labels.split(batch)):
-        at, expected = _asked(y)
+        at, expected = asked(y)
         best = model(x.to(device), at.to(device)).argmax(-1).cpu()
-        shares.append((best == expected).view(len(x), -1).double().mean(-1))
+        shares.append((best.view_as(expected) == expected).double().mean(-1))
     return torch.cat(shares)
 
 
-def _asked(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Where labels [B, T] ask something, as b T + t, and what is right there; B pairs numbers each.
-
-    Looked up where the labels are made, on the CPU: a GPU would have to be waited for.
-    """
-    at = (labels != IGNORED).flatten().nonzero()[:, 0]
-    return at, labels.flatten()[at]
+def asked(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(which tokens of each row ask something, what is right there), [B, pairs] each."""
+    at = (labels != IGNORED).nonzero()[:, 1].view(len(labels), -1)
+    return at, labels.gather(1, at)
 
 
 class Outcome(NamedTuple):
@@ -239,6 +239,8 @@ def train(
 ) -> Outcome:
     """Train the model on the task and measure it after every epoch; the last measure counts.
 
+    A loss that is not finite ends the training with its epoch, and counts as no step.
+
     Args:
         optimizer, schedule: AdamW with its learning rate, and the rate's course over the steps.
         examples, test_examples: sequences in the two sets, from the seed's two streams.
@@ -246,28 +248,17 @@ def train(
         epochs: passes over the training set, at most, each in a new order.
         stop_at: share of right answers in the test set at which training ends before that.
     """
-    device = next(model.parameters()).device
-    inputs, labels = generate(task, examples, seed=seed, stream=TRAIN)
     test = generate(task, test_examples, seed=seed, stream=TEST)
-    adamw = make_optimizer(model, optimizer)
+    inputs, labels = generate(task, examples, seed=seed, stream=TRAIN)
+    updates = Updates(model, inputs, *asked(labels), optimizer)
     steps = math.ceil(examples / batch_size) * epochs
     order = torch.Generator().manual_seed(seed)
-    step, diverged = 0, False
+    step = 0
     for _ in range(epochs):
-        for chosen in torch.randperm(examples, generator=order).split(batch_size):
-            at, expected = (one.to(device) for one in _asked(labels[chosen]))
-            loss = F.cross_entropy(model(inputs[chosen].to(device), at), expected)
-            if diverged := not loss.isfinite():
-                break
+        for rows in torch.randperm(examples, generator=order).split(batch_size):
             step += 1
-            for group in adamw.param_groups:
-                group["lr"] = learning_rate(step, steps=steps, peak=optimizer.lr, schedule=schedule)
-            adamw.zero_grad(set_to_none=True)
-            loss.backward()
-            if optimizer.clip is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), optimizer.clip)
-            adamw.step()
+            updates(rows, learning_rate(step, steps=steps, peak=optimizer.lr, schedule=schedule))
         shares = answers_right(model, *test, batch_size)
-        if diverged or shares.mean() >= stop_at:
+        if (diverged := updates.finite < step) or shares.mean() >= stop_at:
             break
-    return Outcome(float(shares.mean()), shares.tolist(), step, diverged)
+    return Outcome(float(shares.mean()), shares.tolist(), updates.finite, diverged)

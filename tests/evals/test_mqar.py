@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from osdn.cli import main
-from osdn.evals.mqar import TEST, TRAIN, MQARModel, Task, answers_right, generate
+from osdn.evals.mqar import TEST, TRAIN, MQARModel, Task, answers_right, generate, train
 from osdn.evals.mqar_grid import CELLS, compare
 from osdn.evals.mqar_recipe import MQARRecipe
 from osdn.model.loss import IGNORED
+from osdn.train.config import Optimizer, Schedule
 
 PUBLISHED = Task(length=128, pairs=8)
 SMALL = {
@@ -108,9 +109,8 @@ class Lookup(nn.Module):
             inputs[:, 0 : 2 * self.task.pairs : 2],
             inputs[:, 1 : 2 * self.task.pairs : 2],
         )
-        row = at // self.task.length
-        found = (keys[row] == inputs.flatten()[at][:, None]).int().argmax(1)
-        answer = values[row, (found + self.shift) % self.task.pairs]
+        found = (keys[:, None] == inputs.gather(1, at)[..., None]).int().argmax(2)
+        answer = values.gather(1, (found + self.shift) % self.task.pairs).flatten()
         return nn.functional.one_hot(answer, self.task.vocab_size).float()
 
 
@@ -153,8 +153,64 @@ def test_the_model_sees_no_future():
             model = MQARModel(
                 vocab_size=16, width=8, layers=layers, mixer=mixer, options={"num_heads": 2}
             )
-            before = model(inputs, torch.arange(4) * 16 + 7)
-            torch.testing.assert_close(model(inputs[:, :8], torch.arange(4) * 8 + 7), before)
+            seventh = torch.full((4, 1), 7)
+            before = model(inputs, seventh)
+            torch.testing.assert_close(model(inputs[:, :8], seventh), before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="records a CUDA graph")
+@pytest.mark.parametrize("mixer", ["osdn", "delta_net", "attention"])
+def test_replayed_steps_are_the_launched_ones(mixer, monkeypatch):
+    """With a last batch of another size, and over more than one epoch."""
+    import osdn.evals.mqar_steps as steps
+
+    def trained(warm_up):
+        monkeypatch.setattr(steps, "WARM_UP", warm_up)
+        torch.manual_seed(0)
+        model = MQARModel(
+            vocab_size=64,
+            width=32,
+            layers=["mixer", "mixer"],
+            mixer=mixer,
+            options={"num_heads": 2},
+        ).cuda()
+        outcome = train(
+            model,
+            Task(64, 8, 64),
+            optimizer=Optimizer(lr=3e-3, weight_decay=0.1, clip=1.0),
+            schedule=Schedule(warmup_steps=0, min_ratio=0.0),
+            examples=300,
+            test_examples=64,
+            batch_size=32,
+            epochs=2,
+            stop_at=1.0,
+            seed=0,
+        )
+        assert outcome.steps == 20 and not outcome.diverged
+        return [p.detach().clone() for p in model.parameters()]
+
+    for replayed, launched in zip(trained(3), trained(1000)):
+        torch.testing.assert_close(replayed, launched, rtol=1e-3, atol=1e-4)
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_and_is_no_step():
+    torch.manual_seed(0)
+    model = MQARModel(
+        vocab_size=16, width=8, layers=["mixer"], mixer="osdn", options={"num_heads": 1}
+    )
+    outcome = train(
+        model,
+        Task(16, 2, 16),
+        optimizer=Optimizer(lr=1e30, clip=None),
+        schedule=Schedule(warmup_steps=0, min_ratio=0.0),
+        examples=64,
+        test_examples=8,
+        batch_size=8,
+        epochs=2,
+        stop_at=1.0,
+        seed=0,
+    )
+    assert outcome.diverged and 0 < outcome.steps < 8
 
 
 def test_finished_cells_are_skipped_and_others_trained(tmp_path, monkeypatch):
