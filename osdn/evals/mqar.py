@@ -136,6 +136,7 @@ class MQARModel(nn.Module):
         mixer: "osdn", "delta_net" or "attention": what the layers called "mixer" are.
         options: keyword arguments of osdn.layers.OSDN or osdn.attention.Attention.
         init_std: standard deviation of the linear layers' and the embedding's initial weights.
+        autocast: compute in bfloat16 what torch.autocast says.
 
     Raises:
         ValueError: from the mixer, about one of its options.
@@ -151,8 +152,10 @@ class MQARModel(nn.Module):
         mixer: str,
         options: dict[str, Any],
         init_std: float = 0.02,
+        autocast: bool = False,
     ):
         super().__init__()
+        self.autocast = autocast
         self.embedding = nn.Embedding(vocab_size, width)
         self.norms = nn.ModuleList(nn.RMSNorm(width, eps=1e-6) for _ in layers)
         self.mixers = nn.ModuleList()
@@ -177,10 +180,12 @@ class MQARModel(nn.Module):
         """Logits [B n, vocabulary] of inputs [B, T], after the n tokens `at` [B, n] of each row."""
         B, T = inputs.shape
         at = (at + T * torch.arange(B, device=at.device)[:, None]).flatten()
-        x = self.embedding(inputs)
-        for norm, mixer in zip(self.norms, self.mixers):
-            x = x + mixer(norm(x))[0]
-        return F.linear(self.norm(x.flatten(0, 1).index_select(0, at)), self.embedding.weight)
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.autocast):
+            x = self.embedding(inputs)
+            for norm, mixer in zip(self.norms, self.mixers):
+                x = x + mixer(norm(x))[0]
+            x = self.norm(x.flatten(0, 1).index_select(0, at))
+            return F.linear(x, self.embedding.weight).float()
 
     def state_size(self, length: int) -> int:
         """Numbers that all layers keep of a sequence of that length."""

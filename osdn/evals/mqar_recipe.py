@@ -48,6 +48,7 @@ class Training(Section):
     examples, test_examples: sequences in the two sets.
     epochs: passes over the training set, at most.
     stop_at: share of right answers in the test set at which training ends before that.
+    precision: "float32", or "bfloat16" in compute, under autocast; weights are float32.
     optimizer, schedule: as in a training recipe, but for the learning rate.
     device: "auto" (CUDA where there is one), or a PyTorch device name.
     processes: cells trained at a time, each with one thread where there are several.
@@ -57,6 +58,7 @@ class Training(Section):
     test_examples: int = Field(default=3000, ge=1)
     epochs: int = Field(default=64, ge=1)
     stop_at: float = Field(default=0.99, gt=0)
+    precision: Literal["float32", "bfloat16"] = "float32"
     optimizer: Optimizer = Optimizer(beta2=0.999)
     schedule: Schedule = Schedule(warmup_steps=0, min_ratio=0.0)
     device: str = "auto"
@@ -146,6 +148,7 @@ class MQARRecipe(Section):
             mixer=options.pop("mixer"),
             options=options,
             init_std=self.model.init_std,
+            autocast=self.train.precision == "bfloat16",
         )
 
     def cells(self) -> list[Cell]:
@@ -158,6 +161,8 @@ class MQARRecipe(Section):
         shared = self.model_dump(mode="json", include={"language", "model", "train"})
         for name in ("device", "processes"):
             shared["train"].pop(name)
+        if self.train.precision == "float32":  # records from before this field name none
+            del shared["train"]["precision"]
         own = {"label": cell.mixer, **self.mixers[cell.mixer]}
         axes = {"width": cell.width, "learning_rate": cell.learning_rate, "seed": cell.seed}
         return {"mixer": own, "task": cell.setting.model_dump(), **axes, **shared}

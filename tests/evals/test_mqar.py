@@ -297,3 +297,24 @@ def test_the_demos_comparison_is_eight_models_with_table_and_plot(tmp_path, monk
     result, plot = small_comparison(tmp_path)
     assert {one["name"]: one["value"] for one in result["scores"]} == {"delta_net": 0, "osdn": 1}
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_precision_is_that_of_the_products_and_float32_is_not_named():
+    fields = {
+        "mixers": {"osdn": {"mixer": "osdn", "num_heads": 2, "head_dim": 8}},
+        "tasks": [{"length": 32, "pairs": 4, "batch_size": 2}],
+        "widths": [16],
+        "learning_rates": [1e-3],
+        "language": {"vocab_size": 64},
+    }
+    logits, specs = [], []
+    for precision in "float32", "bfloat16":
+        recipe = MQARRecipe.model_validate({**fields, "train": {"precision": precision}})
+        torch.manual_seed(0)
+        model = recipe.build("osdn", 16)
+        at = torch.arange(8)[None].expand(2, 8)
+        logits.append(model(torch.arange(1, 33).repeat(2, 1), at))
+        specs.append(recipe.describe(recipe.cells()[0])["train"].get("precision"))
+    assert specs == [None, "bfloat16"] and logits[1].dtype == torch.float32
+    error = (logits[1] - logits[0]).norm() / logits[0].norm()
+    assert 1e-4 < error < 2e-2
