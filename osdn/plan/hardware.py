@@ -74,10 +74,10 @@ GEMM_SHARE = Figure(
 )
 ATTENTION_SHARE = Figure(0.45, "of the 8192³ rate, attention", NOT_MEASURED)
 TRAFFIC_SHARE = Figure(
-    0.40,
+    0.44,
     "of the copy rate, between the products",
-    "fitted to 55.9 ms for 4 layers of the 340M width at B8 T4096; the 340M recipe then ran at "
-    "1.02 of the tokens/s planned, docs/results.md",
+    "fitted to the 340M and the 1.3B recipe on an H200, 136,573 and 51,934 tokens/s; 0.40, fitted "
+    "to 4 layers before, gave 1.01 and 0.87 of these, docs/results.md",
 )
 EAGER = Figure(3.0, "times the compiled traffic where train.compile is false", NOT_MEASURED)
 LINK_SHARE = Figure(0.80, "of the vendor's link and network bandwidth", "assumed, as NCCL reaches")

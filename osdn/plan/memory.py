@@ -37,7 +37,10 @@ def count_model(config: OSDNConfig) -> Model:
 
 
 class Memory(NamedTuple):
-    """Bytes of one GPU."""
+    """Bytes of one GPU; `loss`: the loss's or a block's that is made again, the larger.
+
+    They come one after the other.
+    """
 
     weights: float
     gradients: float
@@ -88,7 +91,8 @@ def kept_by_block(config: OSDNConfig, name: str, train: Train, *, r: int, c: int
     kernels = kernel_bytes(config, name, c) if linear else 4 * H
     products = c * widths + out + 2 * c * I  # q, k, v; o; gate and up
     if train.activation_checkpointing == "selective":
-        return r * D + products + 2 * c * D + kernels
+        outputs = c * D * (1 if train.compile else 2)  # of o_proj; of down_proj, which nobody reads
+        return r * D + products + outputs + kernels
     inputs = 2 * c * D + (out if linear else 0) + c * I  # of products: normed, and silu(gate) · up
     moved = c * widths if linear else 0  # convolved and normed
     if train.compile:
@@ -103,8 +107,10 @@ def memory(config: OSDNConfig, model: Model, train: Train, *, shard: int, passes
     c = 2 if bfloat16 else 4
     r = 4 if shard == 1 else c  # autocast leaves the residual stream in float32
     tokens, D, N = train.rows * train.seq_len, config.hidden_size, model.parameters
-    if shard == 1:
-        copies = 2.0 * (N - config.vocab_size * D) if bfloat16 else 0.0
+    if shard == 1:  # a compiled block that is made again casts its weights again
+        remade = train.compile and train.activation_checkpointing != "none"
+        cast = 2 * model.block if remade else N - config.vocab_size * D
+        copies = 2.0 * cast if bfloat16 else 0.0
     else:  # the root, and a block in use beside the next one, with their gradients
         copies = (c + 4.0) * model.root + 2 * (2 * c + 4.0) * model.block
     gradients = 4.0 * N / shard + (4.0 * N if shard > 1 and passes > 1 else 0)
@@ -117,5 +123,6 @@ def memory(config: OSDNConfig, model: Model, train: Train, *, shard: int, passes
     masks = 4.0 * tokens**2 * masked
     rows = min(tokens, max(1, CHUNK_LOGITS // config.vocab_size))
     loss = rows * config.vocab_size * (2 * c + 4.0) + 4.0 * config.vocab_size * D + c * tokens * D
-    activations = tokens * (sum(kept) + again + r * D) + masks
+    activations = tokens * (sum(kept) + r * D) + masks
+    loss = max(loss, tokens * again)  # one after the other
     return Memory(4.0 * N / shard, gradients, 8.0 * N / shard, copies, activations, loss)
