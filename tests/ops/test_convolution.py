@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from osdn.ops import convolution
 from osdn.ops.convolution import short_convolution
 from tests.numerics import assert_close
 
@@ -86,6 +87,14 @@ def test_kernels(B, T, D, W, head_dim, ends, dtype):
     limit = 2e-6 if dtype == torch.float32 else 1e-3
     for name, value in {"y": y, "dx": dx, "dweight": dweight}.items():
         assert_close(value, exact[name], limit, name)
+
+
+@pytest.mark.parametrize("backward", [convolution.backward, triton.backward])
+def test_gradients_are_contiguous(backward):
+    """As the operator promises a compiler; and fused AdamW wants its weight's strides."""
+    x, weight, dy = (one.to(DEVICE) for one in make(2, 9, 12, 4, torch.float32))
+    for gradient, like in zip(backward(dy, x, weight, None, 4), (x, weight), strict=True):
+        assert gradient.stride() == torch.empty_like(like).stride()
 
 
 def test_zeros_stay_zeros_and_bfloat16_is_rounded_once():
