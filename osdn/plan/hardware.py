@@ -74,10 +74,10 @@ GEMM_SHARE = Figure(
 )
 ATTENTION_SHARE = Figure(0.45, "of the 8192³ rate, attention", NOT_MEASURED)
 TRAFFIC_SHARE = Figure(
-    0.44,
+    0.47,
     "of the copy rate, between the products",
-    "fitted to the 340M and the 1.3B recipe on an H200, 136,573 and 51,934 tokens/s; 0.40, fitted "
-    "to 4 layers before, gave 1.01 and 0.87 of these, docs/results.md",
+    "fitted to the 340M and the 1.3B recipe on an H200: 136,573 and 51,934 tokens/s, 0.93 and "
+    "1.07 of what it gives, docs/results.md",
 )
 EAGER = Figure(3.0, "times the compiled traffic where train.compile is false", NOT_MEASURED)
 LINK_SHARE = Figure(0.80, "of the vendor's link and network bandwidth", "assumed, as NCCL reaches")
@@ -108,5 +108,5 @@ def assumptions() -> list[str]:
         f"{RESERVE.value / GIB:g} GiB for the CUDA context, NCCL and libraries, and "
         f"{FRAGMENTS.value:g} {FRAGMENTS.unit} (assumed)"
     )
-    lines.append("other GPUs than the H100 by their vendors' peak and bandwidth, not measured")
+    lines.append("other GPUs than the H100 by their vendors' peak and bandwidth")
     return lines

@@ -3,7 +3,8 @@
 With N parameters over `shard` GPUs: float32 weights 4N/shard, AdamW's moments 8N/shard, gradients
 4N/shard (and 4N more where a sharded run accumulates several passes before it exchanges them). What
 is kept for the backward is counted from the tensors of a block (osdn/model) and of the kernels
-(saved_like of osdn/ops/triton); r bytes a number in the residual stream, c in compute.
+(saved_like of osdn/ops/triton); r bytes a number in the residual stream, c in compute. The short
+convolution keeps its input alone, which is a product.
 """
 
 from typing import NamedTuple
@@ -37,9 +38,8 @@ def count_model(config: OSDNConfig) -> Model:
 
 
 class Memory(NamedTuple):
-    """Bytes of one GPU; `loss`: the loss's or a block's that is made again, the larger.
-
-    They come one after the other.
+    """Bytes of one GPU; `workspace`: of the loss, or of a block made again, as one comes after the
+    other; the larger.
     """
 
     weights: float
@@ -47,7 +47,7 @@ class Memory(NamedTuple):
     optimizer: float
     compute_copies: float
     activations: float
-    loss: float
+    workspace: float
 
     @property
     def tensors(self) -> float:
@@ -91,7 +91,7 @@ def kept_by_block(config: OSDNConfig, name: str, train: Train, *, r: int, c: int
     kernels = kernel_bytes(config, name, c) if linear else 4 * H
     products = c * widths + out + 2 * c * I  # q, k, v; o; gate and up
     if train.activation_checkpointing == "selective":
-        outputs = c * D * (1 if train.compile else 2)  # of o_proj; of down_proj, which nobody reads
+        outputs = c * D * (1 if train.compile else 2)  # o_proj's; down_proj's, which nobody reads
         return r * D + products + outputs + kernels
     inputs = 2 * c * D + (out if linear else 0) + c * I  # of products: normed, and silu(gate) · up
     moved = c * widths if linear else 0  # convolved and normed
@@ -107,22 +107,22 @@ def memory(config: OSDNConfig, model: Model, train: Train, *, shard: int, passes
     c = 2 if bfloat16 else 4
     r = 4 if shard == 1 else c  # autocast leaves the residual stream in float32
     tokens, D, N = train.rows * train.seq_len, config.hidden_size, model.parameters
-    if shard == 1:  # a compiled block that is made again casts its weights again
+    if shard == 1:  # autocast's; a compiled block that is made again casts its own again
         remade = train.compile and train.activation_checkpointing != "none"
-        cast = 2 * model.block if remade else N - config.vocab_size * D
-        copies = 2.0 * cast if bfloat16 else 0.0
+        copies = 2.0 * (model.block if remade else N - model.root) if bfloat16 else 0.0
     else:  # the root, and a block in use beside the next one, with their gradients
         copies = (c + 4.0) * model.root + 2 * (2 * c + 4.0) * model.block
     gradients = 4.0 * N / shard + (4.0 * N if shard > 1 and passes > 1 else 0)
     kept = [kept_by_block(config, name, train, r=r, c=c) for name in config.mixers]
-    again = 0.0  # a block that is being made again
-    if train.activation_checkpointing != "none":
-        plain = train.model_copy(update={"activation_checkpointing": "none"})
-        again = max(kept_by_block(config, name, plain, r=r, c=c) for name in config.mixers)
+    plain = train.model_copy(update={"activation_checkpointing": "none"})
+    whole = [kept_by_block(config, name, plain, r=r, c=c) for name in config.mixers]
+    again = max(one - other for one, other in zip(whole, kept))  # beside what is there anyway
     masked = "attention" in config.mixers and not bfloat16  # as a boolean, and as a bias
     masks = 4.0 * tokens**2 * masked
     rows = min(tokens, max(1, CHUNK_LOGITS // config.vocab_size))
-    loss = rows * config.vocab_size * (2 * c + 4.0) + 4.0 * config.vocab_size * D + c * tokens * D
+    cast = c if c != r else 0  # of the final hidden states and of the output layer's weight
+    loss = rows * config.vocab_size * (2 * c + 4.0) + (4.0 + cast) * config.vocab_size * D
+    loss += tokens * (r + cast + c) * D  # these hidden states and their gradient
     activations = tokens * (sum(kept) + r * D) + masks
-    loss = max(loss, tokens * again)  # one after the other
-    return Memory(4.0 * N / shard, gradients, 8.0 * N / shard, copies, activations, loss)
+    workspace = max(loss, tokens * again)
+    return Memory(4.0 * N / shard, gradients, 8.0 * N / shard, copies, activations, workspace)

@@ -85,9 +85,12 @@ def step_seconds(
     head = 2 * D * V
     dense = forward_flops(config, train.seq_len).dense - head
     products = tokens * dense * (3 + again) / (rate.matmul * hardware.GEMM_SHARE.value)
-    mixers = traffic = 0.0
+    mixers = traffic = remade = 0.0
     for name in config.mixers:
-        traffic += _traffic(config, name, r, c)
+        once = _traffic(config, name, r, c)
+        traffic += 3 * once
+        if train.activation_checkpointing != "none":
+            remade += once - 3 * r * D  # the block's last sum is not wanted again
         if name == "attention":
             H, K, _ = heads(config)
             # Flash attention, which takes bfloat16, passes over what causality and packing hide.
@@ -98,10 +101,9 @@ def step_seconds(
         else:
             forward, backward = operator(config, name)
             mixers += tokens * (forward * (1 + again) + backward) * rate.slower
+    moved = tokens * (traffic + remade) / (rate.copy * hardware.TRAFFIC_SHARE.value)
     if not train.compile:
-        traffic *= hardware.EAGER.value
-    remade = {"none": 0, "selective": 1, "full": 1}[train.activation_checkpointing]
-    moved = tokens * traffic * (3 + remade) / (rate.copy * hardware.TRAFFIC_SHARE.value)
+        moved *= hardware.EAGER.value
     # Products as large as those whose rate was measured, and three passes over the logits.
     loss = tokens * (3 * head / rate.matmul + 3 * 2 * c * V / rate.copy)
     update = 28.0 * model.parameters / shard / rate.copy  # 4 numbers read, 3 written
