@@ -1,4 +1,4 @@
-"""Plots of results: curves with their spread, and heat maps, as PNG files or bytes."""
+"""Plots of results: curves with their spread, strips, and heat maps, as PNG files or bytes."""
 
 import io
 from pathlib import Path
@@ -34,6 +34,20 @@ def draw_curves(axes: Axes, curves: dict[str, Any]) -> None:
     axes.legend(fontsize=8, frameon=False)
 
 
+def draw_strip(axes: Axes, strip: dict[str, Any]) -> None:
+    """A strip of a result's `curves`: a row a label, a dot a value in [0, 1], a bar the mean."""
+    for i, values in enumerate(strip["series"].values()):
+        colour = COLOURS[i % len(COLOURS)]
+        axes.plot(values, [i] * len(values), "o", color=colour, alpha=0.6, markersize=5)
+        axes.plot([sum(values) / len(values)], [i], "|", color=colour, markersize=14, mew=2.5)
+    axes.set_yticks(range(len(strip["series"])), list(strip["series"]), fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel=strip["x"], xlim=(-0.02, 1.02))
+    axes.set_title(strip["title"], fontsize=10)
+    axes.grid(axis="x", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def draw_map(axes: Axes, grid: dict[str, Any]) -> None:
     """One entry of a result's `maps`: values in [0, 1] as colours, each also written out."""
     axes.imshow(grid["values"], vmin=0, vmax=1, cmap="cividis", aspect="auto")
@@ -48,14 +62,17 @@ def draw_map(axes: Axes, grid: dict[str, Any]) -> None:
 
 
 def figure(curves: list[dict[str, Any]], maps: list[dict[str, Any]]) -> Figure:
-    """All curves and maps side by side, two to a row."""
+    """All curves, strips and maps side by side, two to a row."""
     count = len(curves) + len(maps)
     columns = min(2, count)
     rows = -(-count // columns)
-    page = Figure(figsize=(5.4 * columns, 3.7 * rows), layout="constrained", dpi=DPI)
+    labels = max((len(one["series"]) for one in curves if one.get("strip")), default=0)
+    size = (5.4 * columns, max(3.7, 0.9 + 0.26 * labels) * rows)
+    page = Figure(figsize=size, layout="constrained", dpi=DPI)
     grid = page.subplots(rows, columns, squeeze=False).flatten()
     for axes, entry in zip(grid, [*curves, *maps]):
-        (draw_map if entry in maps else draw_curves)(axes, entry)
+        curve = draw_strip if entry.get("strip") else draw_curves
+        (draw_map if entry in maps else curve)(axes, entry)
     for axes in grid[count:]:
         axes.set_axis_off()
     return page

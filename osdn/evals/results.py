@@ -5,7 +5,8 @@ model               name and sizes, or null where the task trains its own
 samples             how many items the scores stand on
 scores              [{group, name, value, low, high, n}]: a mean and its 95% bootstrap interval
 tables              [{title, columns, rows}]
-curves              [{title, x, y, series: {label: [[x, y, low, high], ...]}}]
+curves              [{title, x, y, series: {label: [[x, y, low, high], ...]}}], or, shares as dots,
+                    [{title, x, strip: True, series: {label: [value, ...]}}]
 maps                [{title, x, y, columns, rows, values}]: values[row][column]
 provenance          command, commit, versions, hardware, time
 """

@@ -82,7 +82,7 @@ COLUMNS = [
 
 
 def mqar_result(study: Study, name: str, grid: Cells) -> Result:
-    """Table, curves over the learning rate, and over the pairs where there are several tasks."""
+    """Table, and each mixer at its best rate: every seed, or over the pairs if they alone vary."""
     experiment = study.mqar[name]
     rows, scores, curves = [], [], []
     by_pairs: dict[str, list[list[float]]] = {}
@@ -99,14 +99,11 @@ def mqar_result(study: Study, name: str, grid: Cells) -> Result:
             gain = difference(points, first) if first and first is not points else "–"
             rows.append([title, mixer, *row(points, at_edge, gain)])
             scores.append({"group": title, "name": mixer, **one})
-            series[mixer] = [
-                [lr, *(spread(points[lr])[key] for key in ("value", "low", "high"))]
-                for lr in sorted(points)
-            ]
+            series[mixer] = [seed["accuracy"] for seed in points[rate].values()]
             by_pairs.setdefault(mixer, []).append([pairs, one["value"], one["low"], one["high"]])
-        axes = {"x": "learning rate", "y": "share of right answers", "log_x": True}
-        curves.append({"title": f"{name}: {title}", **axes, "series": series})
-    if len(grid) > 1:
+        strip = {"title": f"{name}: {title}", "x": "share of right answers", "strip": True}
+        curves.append({**strip, "series": series})
+    if len(grid) > 1 and len(experiment.widths) == 1:
         axes = {"x": "pairs", "y": "share of right answers", "log_x": True}
         curves = [{"title": f"{name}, each at its best rate", **axes, "series": by_pairs}]
     done = sum(len(seeds) for m in grid.values() for p in m.values() for seeds in p.values())

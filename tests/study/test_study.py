@@ -10,8 +10,10 @@ import time
 import pytest
 
 from osdn.cli import main
+from osdn.evals.plots import figure
 from osdn.study.plan import Run, all_runs, load_study
 from osdn.study.records import Clock, Records
+from osdn.study.report import mqar_points, mqar_result
 from osdn.study.statistics import best_rate, difference, edge, interval
 from osdn.study.workers import complete
 from tests.study.tiny import write_language, write_mqar
@@ -71,6 +73,22 @@ def test_the_report_says_what_the_records_say(done):
     assert [len(one["values"][0]) for one in result["maps"]] == [2, 2]
     for name in ("grid", "maps"):
         assert (out / "results" / name / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_experiment_of_one_task_shows_every_seed_at_the_best_rate(done):
+    path, out, _ = done
+    study = load_study(path)
+    study.mqar["grid"].tasks.pop(0)
+    grid = mqar_points(study, Records(out), "grid")
+    (strip,) = mqar_result(study, "grid", grid)["curves"]
+    (mixers,) = grid.values()
+    for mixer, shares in strip["series"].items():
+        means = [sum(x["accuracy"] for x in seeds.values()) / 2 for seeds in mixers[mixer].values()]
+        assert len(shares) == 2 and sum(shares) / 2 == pytest.approx(max(means))
+    (axes,) = figure([strip], []).axes
+    drawn = [list(line.get_xdata()) for line in axes.lines]
+    assert drawn[0] == strip["series"]["delta_net"] and len(drawn) == 4
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["delta_net", "osdn"]
 
 
 def test_equal_runs_of_two_experiments_are_one(tmp_path, done):
