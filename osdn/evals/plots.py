@@ -31,7 +31,12 @@ def draw_curves(axes: Axes, curves: dict[str, Any]) -> None:
     axes.set_title(curves["title"], fontsize=10)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
+    if len(curves["series"]) > 6:  # below, where it hides nothing
+        axes.legend(
+            fontsize=7, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16)
+        )
+    else:
+        axes.legend(fontsize=8, frameon=False)
 
 
 def draw_strip(axes: Axes, strip: dict[str, Any]) -> None:
