@@ -1,10 +1,11 @@
 """A recipe's optimiser step beside flash-linear-attention's DeltaNet on the same rows.
 
     python benchmarks/train_gpu.py [--steps 6] recipes/340m.yaml [key=value ...]
+    torchrun --nproc_per_node=2 benchmarks/train_gpu.py recipes/340m.yaml    # both under DDP
 
-The same packed rows, passes, autocast, clipping and AdamW for both, in one process, by turns: ours
-as `osdn train` makes it, FLA's model as its users train it, with its fused kernels. Printed are the
-median step, model FLOPs utilisation (each model by its own count) and the memory at the peak.
+The same packed rows, passes, autocast, clipping and AdamW for both, by turns in one process (or
+several): ours as `osdn train` makes it, FLA's model as its users train it, with its fused kernels.
+Printed are the median step, model FLOPs utilisation (by each model's own count), peak memory.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from statistics import median
 import torch
 from fla.models import DeltaNetConfig, DeltaNetForCausalLM
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from osdn import OSDNConfig
 from osdn.data import load_tokenizer
@@ -29,7 +31,7 @@ from osdn.train.step import Stepper
 
 
 class Peer(Sharded):
-    """FLA's model in one process, where `Stepper` takes ours."""
+    """FLA's model, in one process or under DDP, where `Stepper` takes ours."""
 
     def __init__(self, config: OSDNConfig, parallel: Parallel, *, autocast: bool) -> None:
         self.parallel, self.ddp, self.kept = parallel, None, []
@@ -49,6 +51,8 @@ class Peer(Sharded):
                 )
             )
         self.model, self.objective = model, _Mean(model, autocast)
+        if parallel.size > 1:
+            self.ddp = DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
 
 
 class _Mean(nn.Module):
@@ -75,7 +79,9 @@ def main() -> None:
     recipe = load_recipe(args.recipe, args.overrides)
     options, tokenizer = recipe.train, load_tokenizer(recipe.data.tokenizer)
     parallel = Parallel(recipe, make_device(options.device))
-    rows, _, _ = make_rows(recipe, tokenizer)
+    if parallel.shard > 1:
+        parser.error("parallel.shard: both models are compared under DDP; set it to 1")
+    rows, _, _ = make_rows(recipe, tokenizer, rank=parallel.rank, world=parallel.size)
     config = make_config(recipe, tokenizer)
     bfloat16 = options.precision == "bfloat16"
     models: dict[str, Sharded] = {
@@ -88,27 +94,44 @@ def main() -> None:
         optimizer = make_optimizer(sharded.model, options.optimizer)
         fill_state(optimizer, 0)
         steppers[name] = Stepper(
-            sharded, optimizer, parallel, options, passes=passes(recipe, 1), beat=_silent
+            sharded,
+            optimizer,
+            parallel,
+            options,
+            passes=passes(recipe, parallel.size),
+            beat=_silent,
         )
     seconds: dict[str, list[float]] = {name: [] for name in models}
     losses, peaks = dict.fromkeys(models, math.nan), dict.fromkeys(models, 0)
     for step in range(1, args.steps + 1):
-        given = [next(rows) for _ in range(options.batch_rows)]
+        given = [next(rows) for _ in range(options.batch_rows // parallel.size)]
         for name, stepper in steppers.items():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             before = _others(models, name)
+            parallel.total(0)  # all are here
             began = time.perf_counter()
             losses[name] = stepper(step, iter(given), measure=False).loss
             seconds[name].append(time.perf_counter() - began)
-            peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated() - before)
+            peak = torch.cuda.max_memory_allocated() - before
+            peaks[name] = max(peaks[name], parallel.largest(peak))
     rows.close()
+    parallel.close()
+    if not parallel.main:
+        return
     tokens = options.batch_rows * options.seq_len
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {tokens:,} tokens a step")
+    print(
+        f"{parallel.size} × {torch.cuda.get_device_name()}, torch {torch.__version__}, "
+        f"{tokens:,} tokens a step"
+    )
     for (name, times), counted in zip(seconds.items(), flops):
         speed = tokens / median(times[1:])
         used = utilisation(
-            speed, flops_per_token(counted, options.seq_len), parallel.device, options.precision, 1
+            speed,
+            flops_per_token(counted, options.seq_len),
+            parallel.device,
+            options.precision,
+            parallel.size,
         )
         print(
             f"{name:14s} {median(times[1:]):7.3f} s  {speed:9,.0f} tokens/s  utilisation {used}  "

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--processes",
         type=int,
-        help="MQAR runs at a time (default: on a GPU two less than there are cores, at most 14; "
+        help="MQAR runs at a time (default: two less than there are cores, at most 14 a GPU; "
         "on a CPU its cores)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -67,9 +67,11 @@ def run(args: argparse.Namespace) -> None:
     runs = chosen(study, args.only)
     device = make_device(args.device).type
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
-    processes = args.processes or (max(1, min(14, cores - 2)) if device == "cuda" else cores)
+    gpus = torch.cuda.device_count() if device == "cuda" else 1
+    processes = args.processes or (max(1, min(14 * gpus, cores - 2)) if device == "cuda" else cores)
     machine = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {cores} cores"
-    clock = Clock(study, records.found.values(), machine, processes)
+    machine = machine if gpus == 1 else f"{gpus} × {machine}"
+    clock = Clock(study, records.found.values(), machine, processes, models=gpus)
     todo = [one for one in runs if one.name not in records.found]
     print(overview(runs, todo, clock))
     if not args.list:
@@ -102,7 +104,8 @@ def chosen(study: Study, names: str | None) -> list[Run]:
 
 def overview(runs: list[Run], todo: list[Run], clock: Clock) -> str:
     """A line an experiment: how many runs there are, are left, and how long these take."""
-    lines = [f"{clock.machine}, {clock.processes} MQAR runs at a time"]
+    at_once = f"{clock.processes} MQAR runs at a time, {clock.models} language model"
+    lines = [f"{clock.machine}, {at_once}{'s' if clock.models > 1 else ''}"]
     for name in dict.fromkeys(one.experiment for one in runs):
         left = [one for one in todo if one.experiment == name]
         count = sum(one.experiment == name for one in runs)
@@ -125,10 +128,11 @@ class Session:
             pack.parent.mkdir(parents=True, exist_ok=True)
 
     def do(self, todo: list[Run], limit: float, device: str, work: Path) -> None:
-        """MQAR runs several at a time, then language models one at a time."""
+        """MQAR runs several at a time, then language models one at a time for each GPU."""
         began = time.monotonic()
         with tqdm(total=len(todo), unit="run", mininterval=1) as bar:
-            for kind, processes in (("mqar", self.clock.processes), ("language", 1)):
+            at_once = {"mqar": self.clock.processes, "language": self.clock.models}
+            for kind, processes in at_once.items():
                 some = [one for one in todo if one.kind == kind]
                 if not some:
                     continue

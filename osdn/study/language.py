@@ -1,12 +1,15 @@
 """One language-model run: a chain of trainings, each from the weights before it, then evaluations.
 
 A training's directory is named by the hash of all that leads to it, so that two runs with the same
-beginning train it once where they share a disk, and a run that was killed goes on from its newest
-checkpoint.
+beginning train it once where they share a disk (the second waits), and a run that was killed goes
+on from its newest checkpoint.
 """
 
 import argparse
+import fcntl
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,6 +74,15 @@ def make_recipe(phase: dict[str, Any], device: str) -> Recipe:
     return Recipe.model_validate(fields)
 
 
+@contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """Wait until no other process of this machine trains there; the lock ends with its process."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def perform(spec: dict[str, Any], *, device: str, work: Path) -> dict[str, Any]:
     """Train the phases and measure the last model.
 
@@ -83,10 +95,9 @@ def perform(spec: dict[str, Any], *, device: str, work: Path) -> dict[str, Any]:
     for i, phase in enumerate(phases):
         directory = work / run_name("training", phases[: i + 1])
         recipe = make_recipe(phase, device)
-        if start is None:
-            result = train(recipe, directory)
-        else:
-            result = train(recipe, directory, make_run=partial(ContinuedRun, start=start))
+        make_run = Run if start is None else partial(ContinuedRun, start=start)
+        with alone(directory):
+            result = train(recipe, directory, make_run=make_run)
         start = directory / "model"
     assert start is not None
     trained = time.monotonic()

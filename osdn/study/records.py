@@ -99,10 +99,21 @@ class Clock:
     MQAR: seconds a step of runs alike in all but learning rate, seed and mixer options; else of
     all runs, by tokens a step; else the study's assumption. Language models: the same experiment's
     seconds a step, else its assumption.
+
+    Args:
+        processes, models: MQAR runs and language models at a time.
     """
 
-    def __init__(self, study: Study, records: Iterable[Record], machine: str, processes: int):
-        self.study, self.machine, self.processes = study, machine, processes
+    def __init__(
+        self,
+        study: Study,
+        records: Iterable[Record],
+        machine: str,
+        processes: int,
+        *,
+        models: int = 1,
+    ):
+        self.study, self.machine, self.processes, self.models = study, machine, processes, models
         self.alike: dict[str, list[float]] = {}
         self.all: list[float] = []
         for record in records:
@@ -138,11 +149,11 @@ class Clock:
         return self.study.seconds_per_step * run.steps, "assumed"
 
     def total(self, runs: Iterable[Run]) -> float:
-        """Seconds on the clock for all of them: MQAR runs several at a time, the others alone."""
+        """Seconds on the clock for all of them, as many at a time as there are to be."""
         parallel = alone = 0.0
         for run in runs:
             if run.kind == "mqar":
                 parallel += self.seconds(run)[0]
             else:
                 alone += self.seconds(run)[0]
-        return parallel / self.processes + alone
+        return parallel / self.processes + alone / self.models

@@ -1,4 +1,7 @@
-"""Processes that take runs one after another, and the loop that keeps them busy to a deadline."""
+"""Processes that take runs one after another, and the loop that keeps them busy to a deadline.
+
+On a machine with several GPUs the processes are dealt to them; each sees its own alone.
+"""
 
 import multiprocessing
 import os
@@ -31,9 +34,13 @@ def perform(kind: str, spec: dict[str, Any], device: str, work: Path) -> dict[st
     return language(spec, device=device, work=work)
 
 
-def _serve(connection: Connection, device: str, work: Path, threads: int) -> None:
+def _serve(
+    connection: Connection, device: str, work: Path, threads: int, visible: str | None
+) -> None:
     """A worker: (kind, spec) in, (outcome or None, error) out, until the other side is gone."""
     threading.Thread(target=_leave_with_parent, daemon=True).start()
+    if visible is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible  # read when this process first uses CUDA
     torch.set_num_threads(threads)
     connection.send("ready")
     while True:
@@ -60,13 +67,25 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-class Worker:
-    """A process of its own, with a fresh interpreter, that performs one run at a time."""
+def visible_gpus() -> list[str]:
+    """The CUDA devices of this process, as CUDA_VISIBLE_DEVICES names each of them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",") if given else map(str, range(torch.cuda.device_count()))
+    return list(names)[: torch.cuda.device_count()]
 
-    def __init__(self, device: str, work: Path, threads: int) -> None:
+
+class Worker:
+    """A process of its own, with a fresh interpreter, that performs one run at a time.
+
+    Args:
+        visible: the one CUDA device that it sees, as CUDA_VISIBLE_DEVICES names it; None: all.
+    """
+
+    def __init__(self, device: str, work: Path, threads: int, visible: str | None = None) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, other = context.Pipe()
-        arguments = (other, device, work, threads)
+        self.visible = visible
+        arguments = (other, device, work, threads, visible)
         self.process = context.Process(target=_serve, args=arguments)
         self.process.start()
         other.close()
@@ -105,8 +124,12 @@ def complete(
         seconds: how long a run is expected to take.
     """
     waiting = list(runs)
-    threads = 1 if processes > 1 else torch.get_num_threads()
-    workers = [Worker(device, work, threads) for _ in range(min(processes, len(waiting)))]
+    threads = max(1, torch.get_num_threads() // processes)
+    gpus = visible_gpus() if device == "cuda" else []
+    workers = [
+        Worker(device, work, threads, gpus[i % len(gpus)] if gpus else None)
+        for i in range(min(processes, len(waiting)))
+    ]
     try:
         while workers:
             for worker in [w for w in workers if w.ready and w.run is None]:
@@ -131,7 +154,7 @@ def complete(
                     if run is None:
                         raise RuntimeError("a worker process died as it started") from None
                     yield run, None, f"its process died ({worker.process.exitcode})", spent
-                    workers[i] = Worker(device, work, threads)
+                    workers[i] = Worker(device, work, threads, worker.visible)
                     continue
                 if not worker.ready:
                     worker.ready = True

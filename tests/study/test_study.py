@@ -15,7 +15,7 @@ from osdn.study.plan import Run, all_runs, load_study
 from osdn.study.records import Clock, Records
 from osdn.study.report import mqar_points, mqar_result
 from osdn.study.statistics import best_rate, difference, edge, interval
-from osdn.study.workers import complete
+from osdn.study.workers import complete, visible_gpus
 from tests.study.tiny import write_language, write_mqar
 
 
@@ -234,3 +234,24 @@ def test_language_models_start_from_one_training(tmp_path):
     assert len(models) == 3  # one base, two continuations
     page = (out / "report.md").read_text()
     assert "| measure | as DeltaNet | as OSDN |" in page and "recall, twice, contains" in page
+
+
+def test_two_at_a_time_that_begin_alike_train_it_once(tmp_path):
+    runs = all_runs(load_study(write_language(tmp_path)))
+    found = list(
+        complete(runs, processes=2, device="cpu", work=tmp_path / "work", left=lambda: 100.0,
+                 seconds=lambda run: 0.0)
+    )  # fmt: skip
+    assert [error for _, _, error, _ in found] == ["", ""]
+    logs = [
+        (p / "log.jsonl").read_text() for p in (tmp_path / "work").iterdir() if p.name != "eval"
+    ]
+    assert sorted(log.count('"train"') for log in logs) == [3, 3, 20]
+
+
+def test_each_gpu_by_the_name_that_it_has_here(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
+    assert visible_gpus() == ["5", "3"]
