@@ -111,7 +111,7 @@ def main() -> None:
             before = _others(models, name)
             parallel.total(0)  # all are here
             began = time.perf_counter()
-            losses[name] = stepper(step, iter(given), measure=False).loss
+            losses[name] = stepper(step, iter(given), measure=False).outcome().loss
             seconds[name].append(time.perf_counter() - began)
             peak = torch.cuda.max_memory_allocated() - before
             peaks[name] = max(peaks[name], parallel.largest(peak))

@@ -41,7 +41,7 @@ def main(steps: int) -> None:
     plain_optimizer = make_optimizer(model, options.optimizer)
 
     def loop(step: int, given: Iterator[Row]) -> float:
-        return stepper(step, given, measure=False).loss
+        return stepper(step, given, measure=False).outcome().loss
 
     def plain(step: int, given: Iterator[Row]) -> float:
         batch = collate(list(given))

@@ -30,7 +30,7 @@ from osdn.train.setup import (
 from osdn.train.signals import Signals
 from osdn.train.speed import peak_memory, utilisation
 from osdn.train.stall import Heartbeat
-from osdn.train.step import Outcome, Stepper
+from osdn.train.step import Launched, Outcome, Stepper
 from osdn.train.trackers import TensorBoard, Tracker, WeightsAndBiases
 from osdn.train.validate import bits_per_byte
 
@@ -60,6 +60,8 @@ class Run:
         self.step = self.nonfinite = self.in_a_row = 0
         self.saved = self.tried = 0  # steps of the newest checkpoint, and of the last attempt
         self.log: RunLog | None = None
+        self.launched: Launched | None = None  # step number `step`, not accounted for yet
+        self.since = 0.0  # when the time of that step began
         config = parallel.together(lambda: self._make_data(found))
         self._make_model(config, found)
         parallel.from_main(self._open_log)  # last: it cuts the log off behind the checkpoint
@@ -128,16 +130,19 @@ class Run:
             while True:
                 due = self.step % options.validate_every == 0 and self.step > 0
                 if self.validation and (due or self.step == options.steps):
+                    self._settle()
                     self._validate(signals)
                 if self._asked(signals):
+                    self._settle()
                     self._interrupted(signals)
                 if self.step == options.steps:
                     break
                 bar.set_postfix_str(self._train_step(), refresh=False)
                 bar.update()
-                last = self.step == options.steps
-                if (last or self.step % options.checkpoint_every == 0) and not self.in_a_row:
-                    self._save()
+                if self.step == options.steps or self.step % options.checkpoint_every == 0:
+                    self._settle()
+                    if not self.in_a_row:
+                        self._save()
         if self.tried < self.step:
             self._save()
         self._finish_save()
@@ -151,22 +156,34 @@ class Run:
         return received > 0
 
     def _train_step(self) -> str:
-        """One optimiser step, or a skipped one; returns what the progress bar shows."""
-        logging, began = self.recipe.logging, time.perf_counter()
-        number = self.step + 1
-        measure = logging.precond_every is not None and number % logging.precond_every == 0
-        outcome = self.stepper(number, self.rows, measure=measure)
-        self.step = number
-        self.in_a_row = 0 if outcome.finite else self.in_a_row + 1
-        self.nonfinite += not outcome.finite
+        """Launch a step and account for the one before it; what the progress bar shows of that."""
+        every, number = self.recipe.logging.precond_every, self.step + 1
+        if self.launched is None:
+            self.since = time.perf_counter()
+        measure = every is not None and number % every == 0
+        launched = self.stepper(number, self.rows, measure=measure)
+        shown = self._settle()
+        self.step, self.launched = number, launched
         if self.saver.done:
             self._finish_save()
-        seconds = time.perf_counter() - began
+        return shown
+
+    def _settle(self) -> str:
+        """Account for the step that was launched last, if that is not done: it may have been
+        skipped; returns what the progress bar shows of it.
+        """
+        if self.launched is None:
+            return ""
+        outcome, self.launched = self.launched.outcome(), None
+        now = time.perf_counter()
+        seconds, self.since = now - self.since, now
+        self.in_a_row = 0 if outcome.finite else self.in_a_row + 1
+        self.nonfinite += not outcome.finite
         speed = self.options.seq_len * self.options.batch_rows / seconds
         if self.log is not None:
             if outcome.precond is not None:
                 self.log.write("precond", self.step, **outcome.precond)
-            if self.step % logging.every == 0 or not outcome.finite:
+            if self.step % self.recipe.logging.every == 0 or not outcome.finite:
                 self._write(outcome, seconds, speed)
         if self.in_a_row == PATIENCE:
             self._give_up()

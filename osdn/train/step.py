@@ -1,4 +1,8 @@
-"""One optimiser step: rows to gradient to update, over all processes of the run."""
+"""One optimiser step: rows to gradient to update, over all processes of the run.
+
+A step is launched and not waited for, so that a GPU that is done with it finds the next one's work:
+whether it is finite is decided on the device, and its numbers are read when they are asked for.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -7,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from osdn.data import Batch, Row, collate
 from osdn.train.config import Train
@@ -35,8 +40,33 @@ class Outcome(NamedTuple):
         return math.isfinite(self.loss) and math.isfinite(self.norm)
 
 
+class Launched:
+    """A step that may still be under way on the device.
+
+    Args:
+        numbers: [2], its loss and norm, on the device.
+        lr, precond: see Outcome.
+    """
+
+    def __init__(self, numbers: Tensor, lr: float, precond: Measured | None) -> None:
+        self.lr, self.precond = lr, precond
+        self.event: torch.cuda.Event | None = None
+        self.numbers = numbers
+        if numbers.is_cuda:  # read on the host without waiting for what is launched after it
+            self.numbers = torch.empty(2, pin_memory=True).copy_(numbers, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def outcome(self) -> Outcome:
+        """Wait for the step, and read its numbers."""
+        if self.event is not None:
+            self.event.synchronize()
+        loss, norm = self.numbers.tolist()
+        return Outcome(loss, norm, self.lr, self.precond)
+
+
 class Stepper:
-    """Makes the steps of a run.
+    """Launches the steps of a run.
 
     Args:
         passes: forward passes in a step.
@@ -56,8 +86,8 @@ class Stepper:
         self.sharded, self.optimizer, self.parallel = sharded, optimizer, parallel
         self.options, self.passes, self.beat = options, passes, beat
 
-    def __call__(self, step: int, rows: Iterator[Row], *, measure: bool) -> Outcome:
-        """Make step number `step`; one that is not finite changes nothing.
+    def __call__(self, step: int, rows: Iterator[Row], *, measure: bool) -> Launched:
+        """Launch step number `step`; one that is not finite changes nothing.
 
         The gradient is that of the mean over all targets of all processes' rows.
         """
@@ -71,24 +101,24 @@ class Stepper:
         self.beat(step, "reducing the gradient")
         limit = self.options.optimizer.clip
         norm = self.sharded.clip(math.inf if limit is None else limit)
-        read_loss, read_norm = torch.stack([loss, norm]).tolist()  # the step's one wait
+        numbers = torch.stack([loss, norm]).float()
         lr = learning_rate(
             step,
             steps=self.options.steps,
             peak=self.options.optimizer.lr,
             schedule=self.options.schedule,
         )
-        outcome = Outcome(read_loss, read_norm, lr, precond)
-        if outcome.finite:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # The fused optimiser's own way to leave out a step, which torch.amp.GradScaler uses.
+        self.optimizer.found_inf = (~numbers.isfinite().all()).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
         self.optimizer.zero_grad()
-        return outcome
+        return Launched(numbers, lr, precond)
 
     def _backward(
         self, step: int, batches: list[Batch], targets: int, measure: bool
-    ) -> tuple[torch.Tensor, Measured | None]:
+    ) -> tuple[Tensor, Measured | None]:
         """Accumulate the gradient; (loss over all processes, what the first pass measured)."""
         size, device = self.parallel.size, self.parallel.device
         # DDP and FSDP2 take the mean over the processes where the sum is wanted.
