@@ -50,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="MQAR runs at a time (default: two less than there are cores, at most 14 a GPU; "
         "on a CPU its cores)",
     )
+    parser.add_argument(
+        "--models", type=int, help="language models at a time (default: one for each GPU)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--work", type=Path, help="of the models (default: OUT/work)")
     parser.epilog = "Fields of a study, and how it is done in pieces: docs/study.md"
@@ -71,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     processes = args.processes or (max(1, min(14 * gpus, cores - 2)) if device == "cuda" else cores)
     machine = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {cores} cores"
     machine = machine if gpus == 1 else f"{gpus} × {machine}"
-    clock = Clock(study, records.found.values(), machine, processes, models=gpus)
+    clock = Clock(study, records.found.values(), machine, processes, models=args.models or gpus)
     todo = [one for one in runs if one.name not in records.found]
     print(overview(runs, todo, clock))
     if not args.list:
@@ -128,7 +131,7 @@ class Session:
             pack.parent.mkdir(parents=True, exist_ok=True)
 
     def do(self, todo: list[Run], limit: float, device: str, work: Path) -> None:
-        """MQAR runs several at a time, then language models one at a time for each GPU."""
+        """MQAR runs, then language models, as many at a time as the clock says."""
         began = time.monotonic()
         with tqdm(total=len(todo), unit="run", mininterval=1) as bar:
             at_once = {"mqar": self.clock.processes, "language": self.clock.models}
