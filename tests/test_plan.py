@@ -203,15 +203,16 @@ def test_mixers_and_gpus_order_themselves_as_measured(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "overrides", "speed", "peak"),
+    ("gpu", "name", "overrides", "speed", "peak"),
     [
-        ("340m", ["train.batch_rows=32"], 136_573, 47.2),
-        ("1.3b", ["parallel.shard=1"], 51_934, 47.5),
+        ("H100", "340m", ["train.batch_rows=16"], 142_969, 47.5),
+        ("H100", "1.3b", ["train.batch_rows=8"], 48_872, 47.5),
+        ("H200", "1.3b", ["parallel.shard=1"], 51_934, 47.5),
     ],
 )
-def test_the_runs_on_an_h200(name, overrides, speed, peak):
+def test_the_runs_on_one_gpu(gpu, name, overrides, speed, peak):
     """Tokens/s, to which one share is fitted, and GiB, which are counted (docs/results.md)."""
-    found = plan(name, gpu=GPUS["H200"], overrides=overrides)
+    found = plan(name, gpu=GPUS[gpu], overrides=overrides)
     assert found.tokens_per_s == pytest.approx(speed, rel=0.1)
     assert found.memory.tensors / GIB == pytest.approx(peak, rel=0.05)
 

@@ -20,13 +20,7 @@ from osdn.train.logs import RunLog, tell
 from osdn.train.optim import fill_state, make_optimizer, named_state
 from osdn.train.parallel import Parallel
 from osdn.train.saving import Saver
-from osdn.train.setup import (
-    export,
-    make_config,
-    make_rows,
-    make_sharded,
-    passes,
-)
+from osdn.train.setup import export, make_config, make_rows, make_sharded, passes
 from osdn.train.signals import Signals
 from osdn.train.speed import peak_memory, utilisation
 from osdn.train.stall import Heartbeat
@@ -164,6 +158,8 @@ class Run:
         launched = self.stepper(number, self.rows, measure=measure)
         shown = self._settle()
         self.step, self.launched = number, launched
+        if launched.event is None:  # a CPU has made the step by now
+            shown = self._settle()
         if self.saver.done:
             self._finish_save()
         return shown

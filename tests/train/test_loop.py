@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from osdn.data import encode_document, held_out_texts, open_corpus
 from osdn.errors import UserError
 from osdn.train import loop, train
 from osdn.train.sharding import Sharded
+from osdn.train.step import Launched
 from tests.train.tiny import curve, recipe, write_texts
 
 
@@ -155,6 +157,32 @@ def test_ten_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(texts, tmp_
     assert newest == ["step_2", "step_4"]
     monkeypatch.undo()
     assert train(recipe(texts, steps=30), tmp_path).nonfinite == 0  # it was sound
+
+
+@pytest.fixture
+def read_late(monkeypatch):
+    """Steps are read when the next one is launched, as a GPU's are."""
+    original = Launched.__init__
+
+    def unfinished(self, *given):
+        original(self, *given)
+        self.event = SimpleNamespace(synchronize=lambda: None)
+
+    monkeypatch.setattr(Launched, "__init__", unfinished)
+
+
+def test_steps_that_are_read_late_change_nothing(texts, finished, tmp_path, monkeypatch, read_late):
+    assert curve(train(recipe(texts), tmp_path / "same").out) == curve(finished.out)
+    times = [
+        json.loads(line)["seconds"]
+        for line in (tmp_path / "same" / "log.jsonl").read_text().splitlines()
+    ]
+    assert min(times) > 0
+    diverge(monkeypatch, range(5, 100))
+    with pytest.raises(UserError, match=r"10 steps in a row, up to step 14; .*step_4 is kept"):
+        train(recipe(texts, steps=30), tmp_path / "late")
+    kept = sorted(p.name for p in (tmp_path / "late" / "checkpoints").iterdir())
+    assert kept == ["step_2", "step_4"]
 
 
 @pytest.mark.parametrize("options", [{"precision": "bfloat16"}, {"device": "auto"}])
