@@ -74,6 +74,8 @@ COLUMNS = [
     "edge of the grid",
     "mean",
     "± over seeds",
+    "median",
+    "seeds below half of it",
     "lowest to highest",
     "seeds",
     "less the first mixer, 95%",

@@ -1,12 +1,26 @@
 """Means, spreads and differences over seeds."""
 
-from statistics import mean, stdev
+from statistics import NormalDist, mean, median, stdev
 from typing import Any
 
 Points = dict[float, dict[int, dict[str, Any]]]  # learning rate -> seed -> outcome
-# Student's t, 97.5%, by degrees of freedom.
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306,
-           9: 2.262}  # fmt: skip
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def student(degrees: int) -> float:
+    """The 97.5% quantile of Student's t: from a table below 10 degrees of freedom.
+
+    Beyond, three terms of Fisher's expansion in 1/ν around the normal quantile z, right to 0.001.
+    """
+    if degrees <= len(STUDENT):
+        return STUDENT[degrees - 1]
+    z = NormalDist().inv_cdf(0.975)
+    return (
+        z
+        + (z**3 + z) / (4 * degrees)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3)
+    )
 
 
 def best_rate(points: Points) -> float:
@@ -40,7 +54,7 @@ def interval(values: list[float]) -> tuple[float, float] | None:
     """The 95% interval of the mean by Student's t; None for a single value."""
     if len(values) < 2:
         return None
-    half = STUDENT.get(len(values) - 1, 2.0) * stdev(values) / len(values) ** 0.5
+    half = student(len(values) - 1) * stdev(values) / len(values) ** 0.5
     return mean(values) - half, mean(values) + half
 
 
@@ -57,7 +71,9 @@ def difference(points: Points, first: Points) -> str:
 
 
 def row(points: Points, at_edge: str, gain: str) -> list[Any]:
-    """State, best rate, edge, mean, spread, range, seeds, difference, runs that diverged."""
+    """State, best rate, edge, mean, spread, median, how many lie below half of it (runs that have
+    not started), range, seeds, difference, runs that diverged.
+    """
     rate = best_rate(points)
     values = [one["accuracy"] for one in points[rate].values()]
     outcomes = [one for seeds in points.values() for one in seeds.values()]
@@ -67,6 +83,8 @@ def row(points: Points, at_edge: str, gain: str) -> list[Any]:
         at_edge,
         f"{mean(values):.3f}",
         f"{stdev(values):.3f}" if len(values) > 1 else "–",
+        f"{median(values):.3f}",
+        sum(value < median(values) / 2 for value in values),
         f"{min(values):.3f} to {max(values):.3f}",
         len(values),
         gain,
