@@ -1,6 +1,7 @@
 """What finished runs leave: one JSON file each, named by the run's hash, and how long runs take."""
 
 import json
+import lzma
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
@@ -48,7 +49,8 @@ class Records:
 
 
 def merge(records: Records, sources: Iterable[Path]) -> tuple[int, int]:
-    """Take over the records of other studies' directories or packed files: (new, known).
+    """Take over the records of other studies' directories or packed files, which may be
+    compressed (.xz): (new, known).
 
     Raises:
         UserError: a source without records, or a damaged one.
@@ -72,9 +74,11 @@ def _read(source: Path) -> list[Record]:
             raise UserError(f"{source}: no {RECORDS}/*.json in it")
         return found
     try:
-        lines = source.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"{source}: cannot read: {error.strerror}") from error
+        data = source.read_bytes()
+        lines = (lzma.decompress(data) if source.suffix == ".xz" else data).split(b"\n")
+    except (OSError, lzma.LZMAError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{source}: cannot read: {reason}") from error
     try:  # the last line is empty, or was cut off by a kill
         return [json.loads(line) for line in lines[:-1]]
     except ValueError as error:

@@ -1,6 +1,7 @@
 """The study's command: a run is done once, whoever does it, and a kill costs little."""
 
 import json
+import lzma
 import os
 import signal
 import subprocess
@@ -115,6 +116,17 @@ def test_two_machines_do_one_half_each_and_are_merged(tmp_path, done, capsys):
     said = capsys.readouterr().out
     assert "16 records taken over, 15 were there" in said and "in all 0 of 16 runs" in said
     assert (tmp_path / "c" / "report.md").exists()
+
+
+def test_compressed_records_are_taken_over(tmp_path, done, capsys):
+    path, _, pack = done
+    whole = tmp_path / "all.jsonl.xz"
+    whole.write_bytes(lzma.compress(pack.read_bytes()))
+    assert study(path, "--out", tmp_path / "d", "--merge", whole, "--list") == 0
+    assert "in all 0 of 16 runs" in capsys.readouterr().out
+    whole.write_bytes(whole.read_bytes()[:-50])
+    assert study(path, "--out", tmp_path / "e", "--merge", whole, "--list") == 1
+    assert "all.jsonl.xz: cannot read" in capsys.readouterr().err
 
 
 def test_a_record_under_a_wrong_name_is_refused(tmp_path, done, capsys):
