@@ -118,8 +118,16 @@ class Profiled(Run):
 def launch(args: argparse.Namespace, overrides: list[str], gpus: int, out: Path) -> None:
     """One run, unless its log has all steps."""
     recipe = load_recipe(args.recipe, overrides)
+    resolved = recipe.resolved()
+    if gpus == 1:
+        del resolved["parallel"]  # DDP and FSDP2 are compared with the same run
+    wanted, note = json.dumps(resolved), out / "recipe.json"
+    if out.exists() and (not note.exists() or note.read_text() != wanted):
+        sys.exit(f"{out}: holds another recipe's run; give another --out, or delete it")
     if len(steps(out)) >= recipe.train.steps:
         return
+    out.mkdir(parents=True, exist_ok=True)
+    note.write_text(wanted)
     words = [sys.executable, __file__, args.recipe, *overrides, "--out", str(out), "--train"]
     if gpus > 1:
         place = ["--master_addr=127.0.0.1", f"--master_port={29500 + os.getpid() % 1000}"]
@@ -149,10 +157,11 @@ def summary(
     memory = max([line["peak_memory"] for line in log] + [rank["peak_memory"] for rank in ranks])
     shares = [max(rank[name] for rank in ranks) for name in ("nccl", "alone")]
     host = max(rank["host_seconds"] for rank in ranks) / median(line["seconds"] for line in log)
-    apart = max((abs(a["loss"] - b["loss"]) for a, b in zip(log, first)), default=0.0)
+    losses = [(a["loss"], b["loss"]) for a, b in zip(log, first)]
+    apart = max((abs(a - b) for a, b in losses if None not in (a, b)), default=0.0)
     each = middle / gpus
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "H100"
-    kind = next((gpu for key, gpu in GPUS.items() if key in name), GPUS["H100"])
+    kind = GPUS[max((key for key in GPUS if key in name), key=len, default="H100")]
     plan = predict(recipe, kind, gpus, config=model_config(recipe))
     used = median(line["mfu"] or 0.0 for line in log[-len(speeds) :])
     return (

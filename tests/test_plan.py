@@ -252,7 +252,8 @@ def test_the_command_prints_a_plan_a_table_and_its_assumptions(capsys):
     text = capsys.readouterr().out
     assert "DOES NOT FIT" in text and "WARNING: 16 GPUs" in text and "learns the same" in text
     assert re.search(r"4,096 train\.batch_rows: 128 is no multiple", text)
-    assert "tokenised by 2 processes" in text
+    assert "8 processes that read: each text is tokenised by 2" not in text
+    assert "16 processes that read: each text is tokenised by 2 of them" in text
     assert main(["plan", "recipes/tiny.yaml", "--gpus", "0"]) == 1
     assert "--gpus: expected numbers from 1 to 4096" in capsys.readouterr().err
     assert main(["plan", "recipes/tiny.yaml"]) == 0

@@ -4,7 +4,7 @@ from osdn.data.corpora import Document, open_corpus
 from osdn.data.packing import Batch, Row, TrainingRows, collate, pack
 from osdn.data.rows import RankRows, RowSource, validation_rows
 from osdn.data.split import TrainingDocuments, held_out_texts
-from osdn.data.tokenizers import byte_tokenizer, encode_document, load_tokenizer
+from osdn.data.tokenizers import byte_tokenizer, encode_document, load_tokenizer, vocabulary_size
 from osdn.data.workers import WorkerRows, open_rows
 
 __all__ = [
@@ -25,4 +25,5 @@ __all__ = [
     "open_rows",
     "pack",
     "validation_rows",
+    "vocabulary_size",
 ]

@@ -14,7 +14,7 @@ parts of a group all read it, each keeping every so-manieth document.
 """
 
 from collections.abc import Iterator, Sequence
-from glob import glob
+from glob import escape, glob
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -92,11 +92,13 @@ def open_corpus(
         return FileCorpus(standard_library(), text_field=text_field, separator=separator)
     if isinstance(names, str) and names.startswith(HUB):
         return HubCorpus(names[len(HUB) :], subset=subset, split=split, text_field=text_field)
-    if isinstance(names, str) and (Path(names) / "shards_job.json").is_file():
+    patterns = [names] if isinstance(names, str) else names
+    if any((Path(name) / "shards_job.json").is_file() for name in patterns):
         from osdn.data.shards import open_shards
 
-        return open_shards(Path(names))
-    patterns = [names] if isinstance(names, str) else names
+        if len(patterns) > 1:
+            raise UserError("data.corpus: a directory of shards cannot be one of several corpora")
+        return open_shards(Path(patterns[0]))
     return FileCorpus(expand(patterns), text_field=text_field, separator=separator)
 
 
@@ -123,7 +125,8 @@ def expand(patterns: Sequence[str]) -> list[Path]:
     files: set[Path] = set()
     for pattern in patterns:
         path = Path(pattern).expanduser()
-        inside = str(path / "**" / "*") if path.is_dir() else str(path)
+        inside = escape(str(path)) if path.exists() else str(path)
+        inside += "/**/*" if path.is_dir() else ""
         found = {Path(name) for name in glob(inside, recursive=True) if Path(name).is_file()}
         if not found:
             raise UserError(
@@ -229,7 +232,7 @@ class HubCorpus:
             raise UserError(f"data.corpus: cannot open '{HUB}{name}': {reason}") from error
         self.name, self.text_field = name, text_field
         self.size: int | None = None
-        self.fingerprint = repr([name, subset, split, text_field])
+        self.fingerprint = repr([name, subset, split, text_field, self.dataset.num_shards])
 
     def read(
         self, *, order: str | None = None, position: Any = None, share: Share = WHOLE
@@ -242,7 +245,8 @@ class HubCorpus:
         first, done, count = position or (0, 0, 0)
         for number, file in enumerate(files[first:], start=first):
             for record, after in self._records(file, done):
-                text = record.get(self.text_field)
+                text = record.get(self.text_field, 0)
+                text = "" if text is None else text
                 if not isinstance(text, str):
                     raise UserError(
                         f"data.text_field: the records of '{HUB}{self.name}' have no text in "

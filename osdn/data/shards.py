@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from osdn.data.corpora import WHOLE, Document, Share
 from osdn.data.retry import persevere
+from osdn.data.split import EMPTY
 from osdn.errors import UserError
 
 MANIFEST, JOB = "manifest.json", "shards_job.json"
@@ -253,6 +254,7 @@ class ShardDocuments:
     def _read(self) -> Iterator[NDArray[Any]]:
         state = self.state
         groups, group, every, mine = self.share.among(len(self.corpus.shards))
+        empty = 0
         while True:
             shards = list(self.corpus.shards)
             Random(f"{self.seed}-{state['epoch']}").shuffle(shards)
@@ -269,7 +271,8 @@ class ShardDocuments:
                     found = True
                     yield tokens[ends[i] - sizes[i] : ends[i]]
                 state.update(shard=state["shard"] + 1, done=0)
-            if not found:
+            empty = 0 if found else empty + 1
+            if empty == EMPTY:
                 raise UserError(
                     f"data.corpus: no training document in {self.corpus.directory} for part "
                     f"{self.share.part + 1} of {self.share.of}; hold out less (data.validation), "

@@ -39,6 +39,9 @@ def held_out_texts(corpus: Corpus, *, fraction: float, limit: int) -> list[str]:
     return texts
 
 
+EMPTY = 20  # epochs in a row without a document of a share, which has other files in each
+
+
 class TrainingDocuments:
     """The training documents for ever, epoch after epoch, each block of them shuffled.
 
@@ -101,6 +104,7 @@ class TrainingDocuments:
     def _read(self) -> Generator[str, None, None]:
         state, share = self.state, self.share
         suffix = f"-{share.part}" if share.of > 1 else ""
+        empty = 0
         while True:
             source = self.corpus.read(
                 order=f"{self.seed}-{state['epoch']}", position=state["position"], share=share
@@ -117,7 +121,8 @@ class TrainingDocuments:
                     state["done"] += 1
                     yield text
                 state.update(block=state["block"] + 1, position=after, done=0)
-            if not found:
+            empty = 0 if found else empty + 1
+            if empty == EMPTY:
                 fewer = ", or lower data.lanes" if share.of > 1 else ""
                 part = f" (part {share.part + 1} of {share.of})" if share.of > 1 else ""
                 raise UserError(

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from osdn.data.corpora import Corpus, Document
 from osdn.data.processes import follow_parent, process_context
 from osdn.data.shards import ENTRY, JOB, KIND, MANIFEST, Shard, tokenizer_fingerprint
-from osdn.data.tokenizers import encode_document
+from osdn.data.tokenizers import encode_document, vocabulary_size
 from osdn.errors import UserError
 
 BATCH = 1 << 20  # UTF-8 bytes that are sent to a process at a time
@@ -67,7 +67,7 @@ def write_shards(
     Raises:
         UserError: another job is in `out`, the disk refuses, a process died, or there is no text.
     """
-    kind = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
+    kind = np.dtype("<u2" if vocabulary_size(tokenizer) <= 2**16 else "<u4")
     made_by = {
         "name": name,
         "fingerprint": tokenizer_fingerprint(tokenizer),
@@ -107,7 +107,7 @@ def _begin(out: Path, job: dict[str, Any]) -> None:
                     f"{out} holds shards of another job: {field} was {before.get(field)}, and is "
                     f"{value} now; choose another --out, or give the command that began it"
                 )
-    elif any(out.iterdir()):
+    elif any(not one.name.startswith(WRITING) for one in out.iterdir()):
         raise UserError(f"{out} is not empty and holds no shards; choose another --out")
     else:
         _write_json(path, job)

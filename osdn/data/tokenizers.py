@@ -81,6 +81,11 @@ def _byte_characters() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(0x100)]
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that an embedding needs: 1 more than the largest id, as ids may have holes."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def encode_document(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The text's tokens between a begin and an end token, so that all of the text is predicted.
 

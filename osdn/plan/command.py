@@ -1,6 +1,7 @@
 """`osdn plan RECIPE.yaml [key=value ...] --gpus N`: memory, time and cost before a run is begun."""
 
 import argparse
+from math import gcd
 from pathlib import Path
 
 from osdn.data.shards import JOB
@@ -128,9 +129,11 @@ def warnings(plans: list[Plan], config: OSDNConfig) -> list[str]:
     if plans:
         data, most = plans[-1].recipe.data, max(plan.gpus for plan in plans)
         tokens = isinstance(data.corpus, str) and (Path(data.corpus) / JOB).is_file()
-        if data.lanes < most and not tokens:
+        readers = most * max(1, data.workers)
+        sharing = readers // gcd(data.lanes, readers)
+        if sharing > 1 and not tokens:
             lines.append(
-                f"data.lanes={data.lanes} for {most:,} GPUs: text is tokenised by "
-                f"{-(-most // data.lanes):,} processes each; tokenise it once (osdn tokenize)"
+                f"data.lanes={data.lanes} for {readers:,} processes that read: each text is "
+                f"tokenised by {sharing:,} of them; tokenise it once (osdn tokenize)"
             )
     return lines

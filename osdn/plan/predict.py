@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from itertools import product
 
-from osdn.data import load_tokenizer
+from osdn.data import load_tokenizer, vocabulary_size
 from osdn.errors import UserError
 from osdn.flops import flops_per_token
 from osdn.model.configuration import OSDNConfig
@@ -58,7 +58,7 @@ def model_config(recipe: Recipe) -> OSDNConfig:
     """The recipe's configuration; only if it names no vocab_size is its tokenizer loaded."""
     fields = dict(recipe.model)
     if "vocab_size" not in fields:
-        fields["vocab_size"] = len(load_tokenizer(recipe.data.tokenizer))
+        fields["vocab_size"] = vocabulary_size(load_tokenizer(recipe.data.tokenizer))
     return OSDNConfig(**fields)
 
 

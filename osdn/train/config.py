@@ -20,7 +20,7 @@ MODEL_FIELDS = [
 class Section(BaseModel):
     """A part of a recipe: unknown keys are errors, values do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 S = TypeVar("S", bound=Section)
@@ -40,8 +40,8 @@ class Data(Section):
         0 for no validation; or a corpus of its own, named as in `corpus`.
     validation_bytes: UTF-8 bytes of held-out text that a validation reads.
     shuffle_bytes: UTF-8 bytes of training documents that are shuffled together in memory.
-    lanes: streams that the training documents are dealt to, part of the order of rows; with at
-        least as many as processes each process reads its own (osdn/data/rows.py).
+    lanes: streams that the training documents are dealt to, part of the order of rows; where they
+        are a multiple of processes × workers each reads its own (osdn/data/rows.py).
     workers: processes that read and tokenise ahead, for each process of the run; 0 for none. They
         change nothing but the speed.
     """
@@ -145,8 +145,8 @@ class Parallel(Section):
     """
 
     shard: Annotated[int, Field(ge=1)] | Literal["all"] = 1
-    timeout_seconds: float = Field(default=1800, gt=0)
-    stall_seconds: float = Field(default=60, gt=0)
+    timeout_seconds: float = Field(default=1800, gt=0, le=1e7)
+    stall_seconds: float = Field(default=60, gt=0, le=1e7)
 
 
 class Logging(Section):
@@ -264,7 +264,7 @@ _Loader.add_implicit_resolver(
 def _yaml(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader: plain values alone
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # 2024-13-45 looks like a date
         reason = " ".join(str(error).split())
         raise UserError(f"{source}: not YAML: {reason}") from error
 

@@ -57,6 +57,8 @@ class Parallel:
                 "processes (torchrun --nproc_per_node)"
             )
         self.device = device
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # what names no device (checkpoints' copies) means this
         self.mesh: DeviceMesh | None = None
         self.saving: dist.ProcessGroup | None = None
         if launched:

@@ -165,9 +165,7 @@ class Run:
         return shown
 
     def _settle(self) -> str:
-        """Account for the step that was launched last, if that is not done: it may have been
-        skipped; returns what the progress bar shows of it.
-        """
+        """Account for the step launched last, if that is not done; what the bar shows of it."""
         if self.launched is None:
             return ""
         outcome, self.launched = self.launched.outcome(), None
@@ -282,7 +280,9 @@ class Run:
 
     def _interrupted(self, signals: Signals) -> None:
         self._finish_save()
-        if self.saved < self.step:
+        if self.in_a_row:  # a checkpoint of this streak would take the place of a good one
+            self.tell(f"step {self.step} was not finite: not saved")
+        elif self.saved < self.step:
             self._save()
             self._finish_save()
         if self.step and self.saved == self.step:

@@ -18,6 +18,7 @@ from osdn.data import (
     open_corpus,
     open_rows,
     validation_rows,
+    vocabulary_size,
 )
 from osdn.data.corpora import Corpus
 from osdn.errors import UserError
@@ -41,9 +42,16 @@ def make_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"train.device: expected auto, cpu or cuda, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"train.device: expected auto, cpu or cuda, got {name!r}")
     if device.type == "cuda" and not cuda:
         raise UserError(
             "train.device: PyTorch finds no CUDA device here; set train.device=cpu or auto"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"train.device: there is no {name}; CUDA devices here are numbered from 0 to "
+            f"{torch.cuda.device_count() - 1}"
         )
     return device
 
@@ -55,17 +63,18 @@ def make_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> OSDNConfi
         UserError: the embedding has fewer rows than the tokenizer has tokens, or the two do not
             fit otherwise.
     """
+    tokens = vocabulary_size(tokenizer)
     known = {
-        "vocab_size": len(tokenizer),
+        "vocab_size": tokens,
         "max_position_embeddings": recipe.train.seq_len,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
     fields = {**known, **recipe.model}
-    if fields["vocab_size"] < len(tokenizer):
+    if fields["vocab_size"] < tokens:
         raise UserError(
-            f"model.vocab_size: {fields['vocab_size']} is too small for the {len(tokenizer)} "
+            f"model.vocab_size: {fields['vocab_size']} is too small for the {tokens} "
             f"tokens of data.tokenizer {recipe.data.tokenizer!r}; raise it, or leave it out"
         )
     try:
@@ -134,7 +143,10 @@ def make_rows(
     corpus = _corpus(data, data.corpus, data.split)
     if isinstance(data.validation, str):
         held_out, fraction = 0.0, 1.0
-        other = _corpus(data, data.validation, "validation")
+        try:
+            other = _corpus(data, data.validation, "validation")
+        except UserError as error:  # it names the field that a corpus is mostly named by
+            raise UserError(str(error).replace("data.corpus", "data.validation", 1)) from error
     else:
         held_out = fraction = data.validation
         other = corpus

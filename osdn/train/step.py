@@ -55,7 +55,7 @@ class Launched:
         if numbers.is_cuda:  # read on the host without waiting for what is launched after it
             self.numbers = torch.empty(2, pin_memory=True).copy_(numbers, non_blocking=True)
             self.event = torch.cuda.Event()
-            self.event.record()
+            self.event.record(torch.cuda.current_stream(numbers.device))
 
     def outcome(self) -> Outcome:
         """Wait for the step, and read its numbers."""

@@ -118,6 +118,23 @@ def test_hub_dataset_streams_and_resumes(tmp_path):
     assert list(corpus.read(order="a", position=shuffled[140][1])) == shuffled[141:]
 
 
+def test_a_null_in_a_hub_dataset_is_an_empty_text_and_other_files_another_corpus(tmp_path):
+    lines = [json.dumps({"text": text}) for text in ("a", None, "b")]
+    (tmp_path / "train-0.jsonl").write_text("\n".join(lines))
+    corpus = open_corpus(f"hf:{tmp_path}")
+    assert [d.text for d, _ in corpus.read()] == ["a", "b"]
+    (tmp_path / "train-1.jsonl").write_text(lines[0])
+    assert open_corpus(f"hf:{tmp_path}").fingerprint != corpus.fingerprint
+
+
+def test_names_that_a_glob_would_read_otherwise(tmp_path):
+    for name in ("a [2024]", "a*"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "b[1].txt").write_text(name)
+        for path in (tmp_path / name, tmp_path / name / "b[1].txt"):
+            assert [d.text for d, _ in open_corpus(str(path)).read()] == [name]
+
+
 def test_a_process_that_stops_within_a_hub_stream_ends_cleanly(tmp_path):
     write(tmp_path, "parquet")
     code = (

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -89,6 +90,22 @@ def test_every_document_comes_once_in_an_epoch_of_all_lanes(tmp_path):
         everything = [document for document, _ in source.corpus.read()]
         training = [d.text for d in everything if d.key >= 0.1 * 2**64]
         assert sorted(seen) == sorted(training) and len(set(seen)) == len(seen) > 10
+
+
+def test_a_lane_whose_files_hold_nothing_in_one_epoch_goes_on_to_the_next(tmp_path):
+    for i in range(40):  # held out are a few of these; a lane has one or two files in an epoch
+        (tmp_path / f"{i:02}.txt").write_text(f"{i} " * 20)
+    corpus = open_corpus(str(tmp_path))
+    source = RowSource(
+        corpus=corpus, tokenizer=byte_tokenizer(), length=64, fraction=0.2,
+        shuffle_bytes=1000, seed=0, lanes=24,
+    )  # fmt: skip
+    rows = RankRows(source.lane, 24)
+    for _ in range(2000):
+        next(rows)
+    assert any(lane.documents.state["epoch"] > 3 for lane in rows._lanes.values())
+    with pytest.raises(UserError, match="no training document in it"):
+        next(RankRows(replace(source, fraction=0.9999).lane, 24))
 
 
 def test_hub_streams_are_shared_too(tmp_path):

@@ -128,6 +128,16 @@ def test_a_full_disk_keeps_what_is_finished(texts, shards, tmp_path, monkeypatch
     assert contents(tmp_path / "out") == contents(shards)
 
 
+def test_a_disk_full_from_the_start_leaves_nothing_in_the_way(texts, tmp_path, monkeypatch):
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert tokenize(texts, tmp_path / "out", "--processes", "1") == 1
+    monkeypatch.undo()
+    assert tokenize(texts, tmp_path / "out", "--processes", "1") == 0
+
+
 def test_damage_is_named_and_mended(texts, shards, tmp_path, capsys):
     assert tokenize(texts, tmp_path, "--processes", "1") == 0
     assert main(["tokenize", "--check", str(tmp_path)]) == 0
@@ -165,12 +175,16 @@ def test_other_jobs_and_tokenizers_are_refused(texts, shards, tmp_path, capsys):
     other = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>", unk_token="?")
     with pytest.raises(UserError, match=r"tokenised with 'byte' \(258 tokens\).*\(3 tokens\)"):
         replace(source(shards), tokenizer=other)
+    with pytest.raises(UserError, match="shards cannot be one of several"):
+        open_corpus([str(shards), str(tmp_path)])
     with pytest.raises(UserError, match="text is needed here"):
         next(open_corpus(str(shards)).read())
 
 
-def test_a_large_vocabulary_takes_four_bytes(tmp_path):
-    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(70_000)}, unk_token="w0"))
+@pytest.mark.parametrize("step", [1, 69_999])  # ids may have holes
+def test_a_large_vocabulary_takes_four_bytes(step, tmp_path):
+    words = {f"w{i}": i for i in (*range(0, 70_000, step), 1, 7, 65_536)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w1").save_pretrained(
         tmp_path / "tokenizer"

@@ -56,6 +56,9 @@ def test_overrides_are_parsed_as_yaml_and_laid_over_the_file(path):
         ("train.steps.more=1", "train.steps.more: steps is no section"),
         ("train.steps", "'train.steps': expected key=value"),
         ("train.steps=[1", "train.steps=[1: not YAML"),
+        ("data.corpus=2024-13-45", "data.corpus=2024-13-45: not YAML"),
+        ("train.optimizer.lr=.inf", "train.optimizer.lr: input should be a finite number"),
+        ("parallel.stall_seconds=1e300", "parallel.stall_seconds: input should be less than"),
     ],
 )
 def test_a_wrong_key_or_value_is_one_line_that_names_it(path, override, expected):

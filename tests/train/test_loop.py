@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from osdn.data import encode_document, held_out_texts, open_corpus
 from osdn.errors import UserError
 from osdn.train import loop, train
 from osdn.train.sharding import Sharded
-from osdn.train.step import Launched
+from osdn.train.step import Launched, Stepper
 from tests.train.tiny import curve, recipe, write_texts
 
 
@@ -159,6 +160,22 @@ def test_ten_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(texts, tmp_
     assert train(recipe(texts, steps=30), tmp_path).nonfinite == 0  # it was sound
 
 
+def test_a_stop_within_a_streak_saves_nothing(texts, tmp_path, monkeypatch, capsys):
+    diverge(monkeypatch, range(5, 100))
+    original = Stepper.__call__
+
+    def stopped(self, step, *args, **options):
+        if step == 7:
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, step, *args, **options)
+
+    monkeypatch.setattr(Stepper, "__call__", stopped)
+    with pytest.raises(SystemExit):
+        train(recipe(texts, steps=30), tmp_path)
+    assert "step 7 was not finite: not saved" in capsys.readouterr().err
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_2", "step_4"]
+
+
 @pytest.fixture
 def read_late(monkeypatch):
     """Steps are read when the next one is launched, as a GPU's are."""
@@ -239,8 +256,9 @@ def test_too_small_an_embedding_and_an_unknown_device(texts, tmp_path):
     padded = padded.model_copy(update={"model": {**padded.model, "pad_token_id": 9999}})
     with pytest.raises(UserError, match=r"model: pad_token_id: expected less than"):
         train(padded, tmp_path / "a")
-    with pytest.raises(UserError, match=r"train\.device"):
-        train(recipe(texts, device="gpu"), tmp_path / "b")
+    for device in ("gpu", "mps", "meta", "cuda:99"):
+        with pytest.raises(UserError, match=r"train\.device: "):
+            train(recipe(texts, device=device), tmp_path / "b")
     assert not list(tmp_path.iterdir())  # nothing was begun
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write there: Not a directory"):
