@@ -13,7 +13,7 @@ from osdn.evals import lm, needle, perplexity, recall, recall_data, residual_rat
 from osdn.evals.models import load_model
 from osdn.evals.plots import save
 from osdn.evals.results import RESULT, write_json
-from osdn.evals.runner import measure
+from osdn.evals.runner import fingerprint, measure
 
 PLOT = "plot.png"
 TASKS: dict[str, tuple[ModuleType, str]] = {
@@ -100,7 +100,7 @@ def evaluate(args: argparse.Namespace, name: str, out: Path) -> dict[str, Any]:
         out,
         items,
         lambda some: module.answer(model, some, protocol),
-        protocol=protocol | {"model": name},
+        protocol=protocol | {"fingerprint": fingerprint(model.model, items)},
         batch=args.batch,
         name=args.task,
     )

@@ -16,7 +16,7 @@ from osdn.data.hub import hub_is_reachable
 from osdn.errors import UserError
 from osdn.evals.models import LanguageModel
 from osdn.evals.results import make_result, score
-from osdn.evals.runner import SAMPLES
+from osdn.evals.runner import SAMPLES, fingerprint
 
 LN2 = math.log(2)
 
@@ -71,7 +71,7 @@ def evaluate(
             num_fewshot=num_fewshot,
             limit=limit,
             task_manager=manager,
-            use_cache=str(out / "answers"),
+            use_cache=str(out / f"answers_{fingerprint(model.model)}"),
             bootstrap_iters=0,
         )
     except Exception as error:  # whatever a task's data set or its script raises

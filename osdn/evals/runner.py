@@ -2,15 +2,33 @@
 
 import json
 from collections.abc import Callable, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from osdn.errors import UserError
 
 SAMPLES = "samples.jsonl"
 Record = dict[str, Any]
+NAMES = ("_name_or_path", "transformers_version")  # of a configuration: they change nothing
+
+
+def fingerprint(model: PreTrainedModel, items: Sequence[Record] = ()) -> str:
+    """A digest of what the answers depend on: weights, their dtypes, configuration, and items.
+
+    Not where the model lies, nor on which device.
+    """
+    digest = blake2b(digest_size=16)
+    config = {k: v for k, v in model.config.to_dict().items() if k not in NAMES}
+    digest.update(json.dumps([config, list(items)], sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def measure(

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from osdn.errors import UserError
 from osdn.evals.results import provenance
+from osdn.study.language import steps_left
 from osdn.study.plan import Run, Study, all_runs, load_study
 from osdn.study.records import Clock, Record, Records, append, merge
 from osdn.study.report import write_report
@@ -60,6 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Merge, list or train; write the report."""
+    for name in ("processes", "models"):
+        count = getattr(args, name)
+        if count is not None and count < 1:
+            raise UserError(f"--{name}: expected at least 1, got {count}")
     began = time.monotonic()
     study = load_study(args.study, args.overrides)
     out = args.out or Path("runs/study") / args.study.stem
@@ -74,13 +79,21 @@ def run(args: argparse.Namespace) -> None:
     processes = args.processes or (max(1, min(14 * gpus, cores - 2)) if device == "cuda" else cores)
     machine = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {cores} cores"
     machine = machine if gpus == 1 else f"{gpus} × {machine}"
-    clock = Clock(study, records.found.values(), machine, processes, models=args.models or gpus)
+    work = args.work or out / "work"
+    clock = Clock(
+        study,
+        records.found.values(),
+        machine,
+        processes,
+        models=args.models or gpus,
+        left=lambda run: steps_left(run.spec, work) if run.kind == "language" else run.steps,
+    )
     todo = [one for one in runs if one.name not in records.found]
     print(overview(runs, todo, clock))
     if not args.list:
         limit = math.inf if args.minutes is None else 60 * args.minutes - RESERVE
         session = Session(records, clock, pack=args.pack)
-        session.do(todo, limit - (time.monotonic() - began), device, args.work or out / "work")
+        session.do(todo, limit - (time.monotonic() - began), device, work)
         if session.failed:
             raise UserError(f"{session.failed} runs failed, see above; the others are kept")
     if records.found:

@@ -83,17 +83,33 @@ def alone(directory: Path) -> Iterator[None]:
         yield
 
 
+def directory_of(spec: dict[str, Any], number: int, work: Path) -> Path:
+    """Where phase `number` of a run is trained; runs that begin alike share it."""
+    return work / run_name("training", spec["phases"][: number + 1])
+
+
+def steps_left(spec: dict[str, Any], work: Path) -> int:
+    """Steps of the phases that have not been trained to their end in `work`."""
+    return sum(
+        phase["train"]["steps"]
+        for i, phase in enumerate(spec["phases"])
+        if not (directory_of(spec, i, work) / "model").exists()
+    )
+
+
 def perform(spec: dict[str, Any], *, device: str, work: Path) -> dict[str, Any]:
     """Train the phases and measure the last model.
 
     Returns:
         {"train": loss, bits per byte and speed of the last phase, "evaluations": {name: result
-        without its provenance}, "steps": of all phases, "seconds": {"train", "evaluations"}}.
+        without its provenance}, "steps": of all phases, "trained": of those that were not trained
+        before, "seconds": {"train", "evaluations"}}.
     """
     start: Path | None = None
     began, phases = time.monotonic(), spec["phases"]
+    trained_steps = steps_left(spec, work)
     for i, phase in enumerate(phases):
-        directory = work / run_name("training", phases[: i + 1])
+        directory = directory_of(spec, i, work)
         recipe = make_recipe(phase, device)
         make_run = Run if start is None else partial(ContinuedRun, start=start)
         with alone(directory):
@@ -117,6 +133,7 @@ def perform(spec: dict[str, Any], *, device: str, work: Path) -> dict[str, Any]:
         },
         "evaluations": found,
         "steps": sum(phase["train"]["steps"] for phase in phases),
+        "trained": trained_steps,
         "seconds": {
             "train": trained - began,
             "evaluations": time.monotonic() - trained,

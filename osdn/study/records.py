@@ -2,7 +2,7 @@
 
 import json
 import lzma
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -58,6 +58,8 @@ def merge(records: Records, sources: Iterable[Path]) -> tuple[int, int]:
     new = known = 0
     for source in sources:
         for record in _read(source):
+            if not isinstance(record, dict) or not {"name", "kind", "spec"} <= record.keys():
+                raise UserError(f"{source}: holds something else than records of a study")
             if run_name(record["kind"], record["spec"]) != record["name"]:
                 raise UserError(f"{source}: run {record['name']} is not what its name says")
             if records.add(record):
@@ -86,8 +88,13 @@ def _read(source: Path) -> list[Record]:
 
 
 def append(path: Path, record: Record) -> None:
-    """Add a record to a packed file, one line each, on the disk when this returns."""
-    with path.open("ab") as file:
+    """Add a record to a packed file, one line each, on the disk when this returns.
+
+    A last line that a kill cut off is dropped.
+    """
+    with path.open("a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
         file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         file.flush()
 
@@ -102,10 +109,11 @@ class Clock:
 
     MQAR: seconds a step of runs alike in all but learning rate, seed and mixer options; else of
     all runs, by tokens a step; else the study's assumption. Language models: the same experiment's
-    seconds a step, else its assumption.
+    seconds a trained step, else its assumption.
 
     Args:
         processes, models: MQAR runs and language models at a time.
+        left: the steps that a run has still to train; by default all.
     """
 
     def __init__(
@@ -116,8 +124,10 @@ class Clock:
         processes: int,
         *,
         models: int = 1,
+        left: Callable[[Run], int] = lambda run: run.steps,
     ):
         self.study, self.machine, self.processes, self.models = study, machine, processes, models
+        self.left = left
         self.alike: dict[str, list[float]] = {}
         self.all: list[float] = []
         for record in records:
@@ -128,7 +138,8 @@ class Clock:
         same = record["machine"] == self.machine and record["processes"] == self.processes
         if record["kind"] == "language":
             same = record["machine"] == self.machine
-        steps = record["outcome"].get("steps", 0)
+        outcome = record["outcome"]
+        steps = outcome.get("trained", outcome.get("steps", 0))
         if same and steps:
             each = record["seconds"] / steps
             self.alike.setdefault(self._key(record["kind"], record["spec"]), []).append(each)
@@ -145,7 +156,7 @@ class Clock:
     def seconds(self, run: Run) -> tuple[float, str]:
         """(seconds of one run at most, where the figure comes from)."""
         if found := self.alike.get(self._key(run.kind, run.spec)):
-            return median(found) * run.steps, "measured"
+            return median(found) * self.left(run), "measured"
         if run.kind == "language":
             return self.study.language[run.experiment].seconds, "assumed"
         if self.all:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from osdn.cli import main
+from osdn.evals.runner import fingerprint
 
 pytest.importorskip("lm_eval")
 
@@ -98,6 +99,8 @@ def test_scores_are_the_models_own(loaded, tasks, checkpoint, tmp_path):
     assert bits["low"] < bits["value"] < bits["high"]
     assert result["protocol"]["tasks"] == {"tiny_choice": 3.0, "tiny_text": 1.0}
     assert len((place.parent / "samples.jsonl").read_text().splitlines()) == 12
+    caches = list(tmp_path.rglob("answers_*.db"))
+    assert len(caches) == 1 and fingerprint(loaded.model) in caches[0].name
 
 
 def test_the_harness_own_command_line_loads_our_checkpoint(

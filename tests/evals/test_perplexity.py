@@ -57,6 +57,30 @@ def test_a_model_that_knows_nothing_has_the_vocabularys_perplexity(loaded, tmp_p
     assert [row[-1] for row in result["tables"][0]["rows"]] == ["30", "30", "30", "10"]
 
 
+def test_samples_of_other_weights_precision_or_text_are_refused(loaded, tmp_path, capsys):
+    text, place, out = tmp_path / "text.txt", tmp_path / "model", tmp_path / "out"
+    text.write_text("some text to measure")
+    loaded.model.save_pretrained(place)
+    loaded.tokenizer.save_pretrained(place)
+    first = run(place, text, out)
+    moved = place.rename(tmp_path / "moved")
+    kept = next(out.iterdir()).rename(out / str(moved).strip("/").replace("/", "_"))
+    assert run(moved, text, out)["scores"] == first["scores"]  # the same model, elsewhere
+    assert [path.name for path in out.iterdir()] == [kept.name]
+
+    def refused(*options):
+        arguments = ["--data", str(text), "--out", str(out), "--device", "cpu", *options]
+        assert main(["eval", "perplexity", str(moved), *arguments]) == 1
+        return "measured otherwise (fingerprint)" in capsys.readouterr().err
+
+    assert refused("--dtype", "bfloat16")
+    text.write_text("other text to measure")
+    assert refused()
+    text.write_text("some text to measure")
+    uniform(loaded, moved)
+    assert refused()
+
+
 def test_rows_are_documents_or_joined(loaded, tmp_path):
     texts = [f"document {i} " * 5 for i in range(6)]
     for i, text in enumerate(texts):

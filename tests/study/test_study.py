@@ -12,8 +12,9 @@ import pytest
 
 from osdn.cli import main
 from osdn.evals.plots import figure
+from osdn.study.language import steps_left
 from osdn.study.plan import Run, all_runs, load_study
-from osdn.study.records import Clock, Records
+from osdn.study.records import Clock, Records, append
 from osdn.study.report import mqar_points, mqar_result
 from osdn.study.statistics import best_rate, difference, edge, interval, row, student
 from osdn.study.workers import complete, visible_gpus
@@ -127,6 +128,23 @@ def test_compressed_records_are_taken_over(tmp_path, done, capsys):
     whole.write_bytes(whole.read_bytes()[:-50])
     assert study(path, "--out", tmp_path / "e", "--merge", whole, "--list") == 1
     assert "all.jsonl.xz: cannot read" in capsys.readouterr().err
+
+
+def test_a_pack_that_a_kill_cut_off_is_gone_on_with(tmp_path, done, capsys):
+    path, out, pack = done
+    cut = tmp_path / "cut.jsonl"
+    cut.write_bytes(pack.read_bytes()[:-30])
+    record = json.loads(next((out / "records").iterdir()).read_text())
+    append(cut, record)
+    lines = cut.read_text().splitlines()
+    assert len(lines) == 16 and json.loads(lines[-1]) == record
+    assert study(path, "--out", tmp_path / "d", "--merge", cut, "--list") == 0
+    cut.write_text('{"a": 1}\n')
+    assert study(path, "--out", tmp_path / "d", "--merge", cut, "--list") == 1
+    assert "something else than records" in capsys.readouterr().err
+    for option in ("--models", "--processes"):
+        assert main(["study", str(path), option, "0", "--list"]) == 1
+        assert f"{option}: expected at least 1" in capsys.readouterr().err
 
 
 def test_a_record_under_a_wrong_name_is_refused(tmp_path, done, capsys):
@@ -264,6 +282,14 @@ def test_two_at_a_time_that_begin_alike_train_it_once(tmp_path):
         (p / "log.jsonl").read_text() for p in (tmp_path / "work").iterdir() if p.name != "eval"
     ]
     assert sorted(log.count('"train"') for log in logs) == [3, 3, 20]
+    # The clock goes by steps that are trained: with the base there, a run has 3 and not 23.
+    assert {outcome["steps"] for _, outcome, *_ in found} == {23}
+    assert steps_left(runs[0].spec, tmp_path / "work") == 0
+    assert steps_left(runs[0].spec, tmp_path / "elsewhere") == 23
+    record = {"kind": "language", "spec": runs[0].spec, "machine": "here", "processes": 1}
+    record |= {"outcome": {"steps": 23, "trained": 3}, "seconds": 6.0}
+    clock = Clock(load_study(tmp_path / "language.yaml"), [record], "here", 1)
+    assert clock.seconds(runs[1]) == (2.0 * 23, "measured")
 
 
 def test_each_gpu_by_the_name_that_it_has_here(monkeypatch):
