@@ -1,6 +1,7 @@
 """Online Scaled DeltaNet (arXiv 2605.13473): operator, layer, model, training, measurement."""
 
 from osdn.layers import OSDN
+from osdn.model.cache import OSDNCache
 from osdn.model.configuration import OSDNConfig
 from osdn.model.modeling import OSDNForCausalLM, OSDNModel
 from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step
@@ -9,6 +10,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "OSDN",
+    "OSDNCache",
     "OSDNConfig",
     "OSDNForCausalLM",
     "OSDNModel",

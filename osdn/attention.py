@@ -10,6 +10,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers.cache_utils import Cache
 
 from osdn.layers import Mixed, head_size
+from osdn.ops.validation import check_cu_seqlens
 
 
 class Attention(nn.Module):
@@ -52,6 +53,8 @@ class Attention(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> Mixed:
         """As OSDN.forward; attention_mask covers the cached tokens too, [B, past + T]."""
+        if cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, hidden_states, "hidden_states")
         if cu_seqlens is not None and past_key_values is not None:
             raise ValueError("cu_seqlens: expected none with a cache; pack or decode, not both")
         past = 0

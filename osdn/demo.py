@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
         max_new_tokens=PASSAGE_TOKENS,
         do_sample=True,
         temperature=0.7,
+        top_k=0,  # from all tokens: transformers' default is the 50 likeliest
         pad_token_id=tokenizer.pad_token_id,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
     )

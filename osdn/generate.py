@@ -3,14 +3,12 @@
 import argparse
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import AutoTokenizer, TextStreamer
 
-import osdn.model.modeling  # noqa: F401  registers the model class
 from osdn.errors import UserError
+from osdn.model.loading import fetch, load_weights
 
 
 def load(directory: str | Path) -> tuple:
@@ -26,27 +24,7 @@ def load(directory: str | Path) -> tuple:
     path_like = name.startswith((".", "/", "~")) or name.count("/") > 1  # a hub name is owner/name
     if path_like and not Path(directory).exists():
         raise UserError(f"{directory}: no such directory; `osdn train` writes one at its end")
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"{directory}: no model to load ({_first_line(error)}); give a checkpoint directory, "
-            "or a hub name with a network"
-        ) from error
-    model, info = loaded
-    if info["missing_keys"]:
-        raise UserError(f"{directory}: weights missing, {min(info['missing_keys'])} among them")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory}: no tokenizer to load ({_first_line(error)})") from error
-    return model.eval(), tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return load_weights(name), fetch(AutoTokenizer, name, "tokenizer")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,8 +58,8 @@ def run(args: argparse.Namespace) -> None:
     pad = tokenizer.pad_token_id
     torch.manual_seed(args.seed)
     sampling = {"do_sample": args.temperature > 0}
-    if args.temperature > 0:
-        sampling["temperature"] = args.temperature
+    if args.temperature > 0:  # from all tokens: transformers' default is the 50 likeliest
+        sampling |= {"temperature": args.temperature, "top_k": 0}
     ids = ids.to(model.device)
     model.generate(
         ids,

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step
 from osdn.ops.convolution import short_convolution
-from osdn.ops.validation import check_box_holds_one, check_rule
+from osdn.ops.validation import check_box_holds_one, check_cu_seqlens, check_rule
 
 Forgetting = Literal["none", "data"]
 Mixed = tuple[Tensor, None, Cache | None]
@@ -69,6 +69,19 @@ class ShortConvolution(nn.Conv1d):
         y = short_convolution(x, self.weight.squeeze(1), cu_seqlens, head_dim=self.head_dim)
         last = F.pad(x[:, max(0, x.shape[1] - gap) :], (0, 0, max(0, gap - x.shape[1]), 0))
         return y[:, first:], last.transpose(1, 2)
+
+
+class ForgettingGate(nn.Linear):
+    """W_a x + b_a in float32, [B, T, H]; log γ is its logsigmoid, and γ ≈ 0.999 at the start."""
+
+    def reset_special_parameters(self) -> None:
+        """The initial values that are not a matter of taste: 0, and 6.9."""
+        nn.init.zeros_(self.weight)
+        nn.init.constant_(self.bias, APF_BIAS)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        logits = F.linear(x, self.weight.to(x.dtype)).float()
+        return logits + self.bias.float()  # 6.9 + x keeps x's digits
 
 
 class OSDN(nn.Module):
@@ -139,7 +152,7 @@ class OSDN(nn.Module):
         self.v_conv1d = ShortConvolution(value_size, conv_size)
         self.a_proj = self.g_proj = self.initial_precond = None
         if adaptive and forgetting == "data":
-            self.a_proj = nn.Linear(hidden_size, num_heads)
+            self.a_proj = ForgettingGate(hidden_size, num_heads)
         if adaptive and learn_initial_precond:
             self.initial_precond = nn.Parameter(torch.empty(num_heads, self.head_dim))
         if use_output_gate:
@@ -153,8 +166,7 @@ class OSDN(nn.Module):
         if self.initial_precond is not None:
             nn.init.ones_(self.initial_precond)
         if self.a_proj is not None:
-            nn.init.zeros_(self.a_proj.weight)
-            nn.init.constant_(self.a_proj.bias, APF_BIAS)
+            self.a_proj.reset_special_parameters()
 
     @property
     def state_size(self) -> int:
@@ -169,10 +181,7 @@ class OSDN(nn.Module):
     def gates(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
         """(β, log γ), each [B, T, H] in float32; log γ is None without forgetting."""
         beta = self.b_proj(hidden_states).float().sigmoid() * (2 if self.allow_neg_eigval else 1)
-        if self.a_proj is None:
-            return beta, None
-        logits = F.linear(hidden_states, self.a_proj.weight.to(hidden_states.dtype)).float()
-        return beta, F.logsigmoid(logits + self.a_proj.bias.float())  # 6.9 + x keeps x's digits
+        return beta, None if self.a_proj is None else F.logsigmoid(self.a_proj(hidden_states))
 
     def forward(
         self,
@@ -189,6 +198,8 @@ class OSDN(nn.Module):
             with two state slots; read if it holds a past, written if use_cache.
         cu_seqlens: [N + 1] offsets of sequences packed along T; B must be 1.
         """
+        if cu_seqlens is not None:  # the convolutions come before the operator and its own check
+            check_cu_seqlens(cu_seqlens, hidden_states, "hidden_states")
         cache = linear_cache(past_key_values, self.layer_idx, cu_seqlens)
         past = cache if cache is not None and cache.has_previous_state[0] else None
         mask = token_mask(attention_mask, hidden_states)
@@ -280,6 +291,6 @@ def linear_cache(
     if not isinstance(cache, LinearAttentionLayer) or cache.number_of_states < 2:
         raise ValueError(
             f"past_key_values: expected a linear-attention layer with 2 state slots at index "
-            f"{layer_idx}, got {cache}; build the cache as DynamicCache(config=model.config)"
+            f"{layer_idx}, got {cache}; build the cache as osdn.OSDNCache(model.config)"
         )
     return cache

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
+from transformers import GenerationMixin
 
 from osdn import OSDNConfig, OSDNForCausalLM
 from osdn.cli import COMMANDS, main
@@ -132,6 +133,31 @@ def test_generate_continues_the_prompt(capsys, checkpoint):
     assert out.rstrip("\n") == tokenizer.decode(ids[0], skip_special_tokens=True).rstrip("\n")
 
 
+def test_temperature_one_samples_from_the_models_own_distribution(
+    capsys, checkpoint, tmp_path, monkeypatch
+):
+    """From all tokens, whatever generation_config.json says."""
+    shutil.copytree(checkpoint, tmp_path / "steered")
+    path = tmp_path / "steered" / "generation_config.json"
+    steered = {"do_sample": True, "top_k": 1, "top_p": 0.1, "repetition_penalty": 3.0}
+    path.write_text(json.dumps(json.loads(path.read_text()) | steered))
+    model, tokenizer = load(tmp_path / "steered")
+    monkeypatch.setattr("osdn.generate.load", lambda _: (model, tokenizer))
+    made, generate = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda *x, **y: made.append(generate(*x, **y)))
+    options = ("--prompt", "a", "--temperature", 1, "--max-new-tokens", 40, "--seed", 5)
+    assert run(capsys, "generate", "m", *options)[0] == 0
+    ids = tokenizer("a", return_tensors="pt").input_ids.to(model.device)
+    ranks = []
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for _ in range(40):
+            p = model(ids).logits[:, -1].softmax(-1)
+            ids = torch.cat([ids, torch.multinomial(p, 1)], 1)
+            ranks.append((p > p[0, ids[0, -1]]).sum().item())
+    assert torch.equal(made[0], ids) and max(ranks) > 50
+
+
 def test_sampled_generation_repeats_with_its_seed(capsys, checkpoint):
     words = ("generate", checkpoint, "--prompt", "a", "--temperature", 1, "--max-new-tokens", 20)
     first, again, other = (run(capsys, *words, "--seed", seed)[1] for seed in (1, 1, 2))
@@ -192,6 +218,9 @@ def test_memory_does_not_grow_with_the_context(checkpoint):
 def test_demo_trains_both_and_draws(capsys, tmp_path, monkeypatch):
     short = {"examples": 32, "test_examples": 16, "epochs": 1, "processes": 1, "device": "cpu"}
     monkeypatch.setitem(mqar_demo.RECIPE, "train", short)
+    steps, make = [], GenerationMixin._get_logits_processor
+    monkeypatch.setattr(GenerationMixin, "_get_logits_processor",
+                        lambda *x, **y: steps.append(make(*x, **y)) or steps[-1])  # fmt: skip
     code, out, _ = run(capsys, "demo", "--out", tmp_path, *TINY)
     assert code == 0
     rows = re.findall(r"^\| (OSDN|DeltaNet) \| ([\d,]+) \| (\d\.\d+) \|", out, re.MULTILINE)
@@ -202,6 +231,7 @@ def test_demo_trains_both_and_draws(capsys, tmp_path, monkeypatch):
         assert plot.read_bytes().startswith(b"\x89PNG") and str(plot) in out
     assert re.search(r"delta_net \|.*\n.*osdn \|", out)  # the table of the recall comparison
     assert "def " in out
+    assert [type(step).__name__ for step in steps[0]] == ["TemperatureLogitsWarper"]  # no top-k
 
 
 def test_demo_shows_the_preconditioner_of_the_model(checkpoint):

@@ -2,13 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -17,9 +15,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-import osdn.model.modeling  # noqa: F401  registers the model class
-from osdn.data.hub import hub_is_reachable
 from osdn.errors import UserError
+from osdn.model.loading import fetch, load_weights
 from osdn.train.setup import make_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -105,16 +102,18 @@ class LanguageModel:
         verbosity = logging.get_verbosity()
         if self.limit is None:  # transformers warns past the trained length, which is no limit here
             logging.set_verbosity_error()
-        output = generate(
-            torch.tensor(rows, device=device),
-            attention_mask=torch.tensor(mask, device=device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=pad,
-            stopping_criteria=StoppingCriteriaList([_LineBreak(self.tokenizer, longest)]),
-        )
-        logging.set_verbosity(verbosity)
+        try:
+            output = generate(
+                torch.tensor(rows, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=pad,
+                stopping_criteria=StoppingCriteriaList([_LineBreak(self.tokenizer, longest)]),
+            )
+        finally:
+            logging.set_verbosity(verbosity)
         texts = self.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
         return [text.partition("\n")[0] for text in texts]
 
@@ -141,44 +140,21 @@ def load_model(
         tokenizer: a directory or name, where the model's own has none.
 
     Raises:
-        UserError: nothing there, no network, no tokenizer, a pickle, a vocabulary too small.
+        UserError: nothing there, no network, no tokenizer, a pickle, a vocabulary too small,
+            weights that are missing, damaged or of another shape.
     """
     place = make_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"--dtype: expected auto, {', '.join(DTYPES)}, got {dtype!r}")
     kind = DTYPES.get(dtype, torch.float32 if place.type == "cpu" else "auto")
-    model = _load(AutoModelForCausalLM, name, "model", "", dtype=kind, use_safetensors=True)
+    model: Any = load_weights(name, dtype=kind)
     words = tokenizer or name
     advice = "; give one with --tokenizer" if tokenizer is None else ""
-    loaded = _load(AutoTokenizer, words, "tokenizer", advice)
+    loaded = fetch(AutoTokenizer, words, "tokenizer", advice)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(loaded) > rows:
         raise UserError(
             f"--tokenizer: {words} has {len(loaded)} tokens, but {name} knows only {rows}; give "
             "the tokenizer that the model was trained with"
         )
-    return LanguageModel(name, model.eval().to(place), loaded)
-
-
-def _load(factory: Any, name: str, what: str, advice: str, **options: Any) -> Any:
-    """factory.from_pretrained(name), from disk or the cache, else from the hub if that answers."""
-    options["trust_remote_code"] = False
-    local = Path(name).is_dir()
-    try:
-        return factory.from_pretrained(name, local_files_only=True, **options)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        if local:
-            raise UserError(f"{name}: no {what} to load ({_line(error)}){advice}") from error
-    if not hub_is_reachable():
-        raise UserError(
-            f"{name}: no directory here and no {what} of that name in the local cache, and there "
-            "is no network to fetch it; connect, or give a checkpoint's directory"
-        )
-    try:
-        return factory.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{name}: cannot load the {what} ({_line(error)}){advice}") from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return LanguageModel(name, model.to(place), loaded)

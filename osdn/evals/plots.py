@@ -12,13 +12,19 @@ MARKERS, LINES = "osD^vP*X", ("-", "--", ":", "-.")  # told apart without colour
 DPI = 110
 
 
+def plain(text: Any) -> str:
+    """Text that matplotlib draws as it is: no formula between dollars, no label that it hides."""
+    shown = str(text).replace("$", r"\$")
+    return " " + shown if shown.startswith("_") else shown  # which a legend leaves out
+
+
 def draw_curves(axes: Axes, curves: dict[str, Any]) -> None:
     """One entry of a result's `curves`: a line a series, a band from low to high."""
     for i, (label, points) in enumerate(curves["series"].items()):
         x, y, low, high = zip(*points)
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        line = LINES[i % len(LINES)]
-        axes.plot(x, y, line, label=label, color=colour, marker=marker, markersize=5, linewidth=1.6)
+        line, name = LINES[i % len(LINES)], plain(label)
+        axes.plot(x, y, line, label=name, color=colour, marker=marker, markersize=5, linewidth=1.6)
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     if curves.get("log_x"):
         axes.set_xscale("log")
@@ -27,8 +33,8 @@ def draw_curves(axes: Axes, curves: dict[str, Any]) -> None:
         axes.set_xticks([], minor=True)
     if curves.get("log_y"):
         axes.set_yscale("log")
-    axes.set(xlabel=curves["x"], ylabel=curves["y"])
-    axes.set_title(curves["title"], fontsize=10)
+    axes.set(xlabel=plain(curves["x"]), ylabel=plain(curves["y"]))
+    axes.set_title(plain(curves["title"]), fontsize=10)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if len(curves["series"]) > 6:  # below, where it hides nothing
@@ -45,10 +51,10 @@ def draw_strip(axes: Axes, strip: dict[str, Any]) -> None:
         colour = COLOURS[i % len(COLOURS)]
         axes.plot(values, [i] * len(values), "o", color=colour, alpha=0.6, markersize=5)
         axes.plot([sum(values) / len(values)], [i], "|", color=colour, markersize=14, mew=2.5)
-    axes.set_yticks(range(len(strip["series"])), list(strip["series"]), fontsize=8)
+    axes.set_yticks(range(len(strip["series"])), [plain(x) for x in strip["series"]], fontsize=8)
     axes.invert_yaxis()
-    axes.set(xlabel=strip["x"], xlim=(-0.02, 1.02))
-    axes.set_title(strip["title"], fontsize=10)
+    axes.set(xlabel=plain(strip["x"]), xlim=(-0.02, 1.02))
+    axes.set_title(plain(strip["title"]), fontsize=10)
     axes.grid(axis="x", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -56,10 +62,10 @@ def draw_strip(axes: Axes, strip: dict[str, Any]) -> None:
 def draw_map(axes: Axes, grid: dict[str, Any]) -> None:
     """One entry of a result's `maps`: values in [0, 1] as colours, each also written out."""
     axes.imshow(grid["values"], vmin=0, vmax=1, cmap="cividis", aspect="auto")
-    axes.set_xticks(range(len(grid["columns"])), [str(x) for x in grid["columns"]])
-    axes.set_yticks(range(len(grid["rows"])), [str(x) for x in grid["rows"]])
-    axes.set(xlabel=grid["x"], ylabel=grid["y"])
-    axes.set_title(grid["title"], fontsize=10)
+    axes.set_xticks(range(len(grid["columns"])), [plain(x) for x in grid["columns"]])
+    axes.set_yticks(range(len(grid["rows"])), [plain(x) for x in grid["rows"]])
+    axes.set(xlabel=plain(grid["x"]), ylabel=plain(grid["y"]))
+    axes.set_title(plain(grid["title"]), fontsize=10)
     for i, row in enumerate(grid["values"]):
         for j, value in enumerate(row):
             ink = "black" if value > 0.6 else "white"

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +48,8 @@ def read_samples(name: str) -> list[dict[str, str]]:
     records = _hub(HUB_SETS[name]) if name in HUB_SETS else _jsonl(Path(name))
     samples = []
     for where, record in records:
-        if any(not isinstance(record.get(field), str) for field in ("text", "key", "value")):
+        fields = record if isinstance(record, dict) else {}
+        if any(not isinstance(fields.get(field), str) for field in ("text", "key", "value")):
             raise UserError(
                 f"{name}, {where}: expected the fields text, key and value with text in them, "
                 f"found {', '.join(record) if isinstance(record, dict) else type(record).__name__}"
@@ -68,12 +70,18 @@ def read_prompts(name: str, limit: int) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--data: cannot read {name}: {error}") from error
     records = _hub(HUB_SETS[name]) if name in HUB_SETS else _jsonl(path)
-    return [record["text"] for _, record in zip(range(limit), (r for _, r in records))]
+    texts = []
+    for where, record in islice(records, limit):
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            raise UserError(f"{name}, {where}: expected a field text with text in it")
+        texts.append(record["text"])
+    return texts
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # JSON may hold U+2028 and other separators as they are, where splitlines() would cut too.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"--data: cannot read {path}: {error}; give a .jsonl file with the fields text, key "

@@ -58,7 +58,7 @@ def capture(model: nn.Module, input_ids: Tensor) -> list[Activations]:
     The layer's input is caught on its way in; keys, values and gates are made by the layer's own
     parts in the model's precision, and d by the definition, in float64.
     """
-    layers = [module for module in model.modules() if isinstance(module, OSDN)]
+    layers = mixers(model)
     inputs: dict[nn.Module, Tensor] = {}
     hooks = [
         layer.register_forward_pre_hook(lambda module, given: inputs.update({module: given[0]}))
@@ -70,6 +70,11 @@ def capture(model: nn.Module, input_ids: Tensor) -> list[Activations]:
         for hook in hooks:
             hook.remove()
     return [activations(layer, inputs[layer]) for layer in layers]
+
+
+def mixers(model: nn.Module) -> list[OSDN]:
+    """The osdn and delta_net layers of a model, first to last."""
+    return [module for module in model.modules() if isinstance(module, OSDN)]
 
 
 def activations(layer: OSDN, hidden_states: Tensor) -> Activations:
@@ -91,7 +96,7 @@ def preconditioners(layer: OSDN, k: Tensor, beta: Tensor, log_gamma: Tensor | No
     """d_t [T, H, K] for t = 1..T, before token t's own update, by the reference's `adapt`."""
     options = {"beta_aware": False, "precond_min": None, "precond_max": None, **layer.rule}
     rule = Rule(scale=1.0, **options)
-    start = layer.initial_precond
+    start = layer.start_precond()
     d = torch.ones_like(k[0]) if start is None else start.detach().double()
     if rule.constant_precond(log_gamma is not None):
         return d.expand_as(k)
@@ -128,7 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def plan(args: argparse.Namespace, model: LanguageModel) -> tuple[dict[str, Any], list[dict]]:
     """(protocol, items) of this evaluation."""
-    if not any(isinstance(module, OSDN) for module in model.model.modules()):
+    if not mixers(model.model):
         raise UserError(
             f"{model.name}: the residual ratio needs osdn or delta_net layers, and this "
             f"{model.model.config.model_type} model has none"
@@ -164,19 +169,20 @@ def conclude(
     """The result: geometric means by layer and by relative position, for d and its shadows."""
     # [prompt, layer, shadow, position, measure]
     x = np.array([[list(one.values()) for one in record["layers"]] for record in records])
-    names, layers = list(SHADOWS), x.shape[1]
+    names = list(SHADOWS)
+    layers = [layer.layer_idx for layer in mixers(model.model)]  # attention layers count, too
     scores = [
         score(name, list(x[:, :, i, :, 0].mean((1, 2))), group="all layers", scale=math.exp)
         for i, name in enumerate(names)
     ]
     rows = []
-    for layer in range(layers):
-        means = x[:, layer].mean((0, 2))  # [shadow, measure]
-        ratios = [f"{math.exp(means[i, 0]):.3g}" for i in range(len(names))]
+    for i, layer in enumerate(layers):
+        means = x[:, i].mean((0, 2))  # [shadow, measure]
+        ratios = [f"{math.exp(value):.3g}" for value in means[:, 0]]
         rows.append([layer, *ratios, *(f"{value:.3f}" for value in means[0, 1:])])
     columns = ["layer", *(f"q, {name}" for name in names), "⟨d,s⟩", "β⟨d,s⟩", "share q > 1"]
     axes = {"x": "relative position", "y": "geometric mean of q", "log_y": True}
-    by_layer = {f"layer {layer}": _course(x[:, layer, 0, :, 0]) for layer in range(layers)}
+    by_layer = {f"layer {n}": _course(x[:, i, 0, :, 0]) for i, n in enumerate(layers)}
     by_shadow = {name: _course(x[:, :, i, :, 0].mean(1)) for i, name in enumerate(names)}
     return make_result(
         "residual-ratio",

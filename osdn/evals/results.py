@@ -84,9 +84,13 @@ def score(
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """A table of a result in Markdown."""
+    """A table of a result in Markdown; a cell's bars and line breaks end no cell and no row."""
+
+    def cell(x: Any) -> str:
+        return " ".join(str(x).splitlines()).replace("|", r"\|")
+
     lines = [table["columns"], ["---"] * len(table["columns"]), *table["rows"]]
-    return "\n".join("| " + " | ".join(str(x) for x in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
 
 
 def provenance() -> dict[str, Any]:

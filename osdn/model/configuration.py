@@ -12,6 +12,8 @@ from osdn.ops.validation import check_box_holds_one, check_rule
 MIXERS = ("osdn", "delta_net", "attention")
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "head_dim", "head_v_dim",
          "intermediate_size", "conv_size")  # fmt: skip
+FLAGS = ("beta_aware", "learn_initial_precond", "allow_neg_eigval", "use_output_gate",
+         "tie_word_embeddings", "use_cache")  # fmt: skip
 
 
 class OSDNConfig(PretrainedConfig):
@@ -86,6 +88,8 @@ class OSDNConfig(PretrainedConfig):
         for name in kwargs:
             if close := get_close_matches(name, fields, n=1, cutoff=0.75):
                 raise ValueError(f"{name}: OSDNConfig has no such field; did you mean {close[0]}?")
+        if not isinstance(self.mixer, str | list | tuple):  # which what comes next reads
+            raise ValueError(f"mixer: expected one of {MIXERS} or a list, got {self.mixer!r}")
         before = set(vars(self))
         super().__post_init__(**kwargs)
         unknown = sorted((set(vars(self)) - before) & set(kwargs))
@@ -104,12 +108,22 @@ class OSDNConfig(PretrainedConfig):
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
         for name in ("norm_eps", "rope_theta", "initializer_range", "eta"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
-        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+            if (
+                not isinstance(value, int | float)
+                or isinstance(value, bool)
+                or not 0 <= value < math.inf
+                or (name == "rope_theta" and value == 0)
+            ):
+                least = "above 0" if name == "rope_theta" else "of at least 0"
+                raise ValueError(f"{name}: expected a finite number {least}, got {value!r}")
+        for name in FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        pad = self.pad_token_id
+        if pad is not None and (type(pad) is not int or not 0 <= pad < self.vocab_size):
             raise ValueError(
-                f"pad_token_id: expected less than vocab_size = {self.vocab_size}, "
-                f"got {self.pad_token_id}"
+                f"pad_token_id: expected None, or an integer from 0 to less than vocab_size = "
+                f"{self.vocab_size}, got {pad!r}"
             )
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(

@@ -42,7 +42,15 @@ def linear_cross_entropy(
         num_items: divide by this instead (transformers' Trainer, over accumulated batches).
         z_loss: z_loss · Σ_t log² Z_t is added to the sum, Z_t = Σ_i exp(W h_t)_i, which keeps the
             logits from drifting together (PaLM, arXiv 2204.02311, section 5).
+
+    Raises:
+        ValueError: the weight is offloaded, so that there are no values to read.
     """
+    if weight.is_meta and not hidden.is_meta:
+        raise ValueError(
+            "lm_head: its weights are offloaded, and the loss in chunks reads them in place; give "
+            "it a device in device_map, or call model.eval() and ask for all logits"
+        )
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     total = _Summed.apply(hidden, weight, labels, z_loss, dtype, torch.is_grad_enabled())

@@ -19,10 +19,11 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import can_return_tuple
 
 from osdn.attention import Attention
-from osdn.layers import OSDN, SwiGLU
+from osdn.layers import OSDN, ForgettingGate, SwiGLU
 from osdn.model.cache import OSDNCache
 from osdn.model.configuration import OSDNConfig
 from osdn.model.loss import cross_entropy, linear_cross_entropy, next_token_labels
@@ -98,9 +99,13 @@ class OSDNPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Called by transformers for every module, children first; loaded weights stay."""
+        """Called by transformers for every module, children first; loaded weights stay.
+
+        It is not called for a module whose own parameters are all loaded, even where a child's are
+        not: so the gate is known by its type, and does not wait for its layer.
+        """
         super()._init_weights(module)
-        if isinstance(module, OSDN):
+        if isinstance(module, OSDN | ForgettingGate):
             module.reset_special_parameters()
 
 
@@ -142,7 +147,8 @@ class OSDNModel(OSDNPreTrainedModel):
             past_key_values: a cache to go on from, an OSDNCache(config) or transformers' own
                 DynamicCache(config=config).
             use_cache: keep and return a cache; None means config.use_cache outside training.
-            output_hidden_states: also return the input of every block and the final result.
+            output_hidden_states: also return the input of every block and the final result; None
+                means config.output_hidden_states.
             cu_seqlens: [N + 1] offsets of sequences packed along T; B must be 1.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -150,6 +156,8 @@ class OSDNModel(OSDNPreTrainedModel):
         hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and cu_seqlens is None
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if self.gradient_checkpointing and self.training:
             use_cache = False
             if past_key_values is not None:
@@ -257,7 +265,10 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         if labels is None or not self.training:
             logits = self.lm_head(hidden_states[:, -logits_to_keep:])
         if labels is not None:
-            targets = next_token_labels(labels, cu_seqlens).flatten()
+            device = hidden_states.device if logits is None else logits.device
+            targets = next_token_labels(labels, cu_seqlens).flatten().to(device)
+            if isinstance(num_items_in_batch, Tensor):
+                num_items_in_batch = num_items_in_batch.to(device)
             if logits is not None and logits.shape[:2] == labels.shape:
                 loss = cross_entropy(logits.flatten(0, 1), targets, num_items_in_batch)
             else:
@@ -274,3 +285,5 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
 AutoConfig.register(OSDNConfig.model_type, OSDNConfig)
 AutoModel.register(OSDNConfig, OSDNModel)
 AutoModelForCausalLM.register(OSDNConfig, OSDNForCausalLM)
+# transformers' Trainer shifts the labels that it smooths for the classes named here alone.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[OSDNConfig.model_type] = OSDNForCausalLM.__name__

@@ -53,15 +53,32 @@ def _groups(layout: Layout, device: torch.device, width: int) -> list[Group]:
 @contextmanager
 def _exactly(device: torch.device) -> Iterator[None]:
     """No autograd, no autocast and no tf32 inside: every product in the tensors' own dtype."""
-    tf32 = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        if tf32:
-            torch.backends.cuda.matmul.allow_tf32 = False
-        try:
+        if device.type == "cuda":
+            with _no_tf32():
+                yield
+        else:
             yield
-        finally:
-            if tf32:
-                torch.backends.cuda.matmul.allow_tf32 = True
+
+
+@contextmanager
+def _no_tf32() -> Iterator[None]:
+    """By the setting that the user took: PyTorch refuses to read the other one after that."""
+    settings, name = torch.backends.cuda.matmul, "allow_tf32"
+    off: bool | str = False
+    try:
+        before = getattr(settings, name)
+    except RuntimeError:  # fp32_precision was set, which PyTorch has from 2.9 on
+        name, off = "fp32_precision", "ieee"
+        before = getattr(settings, name)
+    if before in (False, "ieee", "none"):
+        yield
+        return
+    setattr(settings, name, off)
+    try:
+        yield
+    finally:
+        setattr(settings, name, before)
 
 
 def _pair(layout: Layout, k: Tensor, q: Tensor, i: int, j: int, dtype: torch.dtype) -> Tensor:
@@ -245,4 +262,4 @@ def step(
             d.addcmul_(x, z, value=rule.eta)
             if rule.precond_min is not None:
                 d.clamp_(rule.precond_min, rule.precond_max)
-        return o.view(*state.shape[:2], -1).to(dtype)
+        return o.view(*state.shape[:2], v.shape[-1]).to(dtype)

@@ -49,7 +49,7 @@ def forward(
     """(o, final_state, final_precond, [e]): the recurrence over every sequence."""
     tensors = (q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
     saved = saved_like(*tensors, rule, save)
-    o = torch.empty(v.shape, dtype=beta.dtype)
+    o = v.new_empty(v.shape, dtype=beta.dtype)
     final_state, final_precond = _copied(initial_state), _copied(initial_precond)
     _forward(*tensors[:5], cu_seqlens, rule, (o, *saved, final_state, final_precond))
     return o.to(v.dtype), final_state, final_precond, saved
@@ -89,7 +89,7 @@ def backward(
     """[dq, dk, dv, dbeta, dinitial_state, dinitial_precond] and dlog_gamma, if that was given."""
     log_gammas = beta.new_empty(0) if log_gamma is None else log_gamma
     given = (do, q, k, beta, log_gammas, initial_state, initial_precond)
-    out = [torch.empty(x.shape, dtype=beta.dtype) for x in (q, k, v, beta, log_gammas)]
+    out = [x.new_empty(x.shape, dtype=beta.dtype) for x in (q, k, v, beta, log_gammas)]
     dq, dk, dv, dbeta, dlog_gamma = out
     dstate, dprecond = _copied(dfinal_state), _copied(dfinal_precond)
     out += [dstate, dprecond]
@@ -111,7 +111,7 @@ def step(
     rule: Rule,
 ) -> Tensor:
     """o [B, H, V] for one token; state [B, H, K, V] and precond [B, H, K] change in place."""
-    o = torch.empty(v.shape, dtype=beta.dtype)
+    o = v.new_empty(v.shape, dtype=beta.dtype)
     out = (o, beta.new_empty(0), state, precond)
     _forward(q, k, v[:, None], beta, log_gamma, None, rule, out)
     torch.autograd.graph.increment_version((state, precond))  # numpy wrote to them, unseen
@@ -129,7 +129,7 @@ def _forward(q, k, v, beta, log_gamma, cu_seqlens, rule: Rule, out) -> None:
 
 def _copied(x: Tensor) -> Tensor:
     """A contiguous copy, made by this thread."""
-    copy = torch.empty(x.shape, dtype=x.dtype)
+    copy = x.new_empty(x.shape)
     np.copyto(copy.numpy(), x.detach().numpy())
     return copy
 

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from osdn.ops.interface import HAS_TRITON
-from osdn.ops.registration import dispatched
+from osdn.ops.registration import dispatched, once
 
 L2_EPS = 1e-6
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -133,11 +132,12 @@ class _Eager(torch.autograd.Function):
         return _module(inputs[0]).forward(*inputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *cu_seqlens = ctx.saved_tensors
         given = (x, weight, cu_seqlens[0] if cu_seqlens else None, ctx.head_dim)
-        return *_module(x).backward(dy, *given), None, None
+        with torch.no_grad():
+            dx, dweight = _module(x).backward(dy, *given)
+        return once("short_convolution", ctx, (dy,), (dx, dweight, None, None))
 
 
 @torch.library.custom_op("osdn::short_convolution", mutates_args=())

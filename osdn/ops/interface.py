@@ -12,7 +12,6 @@ from osdn.ops import reference
 from osdn.ops.registration import dispatched, register
 from osdn.ops.rule import Rule
 from osdn.ops.validation import (
-    check_cu_seqlens,
     check_kinds,
     check_rule,
     check_shapes,
@@ -77,7 +76,8 @@ def online_scaled_delta_rule(
         initial_precond: [N, H, K], or [H, K] for all sequences; None means ones.
         output_final_state: also return the memory and the preconditioner after the last token.
         cu_seqlens: [N + 1] int32 or int64 offsets of sequences packed along T; B must be 1.
-            0 = cu_seqlens[0] < ... < cu_seqlens[N] = T. Not looked at under torch.compile.
+            0 = cu_seqlens[0] < ... < cu_seqlens[N] = T. Looked at once, until it is changed in
+            place; not under torch.compile, nor while a CUDA graph is captured or replayed.
         backend: "auto" (triton for CUDA tensors of at most 32 bits with K and V ≤ 256, numba for
             CPU tensors where it is installed, else chunkwise), "reference", "chunkwise", "numba"
             or "triton".
@@ -89,8 +89,11 @@ def online_scaled_delta_rule(
     Padding: a token with k = 0, beta = 0 and log_gamma = 0 changes neither S nor d (its clip moves
     a d that starts outside the box, as any token's does).
 
-    A NaN or an infinity in a token reaches the later tokens of its head. With chunkwise it also
-    reaches the earlier ones of its chunk of up to 32 tokens: 0 times NaN is NaN in its products.
+    A NaN or an infinity in a token reaches the later tokens of its head. With chunkwise and triton
+    it also reaches the earlier ones of its chunk of up to 32 and 64 tokens: 0 times NaN is NaN in
+    their products. log γ = −∞ is no such infinity: it is γ = 0.
+
+    Second derivatives are an error but with the reference.
 
     Raises:
         ValueError: a wrong shape, dtype, device, option or backend; the message names the
@@ -105,9 +108,7 @@ def online_scaled_delta_rule(
     q, k, v = _autocast(q, k, v)
     check_tensors(q=q, k=k, v=v, beta=beta, **optional)
     sequences = check_shapes(q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, q)
-    check_rule(eta, precond_min, precond_max)
+    check_rule(eta, precond_min, precond_max, beta_aware)
     backend = _choose(backend, q, v)
 
     (H, K), V = q.shape[2:], v.shape[-1]
@@ -159,8 +160,8 @@ def online_scaled_delta_step(
         precond: [B, H, K], likewise.
         slots: [B] int32 or int64, where sequence i keeps its memory in a pool: state [P, H, K, V]
             and precond [P, H, K] are read and written at slots[i], and nowhere else. Distinct and
-            less than P (a GPU kernel does not look), or negative for an empty place, whose o is of
-            no use. None: sequence i is at i.
+            less than P (nobody looks on a GPU), or negative for an empty place, whose o is of no
+            use. None: sequence i is at i.
         eta, beta_aware, precond_min, precond_max, scale, backend: as in the rule.
 
     Returns:
@@ -176,7 +177,7 @@ def online_scaled_delta_step(
     q, k, v = _autocast(q, k, v)
     check_tensors(q=q, k=k, v=v, beta=beta, log_gamma=log_gamma, state=state, precond=precond)
     check_step_shapes(q, k, v, beta, log_gamma, state, precond, slots)
-    check_rule(eta, precond_min, precond_max)
+    check_rule(eta, precond_min, precond_max, beta_aware)
     backend = _choose(backend, q, v)
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     for name, x in (("state", state), ("precond", precond)):

@@ -17,14 +17,13 @@ No output may alias an input. `register` is all there is to adding one; its modu
 the first call, so that a backend's dependencies (numba, Triton) cost nothing until then.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.library import CustomOpDef
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -63,7 +62,7 @@ def register(name: str, module_name: str) -> Backend:
         lambda ctx, *gradients: differentiate(ctx, *gradients[:3]),
         setup_context=lambda ctx, inputs, output: _keep(ctx, inputs, output[3]),
     )
-    return Backend(rule, _eager_rule(module), *_step(name, module))
+    return Backend(rule, _eager_rule(name, module), *_step(name, module))
 
 
 def _rule(name: str, module: Module) -> CustomOpDef:
@@ -166,8 +165,37 @@ def _step(name: str, module: Module) -> tuple[CustomOpDef, Callable[..., Tensor]
     return step, step_op
 
 
-def _eager_rule(module: Module) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+class _Once(torch.autograd.Function):
+    """Gradients as they are, in a graph that leads to what they depend on by way of an error."""
+
+    @staticmethod
+    def forward(ctx: Any, what: str, count: int, *tensors: Tensor | None) -> tuple:
+        ctx.what = what
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> tuple:
+        raise RuntimeError(f"{ctx.what} can be differentiated once, not twice")
+
+
+def once(
+    what: str, ctx: Any, cotangents: Sequence[Tensor | None], gradients: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """What the backward of `what` returns, so that to differentiate it again is an error.
+
+    PyTorch's once_differentiable leaves it without a graph where no cotangent needs a gradient, as
+    a sum's does not, and where only an input is asked for: second derivatives come out as zeros.
+    """
+    if not torch.is_grad_enabled():  # nobody asked for create_graph
+        return gradients
+    depends_on = (*ctx.saved_tensors, *cotangents)
+    return _Once.apply(what, len(gradients), *gradients, *depends_on)
+
+
+def _eager_rule(name: str, module: Module) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """The rule and its backward as a plain autograd function over the module's."""
+
+    what = f"online_scaled_delta_rule: backend={name!r}, unlike 'reference',"
 
     def run_backward(*arguments: Any) -> list[Tensor]:
         return module().backward(*arguments[:-5], Rule(*arguments[-5:]))
@@ -180,9 +208,10 @@ def _eager_rule(module: Module) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
             return results[0], results[1], results[2]
 
         @staticmethod
-        @once_differentiable
         def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-            return _differentiate(run_backward, ctx, *gradients)
+            with torch.no_grad():
+                found = _differentiate(run_backward, ctx, *gradients)
+            return once(what, ctx, gradients, found)
 
     return EagerRule.apply
 

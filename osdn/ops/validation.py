@@ -1,10 +1,11 @@
 """What the front door refuses, and how it says so: the argument, what was expected, what came."""
 
 from itertools import pairwise
-from math import isfinite
+from math import inf
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 _last_checked: tuple[Tensor, int, int] | None = None
@@ -33,8 +34,8 @@ def check_kinds(
             )
     for name, value in numbers.items():
         if (value is not None or name == "eta") and (
-            not isinstance(value, int | float) or not isfinite(value)
-        ):
+            not isinstance(value, int | float) or not -inf < value < inf
+        ):  # compared, since math.isfinite takes no number that torch.compile traces
             raise ValueError(f"{name}: expected a finite number, got {value!r}")
 
 
@@ -67,16 +68,7 @@ def check_shapes(
     (B, T, H, K), V = q.shape, v.shape[-1]
     N = B
     if cu_seqlens is not None:
-        if not isinstance(cu_seqlens, Tensor):
-            raise ValueError(f"cu_seqlens: expected a tensor, got {type(cu_seqlens).__name__}")
-        if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
-            raise ValueError(
-                f"cu_seqlens: expected N + 1 offsets in a vector, got {tuple(cu_seqlens.shape)}"
-            )
-        if B != 1:
-            raise ValueError(
-                f"q: expected B = 1 with cu_seqlens, got B = {B}; pack along T instead"
-            )
+        check_cu_seqlens(cu_seqlens, q)
         N = cu_seqlens.numel() - 1
     _expect("k", k, (B, T, H, K), "like q")
     _expect("v", v, (B, T, H, V), "[B, T, H, V]")
@@ -111,33 +103,68 @@ def check_step_shapes(
     _expect("beta", beta, (B, H), "[B, H]")
     if log_gamma is not None:
         _expect("log_gamma", log_gamma, (B, H), "[B, H]")
-    P, kept = (B, "B") if slots is None else (state.shape[0], "P")
+    P, kept = B, "B"
+    if slots is not None:
+        _expect_sizes("state", state, ("P", "H", "K", "V"))
+        P, kept = state.shape[0], "P"
+        _check_slots(slots, q, P)
     _expect("state", state, (P, H, K, V), f"[{kept}, H, K, V]")
     _expect("precond", precond, (P, H, K), f"[{kept}, H, K]")
-    if slots is not None:
-        _expect("slots", slots, (B,), "[B]")
-        if slots.dtype not in (torch.int32, torch.int64) or slots.device != q.device:
-            raise ValueError(
-                f"slots: expected int32 or int64 on {q.device} like q, got {slots.dtype} on "
-                f"{slots.device}"
-            )
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
-    """Offsets from 0 to T, strictly increasing, on q's device.
+def _check_slots(slots: Tensor, q: Tensor, P: int) -> None:
+    """[B] integers on q's device; less than P, where a look costs no synchronisation."""
+    if not isinstance(slots, Tensor):
+        raise ValueError(f"slots: expected a tensor, got {type(slots).__name__}")
+    _expect("slots", slots, (len(q),), "[B]")
+    if slots.dtype not in (torch.int32, torch.int64) or slots.device != q.device:
+        raise ValueError(
+            f"slots: expected int32 or int64 on {q.device} like q, got {slots.dtype} on "
+            f"{slots.device}"
+        )
+    if slots.device.type == "cpu" and _has_values(slots) and (most := int(slots.max())) >= P:
+        raise ValueError(f"slots: expected places less than P = {P} of the pool, got {most}")
+
+
+def capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, on x's kind of device."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _has_values(x: Tensor) -> bool:
+    """Whether they can be read: not while a graph is made, nor of a tensor that has none."""
+    shape_alone = torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor)
+    return not (shape_alone or capturing(x))
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, name: str = "q") -> None:
+    """Offsets from 0 to T, strictly increasing, on the device of x [1, T, ...], called `name`.
 
     Reading them costs a synchronisation on a GPU, so each tensor is read once, however many layers
-    are handed it; inside torch.compile they are not read at all.
+    are handed it, until it is changed in place. They are not read at all inside torch.compile, of
+    tensors without values, and while a CUDA graph is captured: what is in them when that is
+    replayed, nobody has checked.
     """
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens: expected a tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(
+            f"cu_seqlens: expected N + 1 offsets in a vector, got {tuple(cu_seqlens.shape)}"
+        )
+    B, T = x.shape[:2]
+    if B != 1:
+        raise ValueError(
+            f"{name}: expected B = 1 with cu_seqlens, got B = {B}; pack along T instead"
+        )
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens: expected int32 or int64, got {cu_seqlens.dtype}")
-    if cu_seqlens.device != q.device:
+    if cu_seqlens.device != x.device:
         raise ValueError(
-            f"cu_seqlens: expected a tensor on {q.device} like q, got one on {cu_seqlens.device}"
+            f"cu_seqlens: expected a tensor on {x.device} like {name}, got one on "
+            f"{cu_seqlens.device}"
         )
-    if torch.compiler.is_compiling():
+    if not _has_values(cu_seqlens):
         return
-    T = q.shape[1]
     global _last_checked
     known = _last_checked
     version = 0 if cu_seqlens.is_inference() else cu_seqlens._version
@@ -167,8 +194,12 @@ def check_box_holds_one(precond_min: float | None, precond_max: float | None) ->
         )
 
 
-def check_rule(eta: float, precond_min: float | None, precond_max: float | None) -> None:
-    """η in [0, 2]; both bounds or neither, in order."""
+def check_rule(
+    eta: float, precond_min: float | None, precond_max: float | None, beta_aware: bool = False
+) -> None:
+    """η in [0, 2]; both bounds or neither, in order; beta_aware a bool."""
+    if not isinstance(beta_aware, bool):
+        raise ValueError(f"beta_aware: expected True or False, got {beta_aware!r}")
     if not 0 <= eta <= 2:
         raise ValueError(f"eta: expected a step size in [0, 2], got {eta}")
     if (precond_min is None) != (precond_max is None):

@@ -97,16 +97,16 @@ class RaggedLayout(Layout):
     def __init__(self, cu_seqlens: Tensor, T: int, H: int) -> None:
         self.T, self.H, self.C = T, H, chunk_size(T // (len(cu_seqlens) - 1))
         device, C = cu_seqlens.device, self.C
-        offsets = cu_seqlens.cpu().long()
+        offsets = cu_seqlens.cpu().long()  # all here is made there, whatever the default device
         lengths = offsets.diff()
         order = lengths.argsort(descending=True, stable=True)
         chunks = (lengths[order] + C - 1) // C
-        steps = torch.arange(int(chunks[0]))
+        steps = torch.arange(int(chunks[0]), device="cpu")
         active = len(chunks) - torch.searchsorted(chunks.flip(0), steps, right=True)
         first = active.cumsum(0) - active
         step = steps.repeat_interleave(active)
-        rank = torch.arange(len(step)) - first[step]
-        token = (offsets[order][rank] + C * step)[:, None] + torch.arange(C)
+        rank = torch.arange(len(step), device="cpu") - first[step]
+        token = (offsets[order][rank] + C * step)[:, None] + torch.arange(C, device="cpu")
         real = token < offsets[order + 1][rank][:, None]
         slots = real.flatten().nonzero()[:, 0]
 

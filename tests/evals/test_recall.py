@@ -176,7 +176,7 @@ def test_the_command_counts_answers_and_guesses(built, checkpoint, tmp_path, mon
 
 def test_errors_are_one_line(tmp_path, checkpoint, llama, built, monkeypatch, capsys):
     monkeypatch.setattr(recall_data, "hub_is_reachable", lambda: False)
-    monkeypatch.setattr("osdn.evals.models.hub_is_reachable", lambda: False)
+    monkeypatch.setattr("osdn.model.loading.hub_is_reachable", lambda: False)
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
     wrong = tmp_path / "wrong.jsonl"
@@ -202,6 +202,26 @@ def test_errors_are_one_line(tmp_path, checkpoint, llama, built, monkeypatch, ca
         assert main(command) == 1, arguments
         error = capsys.readouterr().err
         assert message in error and error.strip().count("\n") == 0, error
+
+
+def test_a_line_of_a_set_ends_at_a_line_feed_alone(tmp_path):
+    """U+2028 and its like stand in JSON strings as they are."""
+    path = tmp_path / "set.jsonl"
+    record = {"text": "one\u2028two\x85three\x1cfour", "key": "a", "value": "two"}
+    path.write_text((json.dumps(record, ensure_ascii=False) + "\r\n") * 2, encoding="utf-8")
+    assert recall_data.read_samples(str(path)) == [record] * 2
+    assert recall_data.read_prompts(str(path), 1) == [record["text"]]
+
+
+@pytest.mark.parametrize("line", ['{"key": "a"}', '{"text": 3}', "[]"])
+def test_a_record_without_a_text_is_named(tmp_path, line):
+    path = tmp_path / "set.jsonl"
+    path.write_text('{"text": "a", "key": "b", "value": "cd"}\n' + line + "\n")
+    with pytest.raises(UserError, match="line 2: expected a field text"):
+        recall_data.read_prompts(str(path), 5)
+    with pytest.raises(UserError, match="line 2: expected the fields text"):
+        recall_data.read_samples(str(path))
+    assert recall_data.read_prompts(str(path), 1) == ["a"]
 
 
 def test_an_index_with_nothing_to_ask_says_so():

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import osdn.layers
+from osdn import OSDNConfig, OSDNForCausalLM
 from osdn.cli import main
+from osdn.data import byte_tokenizer
 from osdn.evals.residual_ratio import POSITIONS, SHADOWS, activations, capture, summarise_layer
 from osdn.layers import OSDN
 from osdn.ops import online_scaled_delta_rule, reference
@@ -64,6 +66,31 @@ def test_the_preconditioner_moves_in_osdn_layers_alone(layers):
     adaptive, plain = layers[1]
     assert (adaptive.precond - 1).abs().max() > 0.01
     assert (plain.precond == 1).all()
+
+
+def test_d_starts_in_its_box_as_in_the_layer():
+    """A learned d_1 may lie outside; the layer puts it into the box before the first write."""
+    layer = OSDN(8, 2, precond_min=0.9, precond_max=1.1).double()
+    with torch.no_grad():
+        layer.initial_precond.copy_(torch.tensor([0.2, 1.0, 1.05, 3.0]).expand(2, 4))
+    found = activations(layer, torch.randn(1, 12, 8, dtype=torch.float64)).precond[0]
+    torch.testing.assert_close(found[0], torch.tensor([0.9, 1.0, 1.05, 1.1]).double())
+
+
+def test_layers_of_a_hybrid_have_their_numbers_in_the_model(tmp_path):
+    torch.manual_seed(0)
+    mixer = ["attention", "osdn", "attention", "delta_net"]
+    sizes = {"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 4, "intermediate_size": 16}
+    config = OSDNConfig(**sizes, vocab_size=258, mixer=mixer, bos_token_id=256)
+    OSDNForCausalLM(config).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "prompt.txt").write_text("some words " * 4)
+    places = ["--data", str(tmp_path / "prompt.txt"), "--out", str(tmp_path / "out")]
+    command = ["eval", "residual-ratio", str(tmp_path / "model"), *places, "--device", "cpu"]
+    assert main(command) == 0
+    result = json.loads(next((tmp_path / "out").rglob("result.json")).read_text())
+    assert [row[0] for row in result["tables"][0]["rows"]] == [1, 3]
+    assert list(result["curves"][0]["series"]) == ["layer 1", "layer 3"]
 
 
 def test_shadows_by_hand():

@@ -235,7 +235,7 @@ def test_wrong_calls_are_named():
         layer(x, attention_mask=torch.ones(2, T - 1))
     with pytest.raises(ValueError, match="num_heads"):
         OSDN(D, 5)
-    with pytest.raises(ValueError, match="DynamicCache"):
+    with pytest.raises(ValueError, match=r"osdn\.OSDNCache\(model\.config\)"):
         layer(x, past_key_values=DynamicCache(), use_cache=True)
     config = OSDNConfig(hidden_size=D, num_heads=H, num_hidden_layers=1)
     with pytest.raises(ValueError, match="pack or decode"):

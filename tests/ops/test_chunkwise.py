@@ -155,6 +155,26 @@ def test_autocast_does_not_reach_inside():
         assert torch.equal(got[name], y.to(got[name].dtype)), name
 
 
+@pytest.fixture
+def tf32_settings():
+    """PyTorch's, as they were before: the older one sets both."""
+    yield torch.backends.cuda.matmul
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize(
+    "name, on, off", [("allow_tf32", True, False), ("fp32_precision", "tf32", "ieee")]
+)
+def test_tf32_is_off_inside_and_as_before_after(tf32_settings, name, on, off):
+    if not hasattr(tf32_settings, name):
+        pytest.skip("PyTorch has this setting from 2.9 on")
+    for value in (on, off):
+        setattr(tf32_settings, name, value)
+        with chunkwise._exactly(torch.device("cuda")):
+            assert getattr(tf32_settings, name) == off
+        assert getattr(tf32_settings, name) == value
+
+
 class LargestTensor(TorchDispatchMode):
     """The number of elements of the largest storage that any operation inside returned."""
 

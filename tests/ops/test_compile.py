@@ -94,6 +94,18 @@ def test_inductor():
         assert_close(a, b, 1e-6)
 
 
+def test_numbers_that_a_graph_does_not_fix():
+    """With dynamic=True a second η or scale makes them symbols, which the front door checks."""
+    x = detached(make_inputs(**SIZES))
+
+    def rule(eta, scale):
+        return online_scaled_delta_rule(**x, eta=eta, scale=scale, backend="chunkwise")[0]
+
+    compiled = torch.compile(rule, fullgraph=True, dynamic=True, backend="eager")
+    for numbers in ((1.0, 0.5), (0.7, 0.3), (0.9, 0.2)):
+        assert torch.equal(compiled(*numbers), rule(*numbers))
+
+
 def test_compiled_step(fast_backend):
     """In one graph, in place on both states."""
 

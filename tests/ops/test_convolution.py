@@ -122,6 +122,14 @@ def test_compiled_is_eager():
         assert torch.equal(compiled[name], value), name
 
 
+@pytest.mark.parametrize("f", [torch.sum, lambda y: y.square().sum()], ids=["linear", "square"])
+def test_second_derivatives_are_refused(f):
+    """A linear function's gradient has no graph of its own, and 0 would come out of that."""
+    x, weight, _ = make(1, 6, 4, 3)
+    with pytest.raises(RuntimeError, match="short_convolution can be differentiated once"):
+        torch.autograd.functional.hessian(lambda x: f(short_convolution(x, weight)), x)
+
+
 def test_opcheck():
     x, weight, _ = make(1, 6, 4, 3, torch.float32)
     x.requires_grad_(), weight.requires_grad_()

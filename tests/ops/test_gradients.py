@@ -7,7 +7,7 @@ import torch
 
 from osdn.ops import online_scaled_delta_rule
 from tests.numerics import assert_close, make_inputs
-from tests.ops.running import BOX, assert_all_close, everything, outputs
+from tests.ops.running import BOX, assert_all_close, detached, everything, outputs
 
 LENGTHS = (1, 63, 64, 65, 100, 1000)
 RULES = {"free": {"eta": 0.9}, "box": BOX, "aware box": {"beta_aware": True, **BOX}}
@@ -136,6 +136,38 @@ def test_a_constant_preconditioner_has_its_gradient(fast_backend, eta):
     x = make_inputs(2, 130, 2, 5, 7, gamma=False)
     got, want = (everything(x, b, eta=eta) for b in (fast_backend, "reference"))
     assert_all_close(got, want, 1e-10)
+
+
+def test_second_derivatives(backend):
+    """The definition has them; a fast backend says that it has none, which 0 would hide."""
+    x = detached(make_inputs(1, 4, 1, 3, 2))
+    v = x.pop("v")
+
+    def loss(v):
+        return online_scaled_delta_rule(v=v, **x, backend=backend)[0].square().sum()
+
+    def linear(v):
+        return online_scaled_delta_rule(v=v, **x, backend=backend)[0].sum()
+
+    if backend == "reference":
+        hessian = torch.autograd.functional.hessian(loss, v).view(v.numel(), -1)
+        f = [loss(w).item() for w in (v, v + 1, v - 1)]  # a quadratic in v
+        assert hessian.sum().item() == pytest.approx(f[1] + f[2] - 2 * f[0])
+        return
+    for f in (loss, linear):
+        with pytest.raises(RuntimeError, match=f"'{backend}', .* can be differentiated once"):
+            torch.autograd.functional.hessian(f, v)
+
+
+def test_a_first_derivative_with_a_graph(fast_backend):
+    """create_graph alone is no second derivative."""
+    x = make_inputs(1, 4, 1, 3, 2)
+    loss = online_scaled_delta_rule(**x, backend=fast_backend)[0].sum()
+    plain, kept = (
+        torch.autograd.grad(loss, list(x.values()), retain_graph=True, create_graph=create)
+        for create in (False, True)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(plain, kept))
 
 
 def test_layouts_other_than_contiguous(fast_backend):

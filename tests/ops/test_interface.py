@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from osdn.ops import online_scaled_delta_rule
 from osdn.ops.interface import HAS_NUMBA
@@ -62,6 +63,7 @@ REFUSED = {
         {"beta": torch.zeros(2, 5, 3, device="meta")},
         "beta: expected a tensor on cpu like q, got one on meta",
     ),
+    "beta_aware": ({"beta_aware": "no"}, "beta_aware: expected True or False, got 'no'"),
     "eta below": ({"eta": -0.1}, "eta: expected a step size in [0, 2], got -0.1"),
     "eta above": ({"eta": 2.5}, "eta: expected a step size in [0, 2], got 2.5"),
     "eta nan": ({"eta": float("nan")}, "eta: expected a finite number, got nan"),
@@ -158,6 +160,32 @@ def test_meta_tensors_give_shapes():
     o, S, d = online_scaled_delta_rule(**meta, output_final_state=True)
     assert (o.shape, S.shape, d.shape) == ((2, 5, 3, 6), (2, 3, 4, 6), (2, 3, 4))
     assert o.device.type == "meta"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_default_device_is_not_asked(backend, packed):
+    x = make_inputs(1, 70, 2, 5, 7, sequences=2 if packed else 1, dtype=torch.float32)
+    options = {"cu_seqlens": torch.tensor([0, 33, 70]) if packed else None}
+    want = {name: y.detach() for name, y in outputs(x, backend, **options).items()}
+    torch.set_default_device("meta")
+    try:
+        if packed:  # another tensor: nothing is remembered of it
+            options["cu_seqlens"] = options["cu_seqlens"].clone()
+        got = outputs(x, backend, **options)
+        gradient = torch.autograd.grad(got["o"].sum(), x["k"])[0]
+    finally:
+        torch.set_default_device(None)
+    assert all(torch.equal(got[name], y) for name, y in want.items())
+    assert gradient.device.type == "cpu"
+
+
+@pytest.mark.parametrize("device", ["meta", "fake"])
+def test_offsets_without_values_give_shapes(device):
+    with FakeTensorMode() if device == "fake" else torch.device("meta"):
+        call = packed(0, 2, 5)
+        call = {name: y.clone() for name, y in call.items()}
+        o, S, _ = online_scaled_delta_rule(**call, output_final_state=True, backend="chunkwise")
+    assert (o.shape, S.shape) == ((1, 5, 3, 6), (2, 3, 4, 6))
 
 
 def test_inference_mode(backend):

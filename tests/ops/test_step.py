@@ -76,14 +76,15 @@ def test_slots_of_a_pool(backend):
     assert torch.equal(state[1:4], pool[1:4]) and torch.equal(precond[1:4], preconds[1:4])
 
 
-@pytest.mark.parametrize("slots", [torch.zeros(2), torch.zeros(3, dtype=torch.int64)])
-def test_slots_that_do_not_fit(slots):
-    x = detached(make_inputs(2, 1, 1, 4, 4))
+def test_a_pool_with_every_place_empty(backend):
+    x = detached(make_inputs(1, 1, 2, 4, 6))
     token = [x[name][:, 0] for name in ("q", "k", "v", "beta", "log_gamma")]
-    with pytest.raises(ValueError, match="slots: expected"):
-        online_scaled_delta_step(
-            *token, state=x["initial_state"], precond=x["initial_precond"], slots=slots
-        )
+    state, precond = (x[name].clone() for name in ("initial_state", "initial_precond"))
+    o, *_ = online_scaled_delta_step(
+        *token, state=state, precond=precond, slots=torch.tensor([-1]), backend=backend
+    )
+    assert o.shape == (1, 2, 6)
+    assert torch.equal(state, x["initial_state"]) and torch.equal(precond, x["initial_precond"])
 
 
 def zeros(*shape: int) -> torch.Tensor:
@@ -111,6 +112,21 @@ REFUSED_STEP = {
     ),
     "layout": ({"state": zeros(2, 3, 6, 4).mT}, "with strides (72, 24, 1, 4)"),
     "gradient": ({"k": zeros(2, 3, 4).requires_grad_()}, "expected tensors that need no gradient"),
+    "aware": ({"beta_aware": 1}, "beta_aware: expected True or False, got 1"),
+    "slots kind": ({"slots": [0, 1]}, "slots: expected a tensor, got list"),
+    "slots dtype": ({"slots": zeros(2)}, "slots: expected int32 or int64 on cpu like q"),
+    "slots shape": (
+        {"slots": torch.tensor([0, 1, 1])},
+        "slots: expected shape (2,) ([B]), got (3,",
+    ),
+    "slots place": (
+        {"slots": torch.tensor([-1, 2])},
+        "slots: expected places less than P = 2 of the pool, got 2",
+    ),
+    "slots pool": (
+        {"slots": torch.tensor([0, 1]), "state": torch.tensor(0.0)},
+        "state: expected 4 dimensions [P, H, K, V], got shape ()",
+    ),
     "eta": ({"eta": 3.0}, "eta: expected a step size in [0, 2], got 3.0"),
 }
 

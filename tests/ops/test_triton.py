@@ -20,40 +20,9 @@ from osdn.ops.triton.chunks import CHUNK, count_segments, cut
 from osdn.ops.triton.precond_segments import join
 from tests.numerics import assert_close, make_inputs, relative_error
 from tests.ops.running import detached, everything
+from tests.ops.running_triton import DEVICE, check, on_device, poisoned_memory  # noqa: F401
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOX = {"precond_min": 0.9, "precond_max": 1.05}
-# What the kernels round besides the plain backend: their dots' operands are in the inputs' dtype.
-FLOOR = {torch.float32: 5e-6, torch.float16: 1.5e-3}
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """torch.empty gives NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
-def on_device(inputs: dict) -> dict:
-    """Leaves on DEVICE."""
-    return {
-        n: None if x is None else x.detach().to(DEVICE).requires_grad_() for n, x in inputs.items()
-    }
-
-
-def check(inputs: dict, **options) -> None:
-    """Results and all gradients: at most twice the plain backend's error plus the floor."""
-    dtype = inputs["q"].dtype
-    inputs = on_device(inputs)
-    exact = {
-        n: None if x is None else x.detach().double().requires_grad_() for n, x in inputs.items()
-    }
-    expected = everything(exact, "reference", **options)
-    plain, actual = (everything(inputs, name, **options) for name in ("chunkwise", "triton"))
-    for name, x in expected.items():
-        assert_close(actual[name], x, 2 * relative_error(plain[name], x) + FLOOR[dtype], name)
 
 
 @pytest.mark.parametrize("T, K, V", [(1, 16, 16), (17, 20, 36), (63, 64, 16), (65, 72, 20)])

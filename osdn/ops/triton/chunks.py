@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from osdn.ops.validation import capturing
+
 CHUNK = 64
 # A walk over at least LONG chunks is cut into segments where it would run on at most FEW programs,
 # so that about PROGRAMS run (two on each of an H100's 132 multiprocessors), of at least LEAST
@@ -53,15 +55,19 @@ def chunk_bound(B: int, T: int, cu_seqlens: Tensor | None) -> int:
 def cut(B: int, T: int, cu_seqlens: Tensor | None) -> Chunks:
     """The chunks of [B, T] tokens; built on the device, once for each cu_seqlens tensor.
 
-    Every layer of a model is handed the same cu_seqlens, so the last one is remembered; not while
-    a CUDA graph is captured, whose memory must not outlive it.
+    Every layer of a model is handed the same cu_seqlens, so the last one is remembered. Not one
+    made in inference mode, which does not tell when it is changed; and not while a CUDA graph is
+    captured: it must make the tables itself, to follow offsets that change before a replay, and
+    its memory must not outlive it.
     """
     bound = chunk_bound(B, T, cu_seqlens)
     if cu_seqlens is None:
         return Chunks(B, bound, bound // B, None, None, None)
     global _last
-    if _last is not None and _last[0] is cu_seqlens and _last[1] == cu_seqlens._version:
-        return _last[2]
+    remember = not (cu_seqlens.is_inference() or capturing(cu_seqlens))
+    known = _last if remember else None
+    if known is not None and known[0] is cu_seqlens and known[1] == cu_seqlens._version:
+        return known[2]
     lengths = cu_seqlens.diff()
     ends = ((lengths + CHUNK - 1) // CHUNK).cumsum(0)
     starts = torch.cat([ends.new_zeros(1), ends])
@@ -70,9 +76,9 @@ def cut(B: int, T: int, cu_seqlens: Tensor | None) -> Chunks:
     local = number - starts[sequence]
     used = sequence < lengths.numel()
     pairs = torch.stack([torch.where(used, sequence, -1), torch.where(used, local, 0)], 1)
-    tables = cu_seqlens.long(), starts[:-1].int(), pairs.int()
+    tables = cu_seqlens.long().contiguous(), starts[:-1].int(), pairs.int()
     chunks = Chunks(lengths.numel(), bound, bound, *tables)
-    if not (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if remember:
         _last = (cu_seqlens, cu_seqlens._version, chunks)
     return chunks
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from osdn.ops.rule import Rule
 from osdn.ops.triton.chunks import load_tile, store_tile, tile
 from osdn.ops.triton.config import launch
+from osdn.ops.triton.precond_gates import clip
 
 
 @triton.jit
@@ -61,7 +62,7 @@ def step_kernel(
         b_d *= tl.exp(tl.load(log_gamma + row))
     b_d += b_x * b_s
     if BOXED:
-        b_d = tl.minimum(tl.maximum(b_d, d_min), d_max)
+        b_d = clip(b_d, d_min, d_max)
     tl.store(d + state + o_k, b_d, mask=o_k < rows)
 
 
@@ -85,6 +86,7 @@ def decode(
     (B, H, K), V = q.shape, v.shape[-1]
     boxed = rule.precond_min is not None
     o = torch.empty_like(v)
+    slots = None if slots is None else slots.contiguous()
     step_kernel[(B * H,)](
         q, k, v, beta, log_gamma, state, precond, o, slots, rule.eta,
         rule.precond_min if boxed else 0.0, rule.precond_max if boxed else 0.0, rule.scale,

@@ -34,7 +34,14 @@ from osdn.ops.triton.chunks import (
     tile,
 )
 from osdn.ops.triton.config import launch, precision
-from osdn.ops.triton.precond_gates import load_gate, load_retention
+from osdn.ops.triton.precond_gates import (
+    across,
+    decay,
+    decay_from_start,
+    down,
+    load_gate,
+    load_retention,
+)
 from osdn.ops.triton.precond_segments import join, transfers
 from osdn.ops.triton.solve import mul
 
@@ -60,7 +67,7 @@ def couple_kernel(
     row = begin * H + i_h
     dd += (i_c.to(tl.int64) * H + i_h) * K
     b_beta = load_gate(beta + row, o_t, left, H)
-    pre, post, _ = load_retention(log_gamma + row, o_t, left, 0.0, H, HAS_GAMMA)
+    pre, post, _ = load_retention(log_gamma + row, o_t, left, (0.0, 0.0), H, HAS_GAMMA)
     b_G = tl.zeros([BT, BT], tl.float32)
     for i_k in range(tl.cdiv(K, BK)):
         o_k = i_k * BK + tl.arange(0, BK)
@@ -70,11 +77,11 @@ def couple_kernel(
         if MOVES:
             b_G += mul(b_k * b_k, tl.trans(b_dd), PREC)
         if HAS_GAMMA:
-            b_dd *= tl.exp(pre)[:, None]
+            b_dd *= decay_from_start(pre)[:, None]
         tl.store(dd + o_k, tl.sum(b_dd, 0), mask=o_k < K)
     if MOVES:
         if HAS_GAMMA:
-            b_G *= tl.exp(tl.minimum(pre[None, :] - post[:, None], 0.0))
+            b_G *= decay(across(pre), down(post))
         b_r = tl.sum(tl.where(o_t[None, :] > o_t[:, None], b_G, 0.0), 1)
         tl.store(r + row + o_t * H, b_r, mask=o_t < left)
 
@@ -124,12 +131,12 @@ def scan_reverse_kernel(
             b_k = load_tile(k, o_t, left, H * K, o_k, K)
             b_X = load_tile(inverse, o_t, left, H * BT, o_t, BT)
             tl.store(ends + o_k, lam, mask=m_k)
-            pre, post, end = load_retention(log_gamma, o_t, left, 0.0, H, HAS_GAMMA)
+            pre, post, end = load_retention(log_gamma, o_t, left, (0.0, 0.0), H, HAS_GAMMA)
             b_s = b_k.to(tl.float32)
             b_s = b_s * b_s
             b_r = tl.sum(b_s * lam[None, :], 1)
             if HAS_GAMMA:
-                b_r *= tl.exp(end - post)
+                b_r *= decay(end, post)
             b_r += load_gate(r, o_t, left, H)
             if BETA_AWARE:
                 b_b = load_gate(beta, o_t, left, H)
@@ -140,8 +147,8 @@ def scan_reverse_kernel(
             if BETA_AWARE:
                 b_y *= b_b
             if HAS_GAMMA:
-                b_y *= tl.exp(pre)
-                lam *= tl.exp(end)
+                b_y *= decay_from_start(pre)
+                lam *= decay_from_start(end)
             lam -= tl.sum(b_s * b_y[:, None], 0)
         lam += b_dd
         k -= BT * H * K
@@ -187,11 +194,11 @@ def precond_gradients_kernel(
             b_b = b_beta
         b_x = eta * load_gate(x + row, o_t, left, H)
         b_a = eta * load_gate(a + row, o_t, left, H)
-        pre, post, end = load_retention(log_gamma + row, o_t, left, 0.0, H, HAS_GAMMA)
+        pre, post, end = load_retention(log_gamma + row, o_t, left, (0.0, 0.0), H, HAS_GAMMA)
         later = o_t[None, :] > o_t[:, None]
         earlier = o_t[None, :] < o_t[:, None]
-        W = tl.where(earlier, tl.exp(tl.minimum(pre[:, None] - post[None, :], 0.0)), 0.0)
-        Wt = tl.where(later, tl.exp(tl.minimum(pre[None, :] - post[:, None], 0.0)), 0.0)
+        W = tl.where(earlier, decay(down(pre), across(post)), 0.0)
+        Wt = tl.where(later, decay(across(pre), down(post)), 0.0)
         b_dg = tl.zeros([BT], tl.float32)
         b_ls = tl.zeros([BT], tl.float32)
         b_ds = tl.zeros([BT], tl.float32)
@@ -208,8 +215,8 @@ def precond_gradients_kernel(
             lam = tl.zeros([BT, BK], tl.float32)
             lam += tl.load(ends + chunk + o_k, mask=m_k, other=0.0)[None, :]
             if HAS_GAMMA:
-                d *= tl.exp(pre)[:, None]
-                lam *= tl.exp(end - post)[:, None]
+                d *= decay_from_start(pre)[:, None]
+                lam *= decay(end, post)[:, None]
             d += mul(W, (b_b * b_x)[:, None] * b_s, PREC)
             y = b_beta[:, None] * b_dw * b_k - (b_b * b_a)[:, None] * b_s
             lam += mul(Wt, y, PREC)
@@ -227,7 +234,7 @@ def precond_gradients_kernel(
         b_db += b_x * b_ls - b_a * b_ds
     tl.store(dbeta + row + o_t * H, b_db, mask=o_t < left)
     if MOVES and HAS_GAMMA:
-        b_dg *= tl.exp(post - pre)
+        b_dg *= tl.exp(load_gate(log_gamma + row, o_t, left, H))
         tl.store(dlog_gamma + row + o_t * H, b_dg, mask=o_t < left)
 
 

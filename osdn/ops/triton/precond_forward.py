@@ -20,7 +20,14 @@ from torch import Tensor
 from osdn.ops.rule import Rule
 from osdn.ops.triton.chunks import CHUNK, Chunks, load_tile, locate_chunk, locate_sequence, tile
 from osdn.ops.triton.config import launch
-from osdn.ops.triton.precond_gates import load_gate, load_retention
+from osdn.ops.triton.precond_gates import (
+    across,
+    decay,
+    decay_from_start,
+    down,
+    load_gate,
+    load_retention,
+)
 from osdn.ops.triton.precond_segments import join, transfers
 from osdn.ops.triton.solve import invert, mul, store_blocks
 
@@ -34,14 +41,13 @@ def _load_squares(p, o_t, left, o_k, K: tl.constexpr, H: tl.constexpr):
 @triton.jit
 def _couple(G, b_i, pre_i, b_j, post_j):
     """A block of L below the diagonal from s sᵀ; b_j holds η b_j."""
-    return (b_i[:, None] * b_j[None, :]) * tl.exp(pre_i[:, None] - post_j[None, :]) * G
+    return (b_i[:, None] * b_j[None, :]) * decay(down(pre_i), across(post_j)) * G
 
 
 @triton.jit
 def _diagonal(G, b, pre, post, eta):
-    """The same for a block on the diagonal, above which the exponent is positive: cut at 0."""
-    decay = tl.exp(tl.minimum(pre[:, None] - post[None, :], 0.0))
-    return (b[:, None] * (b * eta)[None, :]) * decay * G
+    """The same for a block on the diagonal."""
+    return _couple(G, b, pre, b * eta, post)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -82,7 +88,7 @@ def inverse_kernel(
         G32 += mul(s3, tl.trans(s2), PREC)
         G33 += mul(s3, tl.trans(s3), PREC)
 
-    pre0, post0, end = load_retention(log_gamma, o_s, left, 0.0, H, HAS_GAMMA)
+    pre0, post0, end = load_retention(log_gamma, o_s, left, (0.0, 0.0), H, HAS_GAMMA)
     pre1, post1, end = load_retention(log_gamma, o_s + 16, left, end, H, HAS_GAMMA)
     pre2, post2, end = load_retention(log_gamma, o_s + 32, left, end, H, HAS_GAMMA)
     pre3, post3, end = load_retention(log_gamma, o_s + 48, left, end, H, HAS_GAMMA)
@@ -144,12 +150,12 @@ def scan_kernel(
         b_k = load_tile(k, o_t, left, H * K, o_k, K)
         b_X = load_tile(inverse, o_t, left, H * BT, o_t, BT)
         tl.store(starts + o_k, b_d, mask=m_k)
-        pre, post, end = load_retention(log_gamma, o_t, left, 0.0, H, HAS_GAMMA)
+        pre, post, end = load_retention(log_gamma, o_t, left, (0.0, 0.0), H, HAS_GAMMA)
         b_s = b_k.to(tl.float32)
         b_s = b_s * b_s
         b_r = tl.sum(b_s * b_d[None, :], 1)
         if HAS_GAMMA:
-            b_r *= tl.exp(pre)
+            b_r *= decay_from_start(pre)
         if BETA_AWARE:
             b_b = load_gate(beta, o_t, left, H)
             b_r *= b_b
@@ -159,8 +165,8 @@ def scan_kernel(
         if BETA_AWARE:
             b_y *= b_b
         if HAS_GAMMA:
-            b_y *= tl.exp(end - post)
-            b_d *= tl.exp(end)
+            b_y *= decay(end, post)
+            b_d *= decay_from_start(end)
         b_d += tl.sum(b_s * b_y[:, None], 0)
 
         k += BT * H * K

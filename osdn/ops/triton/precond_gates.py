@@ -1,7 +1,15 @@
-"""How phase 1's kernels read β and γ; pre and post are `precond_forward`'s."""
+"""How phase 1's kernels read β and γ; pre and post are `precond_forward`'s.
+
+Within a chunk every decay is exp(pre_t − post_j), and a difference of rounded sums is as wrong as
+the sums are large: a hard reset, log γ = −1e4 or −inf, would spoil what came long after it. So a
+sum is kept as (n, f): each log γ is an integer, whose sums and differences are exact, and a rest
+of at most a half. Gates of γ > 0.6 have n = 0.
+"""
 
 import triton
 import triton.language as tl
+
+LEAST_LOG_GAMMA = tl.constexpr(-128.0)  # its exp is 0 in float32, and −inf − (−inf) would be NaN
 
 
 @triton.jit
@@ -12,14 +20,59 @@ def load_gate(p, o_t, left, H: tl.constexpr):
 
 @triton.jit
 def load_retention(p, o_t, left, before, H: tl.constexpr, HAS_GAMMA: tl.constexpr):
-    """(pre, post, post at the end) of a run of tokens, `before` being post just before it."""
+    """(pre, post, post at the end) of a run of tokens, `before` being post just before it.
+
+    Each is (n, f), whose sum it is; of zeros to start from, `before` is (0.0, 0.0).
+    """
+    n_before, f_before = before
     if HAS_GAMMA:
-        log_gamma = load_gate(p, o_t, left, H)
-        post = before + tl.cumsum(log_gamma, 0)
-        pre = post - log_gamma
-        end = before + tl.sum(log_gamma, 0)
+        log_gamma = tl.maximum(load_gate(p, o_t, left, H), LEAST_LOG_GAMMA, tl.PropagateNan.ALL)
+        n = tl.ceil(log_gamma - 0.5)
+        f = log_gamma - n
+        n_post = n_before + tl.cumsum(n, 0)
+        f_post = f_before + tl.cumsum(f, 0)
+        pre, post = (n_post - n, f_post - f), (n_post, f_post)
+        end = (n_before + tl.sum(n, 0), f_before + tl.sum(f, 0))
     else:
-        post = tl.zeros([o_t.shape[0]], tl.float32)
-        pre = post
-        end = before
+        zero = tl.zeros([o_t.shape[0]], tl.float32)
+        pre, post, end = (zero, zero), (zero, zero), before
     return pre, post, end
+
+
+@triton.jit
+def decay(later, earlier):
+    """What is left of d from one place to another, exp(later − earlier), at most 1.
+
+    Rounded sums may differ by a little more than 0, and in a tile half of the pairs run backwards.
+    """
+    n, f = later
+    n_0, f_0 = earlier
+    return tl.exp(tl.minimum((n - n_0) + (f - f_0), 0.0, tl.PropagateNan.ALL))
+
+
+@triton.jit
+def decay_from_start(later):
+    """The same from where the sums start."""
+    n, f = later
+    return tl.exp(tl.minimum(n + f, 0.0, tl.PropagateNan.ALL))
+
+
+@triton.jit
+def down(sums):
+    """The places as the rows of a tile."""
+    n, f = sums
+    return n[:, None], f[:, None]
+
+
+@triton.jit
+def across(sums):
+    """The places as the columns of a tile."""
+    n, f = sums
+    return n[None, :], f[None, :]
+
+
+@triton.jit
+def clip(u, d_min, d_max):
+    """u in the box; a NaN stays one."""
+    u = tl.maximum(u, d_min, tl.PropagateNan.ALL)
+    return tl.minimum(u, d_max, tl.PropagateNan.ALL)

@@ -33,7 +33,7 @@ from osdn.ops.triton.chunks import (
     tile,
 )
 from osdn.ops.triton.config import launch, precision
-from osdn.ops.triton.precond_gates import load_gate, load_retention
+from osdn.ops.triton.precond_gates import decay, decay_from_start, load_gate, load_retention
 
 Walk = Callable[[Tensor, Chunks], Tensor]
 ROUNDS = 3
@@ -73,18 +73,18 @@ def transfer_kernel(
         b_s = load_tile(k, o_t, left, H * K, o_k, K).to(tl.float32)
         b_s *= b_s
         b_X = load_tile(inverse, o_t, left, H * BT, o_t, BT)
-        pre, post, end = load_retention(log_gamma, o_t, left, 0.0, H, HAS_GAMMA)
+        pre, post, end = load_retention(log_gamma, o_t, left, (0.0, 0.0), H, HAS_GAMMA)
         b_y = tl.dot(b_s.to(type), b_M.to(type), input_precision=PREC)
         if HAS_GAMMA:
-            b_y *= tl.exp(pre)[:, None]
+            b_y *= decay_from_start(pre)[:, None]
         if BETA_AWARE:
             b_b = load_gate(beta, o_t, left, H)
             b_y *= b_b[:, None]
             b_s *= b_b[:, None]
         b_y = tl.dot(b_X.to(type), b_y.to(type), input_precision=PREC)
         if HAS_GAMMA:
-            b_s *= tl.exp(end - post)[:, None]
-            b_M *= tl.exp(end)
+            b_s *= decay(end, post)[:, None]
+            b_M *= decay_from_start(end)
         b_M -= tl.dot(tl.trans((eta * b_s).to(type)), b_y.to(type), input_precision=PREC)
 
         k += BT * H * K

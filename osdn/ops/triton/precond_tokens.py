@@ -14,6 +14,7 @@ from torch import Tensor
 from osdn.ops.rule import Rule
 from osdn.ops.triton.chunks import CHUNK, Chunks, locate_sequence, tile
 from osdn.ops.triton.config import launch
+from osdn.ops.triton.precond_gates import clip
 
 
 @triton.jit
@@ -54,11 +55,6 @@ def _advance(p_w, p_x, t, length, d, k, gates, eta, d_min, d_max, o_k, K: tl.con
     tl.store(p_w + t * (H * K) + o_k, w, mask=o_k < tl.where(there, K, 0))
     tl.store(p_x + t * H, x, mask=there)
     return clip(b_gamma * d + (eta * b_b * x) * s, d_min, d_max)
-
-
-@triton.jit
-def clip(u, d_min, d_max):
-    return tl.minimum(tl.maximum(u, d_min), d_max)
 
 
 @triton.jit

@@ -18,7 +18,8 @@ from torch import Tensor
 from osdn.ops.rule import Rule
 from osdn.ops.triton.chunks import CHUNK, Chunks, locate_sequence, tile
 from osdn.ops.triton.config import launch
-from osdn.ops.triton.precond_tokens import clip, load_gates, load_row, load_scalar
+from osdn.ops.triton.precond_gates import clip
+from osdn.ops.triton.precond_tokens import load_gates, load_row, load_scalar
 
 
 @triton.jit

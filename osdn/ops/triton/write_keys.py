@@ -27,7 +27,14 @@ from osdn.ops.triton.chunks import (
     store_tile,
 )
 from osdn.ops.triton.config import launch, precision
-from osdn.ops.triton.precond_gates import load_gate, load_retention
+from osdn.ops.triton.precond_gates import (
+    across,
+    decay,
+    decay_from_start,
+    down,
+    load_gate,
+    load_retention,
+)
 from osdn.ops.triton.solve import invert, mul, store_blocks
 
 
@@ -37,12 +44,12 @@ def _load_rule(beta, log_gamma, x, o_t, left, eta, H: tl.constexpr,
     """Of 16 tokens: β, η b x, pre, post, and post at the end, from the sub-block's start."""
     b_beta = load_gate(beta, o_t, left, H)
     b_y = b_beta
-    pre, post, end = b_beta, b_beta, 0.0
+    pre, post, end = (b_beta, b_beta), (b_beta, b_beta), (0.0, 0.0)
     if PATH:
         b_y = eta * load_gate(x, o_t, left, H)
         if BETA_AWARE:
             b_y *= b_beta
-        pre, post, end = load_retention(log_gamma, o_t, left, 0.0, H, HAS_GAMMA)
+        pre, post, end = load_retention(log_gamma, o_t, left, (0.0, 0.0), H, HAS_GAMMA)
     return b_beta, b_y, pre, post, end
 
 
@@ -66,9 +73,9 @@ def _write_key(p_k, p_w, o_t, left, o_k, c, out, box, gates, K: tl.constexpr, H:
             lower = o_s[:, None] > o_s[None, :]
             z = b_y[:, None] * kf * kf
             if HAS_GAMMA:
-                W = tl.where(lower, tl.exp(tl.minimum(pre[:, None] - post[None, :], 0.0)), 0.0)
-                d *= tl.exp(pre)[:, None]
-                c = tl.exp(end) * c + tl.sum(tl.exp(end - post)[:, None] * z, 0)
+                W = tl.where(lower, decay(down(pre), across(post)), 0.0)
+                d *= decay_from_start(pre)[:, None]
+                c = decay_from_start(end) * c + tl.sum(decay(end, post)[:, None] * z, 0)
             else:
                 W = tl.where(lower, 1.0, 0.0)
                 c += tl.sum(z, 0)

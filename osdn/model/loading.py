@@ -1,0 +1,72 @@
+"""Load a causal language model, ours or any of Hugging Face's, to be used as it is."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+import osdn.model.modeling  # noqa: F401  registers the model class
+from osdn.data.hub import hub_is_reachable
+from osdn.errors import UserError
+
+# What from_pretrained raises for files that are missing, damaged, or of another model.
+PROBLEMS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError,
+            SafetensorError)  # fmt: skip
+NAMED = 3  # missing weights that an error names
+
+
+def load_weights(name: str, *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """The model of a checkpoint directory or hub name, on the CPU, in evaluation mode.
+
+    Weights are read from safetensors only. `generate` does what its caller says and no more: of the
+    checkpoint's generation_config.json the special tokens are kept, and not the repetition penalty,
+    top-k and so on, which transformers would fill in where a call leaves them out.
+
+    Args:
+        dtype: "auto" (as saved) or a dtype.
+
+    Raises:
+        UserError: nothing there that can be loaded, no network, or weights that are damaged,
+            missing, of another shape or in pickle form.
+    """
+    options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
+    model, info = fetch(AutoModelForCausalLM, name, "model", dtype=dtype, **options)
+    missing = sorted(info["missing_keys"])  # transformers gives them random values
+    if missing:
+        more = " …" if len(missing) > NAMED else ""
+        raise UserError(f"{name}: weights missing: {', '.join(missing[:NAMED])}{more}")
+    ids = {
+        field: getattr(model.generation_config, field) for field in ("eos_token_id", "pad_token_id")
+    }
+    model.generation_config = GenerationConfig(**ids)
+    return model.eval()
+
+
+def fetch(factory: Any, name: str, what: str, advice: str = "", **options: Any) -> Any:
+    """factory.from_pretrained(name), from disk or the cache, else from the hub if that answers.
+
+    Args:
+        what: "model" or "tokenizer", for the UserError.  advice: its end.
+    """
+    options["trust_remote_code"] = False
+    local = Path(name).is_dir()
+    try:
+        return factory.from_pretrained(name, local_files_only=True, **options)
+    except PROBLEMS as error:
+        if local:
+            raise UserError(f"{name}: no {what} to load ({_line(error)}){advice}") from error
+    if not hub_is_reachable():
+        raise UserError(
+            f"{name}: no directory here and no {what} of that name in the local cache, and there "
+            "is no network to fetch it; connect, or give a checkpoint's directory"
+        )
+    try:
+        return factory.from_pretrained(name, **options)
+    except PROBLEMS as error:
+        raise UserError(f"{name}: cannot load the {what} ({_line(error)}){advice}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

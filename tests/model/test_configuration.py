@@ -1,0 +1,41 @@
+"""The configuration says in one line which field is wrong."""
+
+import pytest
+
+from osdn import OSDNConfig
+from tests.model.tiny import SIZES
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ({"mixer": "mamba"}, "mixer"),
+        ({"mixer": ["osdn"]}, "one a layer"),
+        ({"eta": -1}, "eta"),
+        ({"precond_min": 0.0}, "both or neither"),
+        ({"precond_min": 2.0, "precond_max": 1.0}, "precond_min"),
+        ({"forgetting": "x"}, "forgetting"),
+        ({"num_heads": 5}, "num_heads"),
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"num_head": 2}, "did you mean num_heads"),
+        ({"use_gate": True}, "use_gate: OSDNConfig has no such field"),
+        ({"head_dim": 0}, "head_dim"),
+        ({"head_v_dim": -3}, "head_v_dim"),
+        ({"head_dim": 3, "mixer": "attention"}, "head_dim"),
+        ({"intermediate_size": 0}, "intermediate_size"),
+        ({"norm_eps": -1.0}, "norm_eps"),
+        ({"eta": "1"}, "eta"),
+        ({"pad_token_id": 61}, "pad_token_id"),
+        ({"pad_token_id": -1}, "^pad_token_id"),
+        ({"pad_token_id": "0"}, "^pad_token_id"),
+        ({"rope_theta": 0}, "^rope_theta"),
+        ({"learn_initial_precond": "no"}, "^learn_initial_precond"),
+        ({"use_cache": None}, "^use_cache"),
+        ({"eta": True}, "^eta"),
+        ({"mixer": None}, "^mixer"),
+    ],
+)
+def test_configuration_is_checked_when_it_is_made(fields, word):
+    with pytest.raises(ValueError, match=word) as error:
+        OSDNConfig(**SIZES | fields)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,130 @@
+"""The Triton kernels on what is rare: hard resets, NaN, strided and unversioned index tensors."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton cannot be installed here")
+
+from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step
+from osdn.ops.triton import chunks
+from osdn.ops.triton.chunks import cut
+from tests.numerics import assert_close, make_inputs
+from tests.ops.running import BOX, detached, outputs
+from tests.ops.running_triton import DEVICE, check, on_device, poisoned_memory  # noqa: F401
+
+
+@pytest.mark.parametrize("options", [{}, {"precond_min": 0.2, "precond_max": 1.8}])
+@pytest.mark.parametrize(
+    "reset, share, otherwise",
+    [
+        (-1e4, 0.3, -0.1),  # chunkwise's "beyond exp"
+        (-1e9, 0.1, -1e-3),
+        (float("-inf"), 0.1, -1e-3),
+        (-50.0, 0.1, -1e-3),
+        (-9.7, 0.5, -0.3),
+        (-50.0, 1.0, 0.0),
+    ],
+)
+def test_forgetting_from_none_to_all(reset, share, otherwise, options):
+    """As near as ever, 2e-7 where measured: no sum of log γ takes the digits of those after it."""
+    x = detached(make_inputs(1, 100, 1, 16, 16, dtype=torch.float32))
+    g = torch.Generator().manual_seed(3)
+    values = torch.where(torch.rand(100, generator=g) < share, reset, otherwise)
+    check(x | {"log_gamma": values.view(1, 100, 1)}, **options)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "beta", "log_gamma"])
+def test_a_nan_comes_out_as_one(name):
+    """From its token on, in its head alone (and in the earlier tokens of its chunk of 64)."""
+    x = detached(make_inputs(1, 70, 2, 16, 16, dtype=torch.float32))
+    x[name][0, 66, 0] = float("nan")
+    got = outputs(on_device(x), "triton", beta_aware=True, **BOX)
+    o = got["o"].detach()
+    first = 67 if name == "log_gamma" else 66  # γ_t acts on the writes after t
+    assert o[0, first, 0].isnan().all()
+    if name != "q":
+        assert o[0, first:, 0].isnan().all() and got["final_state"][0, 0].isnan().all()
+    if name in ("k", "beta", "log_gamma"):
+        assert got["final_precond"][0, 0].isnan().any()
+    o[0, 64:, 0] = 0
+    assert o.isfinite().all()
+
+
+def test_a_nan_survives_the_box_of_a_step():
+    x = detached(on_device(make_inputs(1, 1, 2, 16, 16, dtype=torch.float32)))
+    token = [x[name][:, 0] for name in ("q", "k", "v", "beta", "log_gamma")]
+    token[1][0, 0] = float("nan")
+    state, precond = x["initial_state"].clone(), x["initial_precond"].clone()
+    online_scaled_delta_step(*token, state=state, precond=precond, backend="triton", **BOX)
+    assert precond[0, 0].isnan().all() and precond[0, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_strided_offsets(dtype):
+    offsets = torch.tensor([0, 1, 66, 80], device=DEVICE, dtype=dtype)
+    strided = torch.stack([offsets, offsets + 7], 1)[:, 0]
+    x = detached(on_device(make_inputs(1, 80, 1, 16, 16, sequences=3, dtype=torch.float32)))
+    want, got = (outputs(x, "triton", cu_seqlens=at) for at in (offsets, strided))
+    assert not strided.is_contiguous()
+    assert all(torch.equal(got[name], y) for name, y in want.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_strided_slots(dtype):
+    x = detached(on_device(make_inputs(2, 1, 1, 16, 16, dtype=torch.float32)))
+    token = [x[name][:, 0] for name in ("q", "k", "v", "beta", "log_gamma")]
+    states = []
+    spread = torch.tensor([1, -1, 0, -1], device=DEVICE, dtype=dtype)[::2]
+    for slots in (spread.contiguous(), spread):
+        state, precond = x["initial_state"].clone(), x["initial_precond"].clone()
+        o, *_ = online_scaled_delta_step(
+            *token, state=state, precond=precond, slots=slots, backend="triton"
+        )
+        states.append((o, state, precond))
+    assert not spread.is_contiguous()
+    assert all(torch.equal(a, b) for a, b in zip(*states))
+
+
+def test_offsets_of_inference_mode_are_not_remembered():
+    """They have no version counter, which would tell that they have changed."""
+    x = detached(on_device(make_inputs(1, 9, 1, 16, 16, sequences=2, dtype=torch.float32)))
+    with torch.inference_mode():
+        offsets = torch.tensor([0, 4, 9], device=DEVICE)
+        got = [outputs(x, "triton", cu_seqlens=offsets)["o"]]
+        offsets[1] = 5
+        got.append(outputs(x, "triton", cu_seqlens=offsets)["o"])
+    for middle, o in zip((4, 5), got):
+        fresh = torch.tensor([0, middle, 9], device=DEVICE)
+        assert_close(o, outputs(x, "reference", cu_seqlens=fresh)["o"], 5e-6)
+
+
+def test_a_captured_graph_makes_its_own_tables(monkeypatch):
+    """Neither read from the cache, or a replay would not follow the offsets, nor kept in it."""
+    offsets = torch.tensor([0, 4, 9], device=DEVICE)
+    before = cut(1, 9, offsets)
+    monkeypatch.setattr(chunks, "capturing", lambda x: True)
+    assert cut(1, 9, offsets) is not before
+    monkeypatch.undo()
+    assert cut(1, 9, offsets) is before
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_a_replayed_graph_follows_its_offsets():
+    x = detached(on_device(make_inputs(1, 80, 1, 16, 16, sequences=2, dtype=torch.float32)))
+    offsets = torch.tensor([0, 70, 80], device=DEVICE)
+    run = lambda at: online_scaled_delta_rule(**x, cu_seqlens=at, backend="triton")[0]  # noqa: E731
+    run(offsets)  # compiled, and the tables of these offsets are in the cache
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = run(offsets)
+    offsets[1] = 3
+    graph.replay()
+    assert torch.equal(o, run(offsets.clone()))
+
+
+def test_resets_in_a_walk_of_segments(monkeypatch):
+    monkeypatch.setattr(chunks, "LEAST", 1)
+    monkeypatch.setattr(chunks, "LONG", 2)
+    x = detached(make_inputs(1, 257, 1, 16, 16, dtype=torch.float32))
+    x["log_gamma"][:, 70:200:9] = float("-inf")
+    check(x)
