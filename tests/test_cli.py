@@ -123,13 +123,13 @@ def test_start_token_zero_is_a_start_token(capsys, checkpoint, monkeypatch):
 
 
 def test_generate_continues_the_prompt(capsys, checkpoint):
-    code, out, _ = run(capsys, "generate", checkpoint, "--prompt", "def f", "--max-new-tokens", 8)
+    code, out, err = run(capsys, "generate", checkpoint, "--prompt", "def f", "--max-new-tokens", 8)
     model, tokenizer = load(checkpoint)
     ids = tokenizer("def f", return_tensors="pt").input_ids
     with torch.no_grad():
         for _ in range(8):
             ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
-    assert code == 0
+    assert code == 0 and err == ""
     assert out.rstrip("\n") == tokenizer.decode(ids[0], skip_special_tokens=True).rstrip("\n")
 
 

@@ -6,8 +6,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from transformers.utils import logging
-
 from osdn.errors import UserError
 from osdn.evals import lm, needle, perplexity, recall, recall_data, residual_ratio
 from osdn.evals.models import load_model
@@ -61,7 +59,6 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.batch < 1:
         raise UserError(f"--batch: expected at least 1, got {args.batch}")
-    logging.disable_progress_bar()  # of loading weights, which takes no time to speak of
     root = args.out or Path("runs/eval") / args.task
     for name in args.models:
         out = root / slug(name)

@@ -1,11 +1,14 @@
 """Load a causal language model, ours or any of Hugging Face's, to be used as it is."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import logging
 
 import osdn.model.modeling  # noqa: F401  registers the model class
 from osdn.data.hub import hub_is_reachable
@@ -15,6 +18,18 @@ from osdn.errors import UserError
 PROBLEMS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError,
             SafetensorError)  # fmt: skip
 NAMED = 3  # missing weights that an error names
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Within, transformers shows no bar for weights, which take no time to speak of."""
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
 
 
 def load_weights(name: str, *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
@@ -32,7 +47,8 @@ def load_weights(name: str, *, dtype: torch.dtype | str = "auto") -> PreTrainedM
             missing, of another shape or in pickle form.
     """
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
-    model, info = fetch(AutoModelForCausalLM, name, "model", dtype=dtype, **options)
+    with without_bars():
+        model, info = fetch(AutoModelForCausalLM, name, "model", dtype=dtype, **options)
     missing = sorted(info["missing_keys"])  # transformers gives them random values
     if missing:
         more = " …" if len(missing) > NAMED else ""

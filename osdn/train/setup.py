@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from osdn.data import (
     RankRows,
@@ -23,6 +22,7 @@ from osdn.data import (
 from osdn.data.corpora import Corpus
 from osdn.errors import UserError
 from osdn.model.configuration import OSDNConfig
+from osdn.model.loading import without_bars
 from osdn.model.modeling import OSDNForCausalLM
 from osdn.train.blocks import prepare_blocks
 from osdn.train.checkpoint import TEMPORARY, sync
@@ -188,11 +188,10 @@ def _write_model(
     model.tie_weights()
     target, unfinished = out / "model", out / f"{TEMPORARY}model"
     shutil.rmtree(unfinished, ignore_errors=True)
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
+        with without_bars():
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
         for path in (*unfinished.iterdir(), unfinished):
             sync(path)
         if target.exists():  # of a run whose last checkpoint was damaged
@@ -205,6 +204,3 @@ def _write_model(
             f"{target}: cannot write the finished model: {error}; make room and give the same "
             "command again, which goes on from the newest checkpoint there is"
         ) from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
