@@ -11,6 +11,9 @@ from osdn.errors import UserError
 from osdn.evals import command
 from osdn.study.corpus import CorpusRecipe
 from osdn.study.plan import all_runs, load_study, single
+from osdn.study.records import Records, merge
+from osdn.study.report import mqar_points
+from osdn.study.statistics import spread
 from osdn.train.config import load_sections
 
 STUDY = Path("recipes/study")
@@ -32,6 +35,16 @@ def test_mqar_runs_are_built_as_their_specs_say():
     sixteen = study.mqar["few_features"]
     assert sixteen.mixers["box 2/3 to 3/2"]["precond_max"] == 1.5
     assert "eta" not in sixteen.mixers["osdn"]  # η 1 is the default
+
+
+def test_the_records_that_are_kept_are_runs_of_the_recipe(tmp_path):
+    runs = {run.name: run for run in all_runs(load_study(STUDY / "mqar_cpu.yaml"))}
+    records = Records(tmp_path)
+    merge(records, [STUDY / "records" / "mqar_cpu.jsonl.xz"])
+    assert len(records.found) >= 520 and records.found.keys() <= runs.keys()
+    report = mqar_points(load_study(STUDY / "mqar_cpu.yaml"), records, "twenty_seeds")
+    ((_, mixers),) = report.items()
+    assert f"{spread(mixers['osdn'][2.5e-3])['value']:.3f}" == "0.826"  # as docs/study.md says
 
 
 def test_language_models_are_matched_and_their_evaluations_parse():
