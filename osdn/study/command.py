@@ -22,6 +22,7 @@ from osdn.study.records import Clock, Record, Records, append, merge
 from osdn.study.report import write_report
 from osdn.study.workers import complete
 from osdn.train.setup import make_device
+from osdn.train.signals import sigterm_exits
 
 RESERVE = 5.0  # seconds before the deadline in which the report is written
 
@@ -146,7 +147,7 @@ class Session:
     def do(self, todo: list[Run], limit: float, device: str, work: Path) -> None:
         """MQAR runs, then language models, as many at a time as the clock says."""
         began = time.monotonic()
-        with tqdm(total=len(todo), unit="run", mininterval=1) as bar:
+        with sigterm_exits(), tqdm(total=len(todo), unit="run", mininterval=1) as bar:
             at_once = {"mqar": self.clock.processes, "language": self.clock.models}
             for kind, processes in at_once.items():
                 some = [one for one in todo if one.kind == kind]

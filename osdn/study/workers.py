@@ -19,6 +19,8 @@ from osdn.study.plan import Run
 
 Finished = tuple[Run, dict[str, Any] | None, str, float]
 
+GRACE = 20.0  # seconds that a training has to save a checkpoint
+
 
 def perform(kind: str, spec: dict[str, Any], device: str, work: Path) -> dict[str, Any]:
     """One run's outcome; "steps" among it."""
@@ -99,7 +101,9 @@ class Worker:
         self.connection.send((run.kind, run.spec))
 
     def stop(self) -> None:
-        """End the process, whatever it does."""
+        """End the process, whatever it does; a language model's training saves a checkpoint."""
+        self.process.terminate()
+        self.process.join(GRACE)
         self.process.kill()
         self.process.join()
         self.connection.close()
@@ -117,7 +121,8 @@ def complete(
     """(run, outcome or None, error, seconds) of runs as they finish, several at a time.
 
     A run is begun only if its predicted time still fits; at the deadline what is under way is
-    ended, and nothing is left of it. A process that dies costs its run, and is replaced.
+    ended, and all that is left of it is a language model's checkpoint. A process that dies costs
+    its run, and is replaced.
 
     Args:
         left: seconds until the deadline, inf without one.
@@ -163,5 +168,7 @@ def complete(
                 assert run is not None
                 yield run, *message, time.monotonic() - worker.began
     finally:
+        for worker in workers:
+            worker.process.terminate()
         for worker in workers:
             worker.stop()

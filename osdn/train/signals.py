@@ -1,7 +1,10 @@
 """SIGINT and SIGTERM as a flag that the loop looks at between steps."""
 
 import signal
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn, Self
 
@@ -36,3 +39,16 @@ class Signals:
         if self.received == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + signal.SIGTERM)
+
+
+@contextmanager
+def sigterm_exits() -> Iterator[None]:
+    """While open, SIGTERM raises SystemExit(143) in the main thread: what is in `finally` runs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -184,6 +184,26 @@ def test_kill_9_loses_what_is_under_way_and_nothing_else(tmp_path):
         assert (out / "records" / name).read_bytes() == data
 
 
+def test_sigterm_leaves_a_checkpoint_of_the_language_model_under_way(tmp_path):
+    path, out = write_language(tmp_path), tmp_path / "out"
+    recipe = (tmp_path / "lm.yaml").read_text()
+    (tmp_path / "lm.yaml").write_text(recipe.replace("steps: 20", "steps: 100000"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "osdn", "study", path, "--out", out, "--device", "cpu"],
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 150
+    while not any(log.stat().st_size for log in out.glob("work/*/log.jsonl")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 143
+    (saved,) = out.glob("work/*/checkpoints/step_*")
+    assert 0 < int(saved.name.removeprefix("step_")) < 100000
+
+
 def test_a_deadline_is_kept_and_a_failed_run_is_told(tmp_path, capsys):
     path = write_mqar(tmp_path)
     runs = all_runs(load_study(path))
