@@ -1,11 +1,13 @@
 """Models under evaluation: any causal language model of Hugging Face's, or ours."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import (
     AutoTokenizer,
     PreTrainedModel,
@@ -91,31 +93,62 @@ class LanguageModel:
 
         The prompts are padded on the left, so that the answers are those of one at a time.
         """
-        longest = max(map(len, prompts))
+        ids, mask = self._padded(prompts)
+        longest = ids.shape[1]
         self.check_length(longest + max_new_tokens, "the prompt and its answer")
-        pad = self.tokenizer.pad_token_id
-        pad = pad if pad is not None else (self.start or [0])[0]
-        rows = [[pad] * (longest - len(ids)) + list(ids) for ids in prompts]
-        mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
-        device = self.model.device
         generate: Any = self.model.generate
         verbosity = logging.get_verbosity()
         if self.limit is None:  # transformers warns past the trained length, which is no limit here
             logging.set_verbosity_error()
         try:
             output = generate(
-                torch.tensor(rows, device=device),
-                attention_mask=torch.tensor(mask, device=device),
+                ids,
+                attention_mask=mask,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 num_beams=1,
-                pad_token_id=pad,
+                pad_token_id=self._pad,
                 stopping_criteria=StoppingCriteriaList([_LineBreak(self.tokenizer, longest)]),
             )
         finally:
             logging.set_verbosity(verbosity)
         texts = self.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
         return [text.partition("\n")[0] for text in texts]
+
+    @torch.inference_mode()
+    def nats(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[float]:
+        """−Σ_i log p(a_i | prompt, a_1 … a_{i−1}) of every answer's tokens, after its prompt.
+
+        The prompts are padded on the left, so that the figures are those of one at a time.
+        """
+        ids, mask = self._padded([[*p, *a] for p, a in zip(prompts, answers, strict=True)])
+        self.check_length(ids.shape[1], "the prompt and its answer")
+        longest = max(map(len, answers))
+        known = inspect.signature(self.model.forward).parameters
+        options: dict[str, Any] = {}
+        if "position_ids" in known:
+            options["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
+        if "logits_to_keep" in known:
+            options["logits_to_keep"] = longest + 1
+        logits = self.model(ids, attention_mask=mask, use_cache=False, **options).logits
+        logits, expected = logits[:, -longest - 1 : -1].float(), ids[:, -longest:]
+        losses = cross_entropy(logits.transpose(1, 2), expected, reduction="none")
+        return [
+            float(row[longest - len(answer) :].sum())
+            for row, answer in zip(losses.cpu().double(), answers)
+        ]
+
+    @property
+    def _pad(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else (self.start or [0])[0])
+
+    def _padded(self, sequences: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+        """(tokens [B, T] padded on the left, mask [B, T] of 0 and 1), on the model's device."""
+        longest, device = max(map(len, sequences)), self.model.device
+        rows = [[self._pad] * (longest - len(ids)) + list(ids) for ids in sequences]
+        mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in sequences]
+        return torch.tensor(rows, device=device), torch.tensor(mask, device=device)
 
 
 class _LineBreak(StoppingCriteria):

@@ -4,10 +4,14 @@ The document is cut to a window centred on the answer; the model continues `{tex
 the document given once or twice. A sample counts if its value occurs, ignoring case, in the greedy
 continuation up to the first line break. The figures of the harness's own tasks ("upstream") are
 another protocol: see osdn.evals.lm.
+
+Beside it, and not part of that protocol: the bits per byte that " value" costs after the prompt,
+which tells models apart before the first of them says a value whole.
 """
 
 import argparse
 from collections import Counter
+from math import log
 from typing import Any
 
 from osdn.errors import UserError
@@ -64,11 +68,15 @@ def plan(args: argparse.Namespace, model: LanguageModel) -> tuple[dict[str, Any]
         text = window(model, sample, args.window - args.answer, keep_end=cloze)
         for times in ("once", "twice"):
             tokens = [*model.start, *model.encode(prompt(args.data, sample, text, times, cloze))]
-            model.check_length(len(tokens) + MAX_NEW_TOKENS, f"{args.data}, sample {i}, {times}")
+            expected = model.encode(f" {sample['value'].strip()}")
+            longest = len(tokens) + max(MAX_NEW_TOKENS, len(expected))
+            model.check_length(longest, f"{args.data}, sample {i}, {times}")
             shared = {"key": sample["key"], "value": sample["value"], "guess": guess(samples, i)}
-            items.append({"id": f"{i}-{times}", "times": times, "tokens": tokens, **shared})
+            item = {"id": f"{i}-{times}", "times": times, "tokens": tokens, "expected": expected}
+            items.append({**item, **shared})
     items.sort(key=lambda item: len(item["tokens"]))
     protocol = {"protocol": "answer-centred", "cloze": cloze, "max_new_tokens": MAX_NEW_TOKENS}
+    protocol["nats"] = "of ' value'"
     names = ("data", "window", "answer", "limit")
     return protocol | {name: getattr(args, name) for name in names}, items
 
@@ -119,10 +127,10 @@ def guess(samples: list[dict[str, str]], i: int) -> str:
 def answer(
     model: LanguageModel, items: list[dict[str, Any]], protocol: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Continue a batch of prompts and look for the values."""
-    texts = model.continue_line(
-        [item["tokens"] for item in items], max_new_tokens=protocol["max_new_tokens"]
-    )
+    """Continue a batch of prompts and look for the values; measure what the values cost there."""
+    prompts = [item["tokens"] for item in items]
+    texts = model.continue_line(prompts, max_new_tokens=protocol["max_new_tokens"])
+    nats = model.nats(prompts, [item["expected"] for item in items])
     return [
         {
             "times": item["times"],
@@ -131,19 +139,25 @@ def answer(
             "continuation": text,
             "right": contains(item["value"], text),
             "guessed": bool(item["guess"]) and contains(item["value"], item["guess"]),
+            "nats": cost,
         }
-        for item, text in zip(items, texts)
+        for item, text, cost in zip(items, texts, nats)
     ]
 
 
 def conclude(
     model: LanguageModel, protocol: dict[str, Any], records: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The result: the share of right answers once, twice and by the guesser, in all and by key."""
+    """The result: the share of right answers once, twice and by the guesser, in all and by key;
+    and the bits per byte of the values.
+    """
     scores = []
     for times in ("once", "twice"):
         there = [record for record in records if record["times"] == times]
         scores.append(score("contains", [r["right"] for r in there], group=times))
+        bits = [r["nats"] / log(2) for r in there]
+        sizes = [len(f" {r['value'].strip()}".encode()) for r in there]
+        scores.append(score("bits per byte of the value", bits, sizes, group=times))
     scores.append(score("contains", [r["guessed"] for r in there], group="guesser"))
     rows = []
     for key, count in Counter(record["key"] for record in records).most_common():

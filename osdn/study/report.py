@@ -1,6 +1,8 @@
 """From records to pages: a result an experiment, the plots, and one report of all."""
 
+from math import isfinite
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from osdn.evals.plots import save
@@ -8,7 +10,7 @@ from osdn.evals.report import as_html, as_markdown, group
 from osdn.evals.results import RESULT, make_result, write_json
 from osdn.study.plan import Study, language_runs, mqar_spec
 from osdn.study.records import Records
-from osdn.study.statistics import Points, best_rate, difference, edge, row, spread
+from osdn.study.statistics import Points, best_rate, difference, edge, row, signed, spread
 
 Result = dict[str, Any]
 
@@ -152,7 +154,7 @@ def best(grid: Cells, place: int, mixer: str) -> float | None:
 
 
 def language_result(study: Study, records: Records, name: str) -> Result | None:
-    """A row a measure, a column a variant: mean over the seeds and their range."""
+    """A row a measure, a column a variant: mean over the seeds, and the difference to the first."""
     experiment = study.language[name]
     found: dict[str, dict[int, Any]] = {}
     for run in language_runs(name, experiment):
@@ -160,45 +162,74 @@ def language_result(study: Study, records: Records, name: str) -> Result | None:
             found.setdefault(run.label, {})[run.seed] = record["outcome"]
     if not found:
         return None
-    measures: dict[str, dict[str, list[float]]] = {}
+    measures: dict[str, dict[str, dict[int, float]]] = {}
     curves: dict[str, dict[str, list[list[list[float]]]]] = {}
     shapes: dict[str, dict[str, Any]] = {}
     for label, seeds in found.items():
-        for outcome in seeds.values():
+        for seed, outcome in seeds.items():
             for measure, value in _measures(outcome):
-                measures.setdefault(measure, {}).setdefault(label, []).append(value)
+                measures.setdefault(measure, {}).setdefault(label, {})[seed] = value
             for title, curve in _curves(outcome):
                 for series, points in curve["series"].items():
                     text = label if len(curve["series"]) == 1 else f"{label}, {series}"
                     curves.setdefault(title, {}).setdefault(text, []).append(points)
                     shapes[title] = {k: v for k, v in curve.items() if k != "series"}
     labels = [one for one in experiment.labels() if one in found]
-    rows, scores = [], []
-    for measure, by_label in measures.items():
-        line = [measure]
-        for label in labels:
-            values = by_label.get(label, [])
-            if not values:
-                line.append("–")
-                continue
-            low, mean, high = min(values), sum(values) / len(values), max(values)
-            line.append(f"{mean:.4g} ({low:.4g} to {high:.4g}, n={len(values)})")
-            ends = {"value": mean, "low": low, "high": high, "n": len(values)}
-            scores.append({"group": measure, "name": label, **ends})
-        rows.append(line)
-    table = {"title": f"{name}: mean over seeds (their range)", "columns": ["measure", *labels]}
+    first, *others = labels
+    rows = [[m, *(_cell(by.get(one, {})) for one in labels)] for m, by in measures.items()]
+    gains = [
+        [m, *(_gain(by.get(one, {}), by.get(first, {})) for one in others)]
+        for m, by in measures.items()
+    ]
+    tables = [
+        {
+            "title": f"{name}: mean over seeds (their range)",
+            "columns": ["measure", *labels],
+            "rows": rows,
+        },
+        {
+            "title": f"{name}: less {first}, paired by seed, 95%",
+            "columns": ["measure", *others],
+            "rows": gains,
+        },
+    ]
+    scores = [
+        {"group": measure, "name": label, "value": mean(values), "low": min(values)}
+        | {"high": max(values), "n": len(values)}
+        for measure, by_label in measures.items()
+        for label in labels
+        if (values := list(by_label.get(label, {}).values())) and all(map(isfinite, values))
+    ]
     return make_result(
         "study",
         protocol={"protocol": f"{name}: {experiment.question}"},
         model=None,
         samples=sum(map(len, found.values())),
         scores=scores,
-        tables=[{**table, "rows": rows}],
+        tables=tables if others else tables[:1],
         curves=[
             {**shapes[title], "title": title, "series": {k: _mean(v) for k, v in series.items()}}
             for title, series in curves.items()
         ],
     )
+
+
+def _cell(seeds: dict[int, float]) -> str:
+    """Mean and range; how many seeds are not finite, if any."""
+    values = [value for value in seeds.values() if isfinite(value)]
+    if not seeds:
+        return "–"
+    lost = f"not finite in {len(seeds) - len(values)} of {len(seeds)}"
+    if not values:
+        return lost
+    text = f"{mean(values):.4g} ({min(values):.4g} to {max(values):.4g}, n={len(values)})"
+    return text if len(values) == len(seeds) else f"{text}, {lost}"
+
+
+def _gain(own: dict[int, float], first: dict[int, float]) -> str:
+    """The differences of the seeds that both have; "–" where one of them is not finite."""
+    values = [own[seed] - first[seed] for seed in sorted(own.keys() & first.keys())]
+    return signed(values, ".4f") if values and all(map(isfinite, values)) else "–"
 
 
 def _measures(outcome: dict[str, Any]) -> list[tuple[str, float]]:

@@ -64,10 +64,17 @@ def difference(points: Points, first: Points) -> str:
     both = sorted(own.keys() & other.keys())
     if not both:
         return "–"
-    values = [own[seed]["accuracy"] - other[seed]["accuracy"] for seed in both]
+    return signed([own[seed]["accuracy"] - other[seed]["accuracy"] for seed in both], ".3f")
+
+
+def signed(values: list[float], digits: str) -> str:
+    """The mean of differences with its 95% interval; of one, itself.
+
+    digits: a format such as ".3f".
+    """
     if (ends := interval(values)) is None:
-        return f"{values[0]:+.3f}"
-    return f"{mean(values):+.3f} [{ends[0]:+.3f}, {ends[1]:+.3f}]"
+        return f"{values[0]:+{digits}}"
+    return f"{mean(values):+{digits}} [{ends[0]:+{digits}}, {ends[1]:+{digits}}]"
 
 
 def row(points: Points, at_edge: str, gain: str) -> list[Any]:

@@ -22,7 +22,7 @@ from osdn.train.parallel import Parallel
 from osdn.train.saving import Saver
 from osdn.train.setup import export, make_config, make_rows, make_sharded, passes
 from osdn.train.signals import Signals
-from osdn.train.speed import peak_memory, utilisation
+from osdn.train.speed import Moment, peak_memory, utilisation
 from osdn.train.stall import Heartbeat
 from osdn.train.step import Launched, Outcome, Stepper
 from osdn.train.trackers import TensorBoard, Tracker, WeightsAndBiases
@@ -55,7 +55,7 @@ class Run:
         self.saved = self.tried = 0  # steps of the newest checkpoint, and of the last attempt
         self.log: RunLog | None = None
         self.launched: Launched | None = None  # step number `step`, not accounted for yet
-        self.since = 0.0  # when the time of that step began
+        self.since = Moment(parallel.device)  # when the time of that step began
         config = parallel.together(lambda: self._make_data(found))
         self._make_model(config, found)
         parallel.from_main(self._open_log)  # last: it cuts the log off behind the checkpoint
@@ -153,12 +153,12 @@ class Run:
         """Launch a step and account for the one before it; what the progress bar shows of that."""
         every, number = self.recipe.logging.precond_every, self.step + 1
         if self.launched is None:
-            self.since = time.perf_counter()
+            self.since = Moment(self.parallel.device)
         measure = every is not None and number % every == 0
         launched = self.stepper(number, self.rows, measure=measure)
         shown = self._settle()
         self.step, self.launched = number, launched
-        if launched.event is None:  # a CPU has made the step by now
+        if launched.done.event is None:  # a CPU has made the step by now
             shown = self._settle()
         if self.saver.done:
             self._finish_save()
@@ -168,9 +168,9 @@ class Run:
         """Account for the step launched last, if that is not done; what the bar shows of it."""
         if self.launched is None:
             return ""
-        outcome, self.launched = self.launched.outcome(), None
-        now = time.perf_counter()
-        seconds, self.since = now - self.since, now
+        launched, self.launched = self.launched, None
+        outcome = launched.outcome()
+        seconds, self.since = launched.done.after(self.since), launched.done
         self.in_a_row = 0 if outcome.finite else self.in_a_row + 1
         self.nonfinite += not outcome.finite
         speed = self.options.seq_len * self.options.batch_rows / seconds

@@ -2,6 +2,7 @@
 
 import resource
 import sys
+import time
 
 import torch
 
@@ -29,3 +30,25 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Moment:
+    """A point in the work of a CUDA device, or of time on a CPU; marking it waits for nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.time = time.perf_counter()
+        self.event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self.event = torch.cuda.Event(enable_timing=True)
+            self.event.record(torch.cuda.current_stream(device))
+
+    def wait(self) -> None:
+        """Until the device has come to it."""
+        if self.event is not None:
+            self.event.synchronize()
+
+    def after(self, earlier: "Moment") -> float:
+        """Seconds between the two, both of one device and waited for."""
+        if self.event is None or earlier.event is None:
+            return self.time - earlier.time
+        return earlier.event.elapsed_time(self.event) / 1000

@@ -20,6 +20,7 @@ from osdn.train.optim import learning_rate
 from osdn.train.parallel import Parallel
 from osdn.train.precond import Measured, measured
 from osdn.train.sharding import Sharded
+from osdn.train.speed import Moment
 
 
 class Outcome(NamedTuple):
@@ -50,17 +51,14 @@ class Launched:
 
     def __init__(self, numbers: Tensor, lr: float, precond: Measured | None) -> None:
         self.lr, self.precond = lr, precond
-        self.event: torch.cuda.Event | None = None
         self.numbers = numbers
         if numbers.is_cuda:  # read on the host without waiting for what is launched after it
             self.numbers = torch.empty(2, pin_memory=True).copy_(numbers, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record(torch.cuda.current_stream(numbers.device))
+        self.done = Moment(numbers.device)
 
     def outcome(self) -> Outcome:
         """Wait for the step, and read its numbers."""
-        if self.event is not None:
-            self.event.synchronize()
+        self.done.wait()
         loss, norm = self.numbers.tolist()
         return Outcome(loss, norm, self.lr, self.precond)
 

@@ -1,9 +1,11 @@
 """Recall: the window holds the answer, batches change nothing, builders split by source."""
 
 import json
+import math
 from collections import Counter
 
 import pytest
+import torch
 
 from osdn.cli import main
 from osdn.errors import UserError
@@ -132,6 +134,25 @@ def test_batches_give_the_same_answers_as_one_at_a_time(which, request):
     assert len(set(alone)) > 1 and max(map(len, alone)) > 3
 
 
+@pytest.mark.parametrize("which", ["checkpoint", "llama"])
+def test_the_cost_of_an_answer_is_that_of_one_forward_over_prompt_and_answer(which, request):
+    model = load_model(str(request.getfixturevalue(which)), device="cpu")
+    pairs = [
+        ("a", " 1"),
+        ("some words", " of five"),
+        ("x" * 31, " y"),
+        ("Version: 12. Size:", " 7"),
+    ]
+    prompts, answers = ([model.encode(pair[i]) for pair in pairs] for i in (0, 1))
+    expected = []
+    for before, after in zip(prompts, answers):
+        logits = model.model(torch.tensor([[*before, *after]])).logits[0].detach()
+        log_p = logits.log_softmax(-1)[len(before) - 1 : -1]
+        expected.append(-float(log_p[range(len(after)), after].sum()))
+    assert model.nats(prompts, answers) == pytest.approx(expected, rel=1e-4)
+    assert min(expected) > 1
+
+
 def test_an_answer_ends_at_the_first_line_break(loaded, monkeypatch):
     """With weights that say "ab" and then line breaks for ever, and not one step too many."""
     steps = []
@@ -169,8 +190,15 @@ def test_the_command_counts_answers_and_guesses(built, checkpoint, tmp_path, mon
     arguments = ["--data", str(data), "--out", str(tmp_path / "out"), "--device", "cpu"]
     assert main(["eval", "recall", str(checkpoint), *arguments]) == 0
     result = json.loads(next((tmp_path / "out").rglob("result.json")).read_text())
-    values = {one["group"]: one["value"] for one in result["scores"]}
+    values = {one["group"]: one["value"] for one in result["scores"] if one["name"] == "contains"}
     assert values == {"once": 0, "twice": 1, "guesser": pytest.approx(1 / 6)}
+    (once, twice) = (one for one in result["scores"] if one["name"] != "contains")
+    records = lines(next((tmp_path / "out").rglob("samples.jsonl")))[1:]
+    for one in (once, twice):
+        there = [record for record in records if record["times"] == one["group"]]
+        bits = sum(record["nats"] for record in there) / math.log(2)
+        assert one["value"] == pytest.approx(bits / sum(1 + len(r["value"]) for r in there))
+        assert one["name"] == "bits per byte of the value" and one["n"] == 6
     assert result["samples"] == 6
 
 

@@ -12,13 +12,12 @@ import pytest
 
 from osdn.cli import main
 from osdn.evals.plots import figure
-from osdn.study.language import steps_left
 from osdn.study.plan import Run, all_runs, load_study
 from osdn.study.records import Clock, Records, append
 from osdn.study.report import mqar_points, mqar_result
 from osdn.study.statistics import best_rate, difference, edge, interval, row, student
 from osdn.study.workers import complete, visible_gpus
-from tests.study.tiny import write_language, write_mqar
+from tests.study.tiny import write_mqar
 
 
 def study(*words) -> int:
@@ -184,26 +183,6 @@ def test_kill_9_loses_what_is_under_way_and_nothing_else(tmp_path):
         assert (out / "records" / name).read_bytes() == data
 
 
-def test_sigterm_leaves_a_checkpoint_of_the_language_model_under_way(tmp_path):
-    path, out = write_language(tmp_path), tmp_path / "out"
-    recipe = (tmp_path / "lm.yaml").read_text()
-    (tmp_path / "lm.yaml").write_text(recipe.replace("steps: 20", "steps: 100000"))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "osdn", "study", path, "--out", out, "--device", "cpu"],
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    deadline = time.monotonic() + 150
-    while not any(log.stat().st_size for log in out.glob("work/*/log.jsonl")):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait() == 143
-    (saved,) = out.glob("work/*/checkpoints/step_*")
-    assert 0 < int(saved.name.removeprefix("step_")) < 100000
-
-
 def test_a_deadline_is_kept_and_a_failed_run_is_told(tmp_path, capsys):
     path = write_mqar(tmp_path)
     runs = all_runs(load_study(path))
@@ -262,54 +241,6 @@ def test_statistics():
     late = {0.1: {s: {"accuracy": a, "state_size": 9, "diverged": False}
                   for s, a in enumerate((0.9, 0.8, 0.05))}}  # fmt: skip
     assert row(late, "–", "–")[3:8] == ["0.583", "0.465", "0.800", 1, "0.050 to 0.900"]
-
-
-def test_language_models_start_from_one_training(tmp_path):
-    path, out = write_language(tmp_path), tmp_path / "out"
-    assert study(path, "--out", out) == 0
-    records = {
-        record["spec"]["phases"][-1]["model"]["mixer"]: record["outcome"]
-        for record in (json.loads(p.read_text()) for p in (out / "records").iterdir())
-    }
-    assert set(records) == {"delta_net", "osdn"}
-    bits = [record["train"]["bits_per_byte"] for record in records.values()]
-    base = [
-        json.loads((p / "log.jsonl").read_text().splitlines()[-1])
-        for p in (out / "work").iterdir()
-        if (p / "checkpoints" / "step_20").exists()
-    ]
-    assert len(base) == 1 and base[0]["bits_per_byte"] < 7  # it has learned something
-    assert bits == pytest.approx([base[0]["bits_per_byte"]] * 2, abs=1e-4)
-    for record in records.values():
-        assert record["steps"] == 23 and record["train"]["loss"] > 0
-        scores = record["evaluations"]["perplexity"]["scores"]
-        assert scores[1]["value"] == pytest.approx(bits[0], rel=0.05)
-        assert len(record["evaluations"]["recall"]["scores"]) == 3
-    models = [p for p in (out / "work").iterdir() if (p / "model").exists()]
-    assert len(models) == 3  # one base, two continuations
-    page = (out / "report.md").read_text()
-    assert "| measure | as DeltaNet | as OSDN |" in page and "recall, twice, contains" in page
-
-
-def test_two_at_a_time_that_begin_alike_train_it_once(tmp_path):
-    runs = all_runs(load_study(write_language(tmp_path)))
-    found = list(
-        complete(runs, processes=2, device="cpu", work=tmp_path / "work", left=lambda: 100.0,
-                 seconds=lambda run: 0.0)
-    )  # fmt: skip
-    assert [error for _, _, error, _ in found] == ["", ""]
-    logs = [
-        (p / "log.jsonl").read_text() for p in (tmp_path / "work").iterdir() if p.name != "eval"
-    ]
-    assert sorted(log.count('"train"') for log in logs) == [3, 3, 20]
-    # The clock goes by steps that are trained: with the base there, a run has 3 and not 23.
-    assert {outcome["steps"] for _, outcome, *_ in found} == {23}
-    assert steps_left(runs[0].spec, tmp_path / "work") == 0
-    assert steps_left(runs[0].spec, tmp_path / "elsewhere") == 23
-    record = {"kind": "language", "spec": runs[0].spec, "machine": "here", "processes": 1}
-    record |= {"outcome": {"steps": 23, "trained": 3}, "seconds": 6.0}
-    clock = Clock(load_study(tmp_path / "language.yaml"), [record], "here", 1)
-    assert clock.seconds(runs[1]) == (2.0 * 23, "measured")
 
 
 def test_each_gpu_by_the_name_that_it_has_here(monkeypatch):

@@ -1,0 +1,98 @@
+"""Language models in a study: a beginning is trained once, a signal leaves a checkpoint."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from osdn.cli import main
+from osdn.study.language import steps_left
+from osdn.study.plan import all_runs, load_study
+from osdn.study.records import Clock
+from osdn.study.report import _cell, _gain
+from osdn.study.workers import complete
+from tests.study.tiny import write_language
+
+
+def test_language_models_start_from_one_training(tmp_path):
+    path, out = write_language(tmp_path), tmp_path / "out"
+    assert main(["study", str(path), "--out", str(out), "--device", "cpu"]) == 0
+    records = {
+        record["spec"]["phases"][-1]["model"]["mixer"]: record["outcome"]
+        for record in (json.loads(p.read_text()) for p in (out / "records").iterdir())
+    }
+    assert set(records) == {"delta_net", "osdn"}
+    bits = [record["train"]["bits_per_byte"] for record in records.values()]
+    base = [
+        json.loads((p / "log.jsonl").read_text().splitlines()[-1])
+        for p in (out / "work").iterdir()
+        if (p / "checkpoints" / "step_20").exists()
+    ]
+    assert len(base) == 1 and base[0]["bits_per_byte"] < 7  # it has learned something
+    assert bits == pytest.approx([base[0]["bits_per_byte"]] * 2, abs=1e-4)
+    for record in records.values():
+        assert record["steps"] == 23 and record["train"]["loss"] > 0
+        scores = record["evaluations"]["perplexity"]["scores"]
+        assert scores[1]["value"] == pytest.approx(bits[0], rel=0.05)
+        recall = {one["group"] for one in record["evaluations"]["recall"]["scores"]}
+        assert recall == {"once", "twice", "guesser"}
+    models = [p for p in (out / "work").iterdir() if (p / "model").exists()]
+    assert len(models) == 3  # one base, two continuations
+    page = (out / "report.md").read_text()
+    assert "| measure | as DeltaNet | as OSDN |" in page and "recall, twice, contains" in page
+    assert "upgrade: less as DeltaNet, paired by seed" in page
+
+
+def test_a_seed_that_is_not_finite_is_said_and_not_averaged():
+    assert _cell({0: 1.5, 1: 2.5}) == "2 (1.5 to 2.5, n=2)"
+    assert _cell({0: math.nan, 1: 2.5}) == "2.5 (2.5 to 2.5, n=1), not finite in 1 of 2"
+    assert _cell({0: math.inf}) == "not finite in 1 of 1" and _cell({}) == "–"
+    assert _gain({0: 2.0, 1: 4.0, 7: 9.0}, {0: 1.0, 1: 1.0}) == "+2.0000 [-10.7060, +14.7060]"
+    assert _gain({0: math.nan, 1: 1.0}, {0: 1.0, 1: 1.0}) == _gain({0: 1.0}, {}) == "–"
+    assert _gain({3: 2.0}, {3: 0.5, 4: 1.0}) == "+1.5000"
+
+
+def test_two_at_a_time_that_begin_alike_train_it_once(tmp_path):
+    runs = all_runs(load_study(write_language(tmp_path)))
+    found = list(
+        complete(runs, processes=2, device="cpu", work=tmp_path / "work", left=lambda: 100.0,
+                 seconds=lambda run: 0.0)
+    )  # fmt: skip
+    assert [error for _, _, error, _ in found] == ["", ""]
+    logs = [
+        (p / "log.jsonl").read_text() for p in (tmp_path / "work").iterdir() if p.name != "eval"
+    ]
+    assert sorted(log.count('"train"') for log in logs) == [3, 3, 20]
+    # The clock goes by steps that are trained: with the base there, a run has 3 and not 23.
+    assert {outcome["steps"] for _, outcome, *_ in found} == {23}
+    assert steps_left(runs[0].spec, tmp_path / "work") == 0
+    assert steps_left(runs[0].spec, tmp_path / "elsewhere") == 23
+    record = {"kind": "language", "spec": runs[0].spec, "machine": "here", "processes": 1}
+    record |= {"outcome": {"steps": 23, "trained": 3}, "seconds": 6.0}
+    clock = Clock(load_study(tmp_path / "language.yaml"), [record], "here", 1)
+    assert clock.seconds(runs[1]) == (2.0 * 23, "measured")
+
+
+def test_sigterm_leaves_a_checkpoint_of_the_language_model_under_way(tmp_path):
+    path, out = write_language(tmp_path), tmp_path / "out"
+    recipe = (tmp_path / "lm.yaml").read_text()
+    (tmp_path / "lm.yaml").write_text(recipe.replace("steps: 20", "steps: 100000"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "osdn", "study", path, "--out", out, "--device", "cpu"],
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 150
+    while not any(log.stat().st_size for log in out.glob("work/*/log.jsonl")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 143
+    (saved,) = out.glob("work/*/checkpoints/step_*")
+    assert 0 < int(saved.name.removeprefix("step_")) < 100000
