@@ -13,7 +13,7 @@ from osdn.study.corpus import CorpusRecipe
 from osdn.study.plan import all_runs, load_study, single
 from osdn.study.records import Records, merge
 from osdn.study.report import mqar_points
-from osdn.study.statistics import spread
+from osdn.study.statistics import difference, spread
 from osdn.train.config import load_sections
 
 STUDY = Path("recipes/study")
@@ -37,20 +37,33 @@ def test_mqar_runs_are_built_as_their_specs_say():
     assert "eta" not in sixteen.mixers["osdn"]  # η 1 is the default
 
 
-def test_the_records_that_are_kept_are_runs_of_the_recipe(tmp_path):
-    runs = {run.name: run for run in all_runs(load_study(STUDY / "mqar_cpu.yaml"))}
+@pytest.mark.parametrize(
+    ("study", "kept", "count"),
+    [("mqar_cpu", "mqar_cpu", 680), ("mqar", "many_seeds", 216), ("language", "language", 14)],
+)
+def test_the_records_that_are_kept_are_runs_of_the_recipes(study, kept, count, tmp_path):
+    runs = {run.name: run for run in all_runs(load_study(STUDY / f"{study}.yaml"))}
     records = Records(tmp_path)
+    merge(records, [STUDY / "records" / f"{kept}.jsonl.xz"])
+    assert len(records.found) == count and records.found.keys() <= runs.keys()
+
+
+def test_the_figures_of_the_page_are_those_of_the_records(tmp_path):
+    study, records = load_study(STUDY / "mqar_cpu.yaml"), Records(tmp_path)
     merge(records, [STUDY / "records" / "mqar_cpu.jsonl.xz"])
-    assert len(records.found) == 640 and records.found.keys() <= runs.keys()
-    report = mqar_points(load_study(STUDY / "mqar_cpu.yaml"), records, "twenty_seeds")
-    ((_, mixers),) = report.items()
-    assert f"{spread(mixers['osdn'][2.5e-3])['value']:.3f}" == "0.826"  # as docs/study.md says
+    ((_, mixers),) = mqar_points(study, records, "twenty_seeds").items()
+    page = (STUDY.parents[1] / "docs" / "study.md").read_text()
+    osdn = f"{spread(mixers['osdn'][2.5e-3])['value']:.3f}"
+    assert osdn == "0.826" and f"| OSDN (η 1) | {osdn} ±" in page
+    ((_, mixers),) = mqar_points(study, records, "apf_again").items()
+    gain = difference(mixers["APF, η 0"], mixers["delta_net"])
+    assert gain == "+0.109 [+0.042, +0.176]" and gain in page
 
 
 def test_language_models_are_matched_and_their_evaluations_parse():
     study = load_study(STUDY / "language.yaml")
     runs = all_runs(study)
-    assert len(runs) == 14
+    assert len(runs) == 24
     counts = {}
     for run in runs:
         model = run.spec["phases"][-1]["model"]
@@ -62,7 +75,8 @@ def test_language_models_are_matched_and_their_evaluations_parse():
             phase["train"]["steps"] * phase["train"]["seq_len"] * phase["train"]["batch_rows"]
             for phase in run.spec["phases"]
         ]
-        assert tokens == [98_304_000, 32_768_000][: len(tokens)]
+        first = 262_144_000 if run.experiment == "longer" else 98_304_000
+        assert tokens == [first, 32_768_000][: len(tokens)]
     assert min(counts.values()) > 30e6 and max(counts.values()) / min(counts.values()) < 1.001
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
