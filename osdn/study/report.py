@@ -169,11 +169,9 @@ def language_result(study: Study, records: Records, name: str) -> Result | None:
         for seed, outcome in seeds.items():
             for measure, value in _measures(outcome):
                 measures.setdefault(measure, {}).setdefault(label, {})[seed] = value
-            for title, curve in _curves(outcome):
-                for series, points in curve["series"].items():
-                    text = label if len(curve["series"]) == 1 else f"{label}, {series}"
-                    curves.setdefault(title, {}).setdefault(text, []).append(points)
-                    shapes[title] = {k: v for k, v in curve.items() if k != "series"}
+            for title, shape, points in _curves(outcome):
+                curves.setdefault(title, {}).setdefault(label, []).append(points)
+                shapes[title] = shape
     labels = [one for one in experiment.labels() if one in found]
     first, *others = labels
     rows = [[m, *(_cell(by.get(one, {})) for one in labels)] for m, by in measures.items()]
@@ -248,20 +246,32 @@ def _measures(outcome: dict[str, Any]) -> list[tuple[str, float]]:
     return pairs
 
 
-def _curves(outcome: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """The curves of its evaluations, by a title; not those that have a line a layer."""
-    return [
-        (f"{name}: {curve['title']}", curve)
-        for name, result in outcome["evaluations"].items()
-        for curve in result["curves"]
-        if not any(series.startswith("layer") for series in curve["series"])
-    ]
+def _curves(outcome: dict[str, Any]) -> list[tuple[str, dict[str, Any], list[list[float]]]]:
+    """(title, axes, points) of its evaluations' series, each for a panel of its own in which the
+    variants are compared; not those that have a line a layer.
+    """
+    found = []
+    for result in outcome["evaluations"].values():
+        for curve in result["curves"]:
+            shape = {k: v for k, v in curve.items() if k != "series"}
+            for series, points in curve["series"].items():
+                title = curve["title"]
+                if len(curve["series"]) > 1:
+                    title = f"{title}: {series}"
+                if not series.startswith("layer"):
+                    found.append((title, shape, points))
+    return found
 
 
 def _mean(runs: list[list[list[float]]]) -> list[list[float]]:
-    """[x, mean, lowest, highest] over runs of one course; where one is shorter, of the others."""
+    """[x, mean, lowest, highest] over runs of one course; where one is shorter, of the others.
+
+    Where one is not finite there is no point.
+    """
     by_x: dict[float, list[float]] = {}
     for points in runs:
         for x, y, *_ in points:
             by_x.setdefault(x, []).append(y)
-    return [[x, sum(ys) / len(ys), min(ys), max(ys)] for x, ys in sorted(by_x.items())]
+    return [
+        [x, mean(ys), min(ys), max(ys)] for x, ys in sorted(by_x.items()) if all(map(isfinite, ys))
+    ]

@@ -14,7 +14,7 @@ from osdn.cli import main
 from osdn.study.language import steps_left
 from osdn.study.plan import all_runs, load_study
 from osdn.study.records import Clock
-from osdn.study.report import _cell, _gain
+from osdn.study.report import _cell, _curves, _gain, _mean
 from osdn.study.workers import complete
 from tests.study.tiny import write_language
 
@@ -46,6 +46,8 @@ def test_language_models_start_from_one_training(tmp_path):
     page = (out / "report.md").read_text()
     assert "| measure | as DeltaNet | as OSDN |" in page and "recall, twice, contains" in page
     assert "upgrade: less as DeltaNet, paired by seed" in page
+    result = json.loads((out / "results" / "upgrade" / "result.json").read_text())
+    assert [set(curve["series"]) for curve in result["curves"]] == [{"as DeltaNet", "as OSDN"}]
 
 
 def test_a_seed_that_is_not_finite_is_said_and_not_averaged():
@@ -55,6 +57,18 @@ def test_a_seed_that_is_not_finite_is_said_and_not_averaged():
     assert _gain({0: 2.0, 1: 4.0, 7: 9.0}, {0: 1.0, 1: 1.0}) == "+2.0000 [-10.7060, +14.7060]"
     assert _gain({0: math.nan, 1: 1.0}, {0: 1.0, 1: 1.0}) == _gain({0: 1.0}, {}) == "–"
     assert _gain({3: 2.0}, {3: 0.5, 4: 1.0}) == "+1.5000"
+    assert _mean([[[1, 2.0], [2, math.nan]], [[1, 4.0, 0], [2, 1.0], [3, 5.0]]]) == [
+        [1, 3.0, 2.0, 4.0],
+        [3, 5.0, 5.0, 5.0],
+    ]
+
+
+def test_curves_with_several_series_have_a_panel_each():
+    both = {"title": "q", "y": "q", "series": {"own": [[0, 1.0]], "ones": [[0, 2.0]]}}
+    layers = {"title": "by layer", "series": {"layer 0": [[0, 1.0]]}}
+    outcome = {"evaluations": {"a": {"curves": [both, layers]}}}
+    axes = {"title": "q", "y": "q"}
+    assert _curves(outcome) == [("q: own", axes, [[0, 1.0]]), ("q: ones", axes, [[0, 2.0]])]
 
 
 def test_two_at_a_time_that_begin_alike_train_it_once(tmp_path):
