@@ -127,13 +127,14 @@ def maps(members: list[tuple[str, Result]]) -> list[dict[str, Any]]:
 
 
 def tables(members: list[tuple[str, Result]]) -> list[dict[str, Any]]:
-    """The scores, then every result's own tables."""
+    """The scores, if there are any, then every result's own tables."""
     own = [
         {**one, "title": one["title"] if len(members) == 1 else f"{one['title']}: {label}"}
         for label, result in members
         for one in result["tables"]
     ]
-    return [scores_table(members), *own]
+    scores = scores_table(members)
+    return [scores, *own] if scores["rows"] else own
 
 
 def heading(members: list[tuple[str, Result]]) -> str:

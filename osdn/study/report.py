@@ -10,7 +10,7 @@ from osdn.evals.report import as_html, as_markdown, group
 from osdn.evals.results import RESULT, make_result, write_json
 from osdn.study.plan import Study, language_runs, mqar_spec
 from osdn.study.records import Records
-from osdn.study.statistics import Points, best_rate, difference, edge, row, signed, spread
+from osdn.study.statistics import Points, best_rate, edge, gains, row, signed, spread
 
 Result = dict[str, Any]
 
@@ -81,6 +81,7 @@ COLUMNS = [
     "lowest to highest",
     "seeds",
     "less the first mixer, 95%",
+    "higher in",
     "diverged",
 ]
 
@@ -88,7 +89,7 @@ COLUMNS = [
 def mqar_result(study: Study, name: str, grid: Cells) -> Result:
     """Table, and each mixer at its best rate: every seed, or over the pairs if they alone vary."""
     experiment = study.mqar[name]
-    rows, scores, curves = [], [], []
+    rows, curves = [], []
     by_pairs: dict[str, list[list[float]]] = {}
     for (place, pairs, width), mixers in sorted(grid.items()):
         setting = experiment.tasks[place]
@@ -100,9 +101,8 @@ def mqar_result(study: Study, name: str, grid: Cells) -> Result:
             rate = best_rate(points)
             one = spread(points[rate])
             at_edge = edge(rate, experiment.learning_rates)
-            gain = difference(points, first) if first and first is not points else "–"
-            rows.append([title, mixer, *row(points, at_edge, gain)])
-            scores.append({"group": title, "name": mixer, **one})
+            less = gains(points, first) if first and first is not points else []
+            rows.append([title, mixer, *row(points, at_edge, less)])
             series[mixer] = [seed["accuracy"] for seed in points[rate].values()]
             by_pairs.setdefault(mixer, []).append([pairs, one["value"], one["low"], one["high"]])
         strip = {"title": f"{name}: {title}", "x": "share of right answers", "strip": True}
@@ -116,7 +116,7 @@ def mqar_result(study: Study, name: str, grid: Cells) -> Result:
         protocol={"protocol": f"{name}: {experiment.question}", "runs": len(experiment.cells())},
         model=None,
         samples=done,
-        scores=scores,
+        scores=[],
         tables=[{"title": name, "columns": COLUMNS, "rows": rows}],
         curves=curves,
     )
@@ -172,10 +172,10 @@ def language_result(study: Study, records: Records, name: str) -> Result | None:
             for title, shape, points in _curves(outcome):
                 curves.setdefault(title, {}).setdefault(label, []).append(points)
                 shapes[title] = shape
-    labels = [one for one in experiment.labels() if one in found]
+    labels = experiment.labels()
     first, *others = labels
     rows = [[m, *(_cell(by.get(one, {})) for one in labels)] for m, by in measures.items()]
-    gains = [
+    differences = [
         [m, *(_gain(by.get(one, {}), by.get(first, {})) for one in others)]
         for m, by in measures.items()
     ]
@@ -188,22 +188,15 @@ def language_result(study: Study, records: Records, name: str) -> Result | None:
         {
             "title": f"{name}: less {first}, paired by seed, 95%",
             "columns": ["measure", *others],
-            "rows": gains,
+            "rows": differences,
         },
-    ]
-    scores = [
-        {"group": measure, "name": label, "value": mean(values), "low": min(values)}
-        | {"high": max(values), "n": len(values)}
-        for measure, by_label in measures.items()
-        for label in labels
-        if (values := list(by_label.get(label, {}).values())) and all(map(isfinite, values))
     ]
     return make_result(
         "study",
         protocol={"protocol": f"{name}: {experiment.question}"},
         model=None,
         samples=sum(map(len, found.values())),
-        scores=scores,
+        scores=[],
         tables=tables if others else tables[:1],
         curves=[
             {**shapes[title], "title": title, "series": {k: _mean(v) for k, v in series.items()}}
@@ -216,11 +209,11 @@ def _cell(seeds: dict[int, float]) -> str:
     """Mean and range; how many seeds are not finite, if any."""
     values = [value for value in seeds.values() if isfinite(value)]
     if not seeds:
-        return "–"
+        return "not run"
     lost = f"not finite in {len(seeds) - len(values)} of {len(seeds)}"
     if not values:
         return lost
-    text = f"{mean(values):.4g} ({min(values):.4g} to {max(values):.4g}, n={len(values)})"
+    text = f"{mean(values):.5g} ({min(values):.5g} to {max(values):.5g}, n={len(values)})"
     return text if len(values) == len(seeds) else f"{text}, {lost}"
 
 

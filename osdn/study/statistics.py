@@ -58,32 +58,33 @@ def interval(values: list[float]) -> tuple[float, float] | None:
     return mean(values) - half, mean(values) + half
 
 
-def difference(points: Points, first: Points) -> str:
-    """This mixer's accuracy less the first's, each at its own best rate, paired by seed."""
+def gains(points: Points, first: Points) -> list[float]:
+    """This mixer's accuracies less the first's, each at its own best rate, of the seeds in both."""
     own, other = points[best_rate(points)], first[best_rate(first)]
     both = sorted(own.keys() & other.keys())
-    if not both:
-        return "–"
-    return signed([own[seed]["accuracy"] - other[seed]["accuracy"] for seed in both], ".3f")
+    return [own[seed]["accuracy"] - other[seed]["accuracy"] for seed in both]
 
 
 def signed(values: list[float], digits: str) -> str:
-    """The mean of differences with its 95% interval; of one, itself.
+    """The mean of differences with its 95% interval; of one, itself; of none "–".
 
     digits: a format such as ".3f".
     """
+    if not values:
+        return "–"
     if (ends := interval(values)) is None:
         return f"{values[0]:+{digits}}"
     return f"{mean(values):+{digits}} [{ends[0]:+{digits}}, {ends[1]:+{digits}}]"
 
 
-def row(points: Points, at_edge: str, gain: str) -> list[Any]:
+def row(points: Points, at_edge: str, less_first: list[float]) -> list[Any]:
     """State, best rate, edge, mean, spread, median, how many lie below half of it (runs that have
-    not started), range, seeds, difference, runs that diverged.
+    not started), range, seeds, difference, in how many seeds it is higher, runs that diverged.
     """
     rate = best_rate(points)
     values = [one["accuracy"] for one in points[rate].values()]
     outcomes = [one for seeds in points.values() for one in seeds.values()]
+    higher = sum(value > 0 for value in less_first)
     return [
         f"{outcomes[0]['state_size']:,}",
         f"{rate:g}",
@@ -94,6 +95,7 @@ def row(points: Points, at_edge: str, gain: str) -> list[Any]:
         sum(value < median(values) / 2 for value in values),
         f"{min(values):.3f} to {max(values):.3f}",
         len(values),
-        gain,
+        signed(less_first, ".3f"),
+        f"{higher} of {len(less_first)}" if less_first else "–",
         sum(one["diverged"] for one in outcomes),
     ]

@@ -53,7 +53,7 @@ def test_language_models_start_from_one_training(tmp_path):
 def test_a_seed_that_is_not_finite_is_said_and_not_averaged():
     assert _cell({0: 1.5, 1: 2.5}) == "2 (1.5 to 2.5, n=2)"
     assert _cell({0: math.nan, 1: 2.5}) == "2.5 (2.5 to 2.5, n=1), not finite in 1 of 2"
-    assert _cell({0: math.inf}) == "not finite in 1 of 1" and _cell({}) == "–"
+    assert _cell({0: math.inf}) == "not finite in 1 of 1" and _cell({}) == "not run"
     assert _gain({0: 2.0, 1: 4.0, 7: 9.0}, {0: 1.0, 1: 1.0}) == "+2.0000 [-10.7060, +14.7060]"
     assert _gain({0: math.nan, 1: 1.0}, {0: 1.0, 1: 1.0}) == _gain({0: 1.0}, {}) == "–"
     assert _gain({3: 2.0}, {3: 0.5, 4: 1.0}) == "+1.5000"

@@ -13,7 +13,7 @@ from osdn.study.corpus import CorpusRecipe
 from osdn.study.plan import all_runs, load_study, single
 from osdn.study.records import Records, merge
 from osdn.study.report import mqar_points
-from osdn.study.statistics import difference, spread
+from osdn.study.statistics import gains, signed, spread
 from osdn.train.config import load_sections
 
 STUDY = Path("recipes/study")
@@ -56,7 +56,7 @@ def test_the_figures_of_the_page_are_those_of_the_records(tmp_path):
     osdn = f"{spread(mixers['osdn'][2.5e-3])['value']:.3f}"
     assert osdn == "0.826" and f"| OSDN (η 1) | {osdn} ±" in page
     ((_, mixers),) = mqar_points(study, records, "apf_again").items()
-    gain = difference(mixers["APF, η 0"], mixers["delta_net"])
+    gain = signed(gains(mixers["APF, η 0"], mixers["delta_net"]), ".3f")
     assert gain == "+0.109 [+0.042, +0.176]" and gain in page
 
 

@@ -15,7 +15,7 @@ from osdn.evals.plots import figure
 from osdn.study.plan import Run, all_runs, load_study
 from osdn.study.records import Clock, Records, append
 from osdn.study.report import mqar_points, mqar_result
-from osdn.study.statistics import best_rate, difference, edge, interval, row, student
+from osdn.study.statistics import best_rate, edge, gains, interval, row, signed, student
 from osdn.study.workers import complete, visible_gpus
 from tests.study.tiny import write_mqar
 
@@ -235,12 +235,14 @@ def test_statistics():
     assert edge(0.1, [0.1, 0.2]) == "lowest" and edge(0.2, [0.1, 0.2, 0.3]) == "–"
     low, high = interval([0.1, 0.2, 0.0])
     assert low == pytest.approx(0.1 - 4.303 * 0.1 / 3**0.5) and high == pytest.approx(0.2 - low)
-    assert difference(other, base) == "+0.100 [-0.148, +0.348]"
+    assert signed(gains(other, base), ".3f") == "+0.100 [-0.148, +0.348]"
     for degrees, expected in ((2, 4.303), (9, 2.262), (10, 2.228), (11, 2.201), (30, 2.042)):
         assert student(degrees) == pytest.approx(expected, abs=1e-3)
     late = {0.1: {s: {"accuracy": a, "state_size": 9, "diverged": False}
                   for s, a in enumerate((0.9, 0.8, 0.05))}}  # fmt: skip
-    assert row(late, "–", "–")[3:8] == ["0.583", "0.465", "0.800", 1, "0.050 to 0.900"]
+    assert row(late, "–", [])[3:8] == ["0.583", "0.465", "0.800", 1, "0.050 to 0.900"]
+    assert row(late, "–", [])[9:11] == ["–", "–"]
+    assert row(late, "–", [0.1, -0.2, 0.4])[9:11] == ["+0.100 [-0.645, +0.845]", "2 of 3"]
 
 
 def test_each_gpu_by_the_name_that_it_has_here(monkeypatch):
