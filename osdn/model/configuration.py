@@ -32,7 +32,8 @@ class OSDNConfig(PretrainedConfig):
             all layers, or a list with one name a layer.
         forgetting: "none" or "data" (Adaptive Preconditioner Forgetting).
         eta: step size of the preconditioner's hypergradient descent, in [0, 2].
-        beta_aware: let the hypergradient see the token's own write strength β.
+        beta_aware: let the hypergradient see the token's own write strength β. d then grows where β
+            is small: give it a box (without one perplexity broke past the trained length).
         precond_min, precond_max: the box the preconditioner is kept in; both or neither; it must
             hold 1.
         learn_initial_precond: d_1 is learned, from 1; else it stays 1.
