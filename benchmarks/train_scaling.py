@@ -12,7 +12,7 @@ and a finished model. Runs that are there are not made again, only read, so that
 use both. The columns: tokens/s of the steps after the first ten; tokens/s of a GPU over those of
 the first number of GPUs (strong scaling; weak with --rows-per-gpu); the share of the profiled step
 in which NCCL's kernels run, waiting for other processes included, and in which nothing else runs;
-the time that the slowest host takes to launch a step over the step's (near 1: GPUs wait for it);
+the share of it in which the GPU that has least to do has something (far below 1: the host is late);
 the largest difference of a step's loss to the first run's; what `osdn plan` says.
 """
 
@@ -21,7 +21,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -77,22 +76,12 @@ def communication(kernels: Iterable[tuple[str, Span]]) -> dict[str, float]:
 
 
 class Profiled(Run):
-    """A run that profiles the GPU in step `at`, times its host, and leaves OUT/rank_R.json only."""
+    """A run that profiles the GPU in step `at`, and leaves OUT/rank_R.json only."""
 
     def __init__(self, *given: Any, at: int) -> None:
         super().__init__(*given)
         self.at = at
         self.found = communication([])
-        self.host: list[float] = []
-        stepper: Any = self.stepper
-
-        def timed(*given: Any, **options: Any) -> Any:
-            began = time.perf_counter()
-            launched = stepper(*given, **options)
-            self.host.append(time.perf_counter() - began)
-            return launched
-
-        self.stepper = timed  # type: ignore[assignment]
 
     def _train_step(self) -> str:
         if self.step + 1 != self.at or self.parallel.device.type != "cuda":
@@ -109,8 +98,7 @@ class Profiled(Run):
         return shown
 
     def _save(self) -> None:
-        host, memory = median(self.host), peak_memory(self.parallel.device)
-        found = {**self.found, "host_seconds": host, "peak_memory": memory}
+        found = {**self.found, "peak_memory": peak_memory(self.parallel.device)}
         (self.out / f"rank_{self.parallel.rank}.json").write_text(json.dumps(found))
         raise SystemExit(0)
 
@@ -156,7 +144,7 @@ def summary(
     ranks = [json.loads(path.read_text()) for path in sorted(out.glob("rank_*.json"))]
     memory = max([line["peak_memory"] for line in log] + [rank["peak_memory"] for rank in ranks])
     shares = [max(rank[name] for rank in ranks) for name in ("nccl", "alone")]
-    host = max(rank["host_seconds"] for rank in ranks) / median(line["seconds"] for line in log)
+    busy = min(rank["busy"] for rank in ranks)
     losses = [(a["loss"], b["loss"]) for a, b in zip(log, first)]
     apart = max((abs(a - b) for a, b in losses if None not in (a, b)), default=0.0)
     each = middle / gpus
@@ -167,7 +155,7 @@ def summary(
     return (
         f"| {gpus} | {recipe.train.batch_rows} | {middle:,.0f} ({low:,.0f} to {high:,.0f}) "
         f"| {used:.1%} | {each / (base or each):.1%} | {memory / GIB:.1f} "
-        f"| {shares[0]:.1%}, {shares[1]:.1%} | {host:.2f} | {apart:.1e} | {plan.tokens_per_s:,.0f} "
+        f"| {shares[0]:.1%}, {shares[1]:.1%} | {busy:.1%} | {apart:.1e} | {plan.tokens_per_s:,.0f} "
         f"({middle / plan.tokens_per_s:.2f}) | {plan.memory.tensors / GIB:.1f} |"
     ), each
 
@@ -202,7 +190,7 @@ def main() -> None:
         lines.append(line)
     print(
         "| GPUs | rows a step | tokens/s (quartiles) | utilisation | efficiency | peak GiB "
-        "| NCCL, alone | host | loss apart | planned tokens/s (measured over it) | planned GiB |"
+        "| NCCL, alone | busy | loss apart | planned tokens/s (measured over it) | planned GiB |"
     )
     print("|" + "---|" * 11)
     print("\n".join(lines))
