@@ -278,9 +278,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print a line for every case; fail if any is past its limit."""
-    print(f"{'case':28s} {'dtype':9s} {'nearest its limit':18s} {'error':>8s} {'limit':>8s}")
     wrong, count = 0, 0
     for result in check_all():
+        if not count:
+            print(
+                f"{'case':28s} {'dtype':9s} {'nearest its limit':18s} {'error':>8s} {'limit':>8s}"
+            )
         count += 1
         wrong += not result.right
         print(

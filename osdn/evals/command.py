@@ -21,6 +21,7 @@ TASKS: dict[str, tuple[ModuleType, str]] = {
     "residual-ratio": (residual_ratio, "what a write leaves of the error, and shadow ablations"),
     "lm": (lm, "tasks of the lm-evaluation-harness"),
 }
+COUNTS = ("batch", "limit", "length", "lengths", "bucket", "window", "answer", "samples", "context")
 BATCH = {"recall": 8, "needle": 4, "perplexity": 1, "residual-ratio": 1, "lm": 8}
 
 
@@ -52,13 +53,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Protocols, files and examples: docs/evaluation.md"
 
 
+def check_counts(args: argparse.Namespace) -> None:
+    """Raise UserError if a number of the command is below 1 that must not be."""
+    for name in COUNTS:
+        given = getattr(args, name, None)
+        for count in given if isinstance(given, list) else [given]:
+            if count is not None and count < 1:
+                raise UserError(f"--{name}: expected at least 1, got {count}")
+
+
 def run(args: argparse.Namespace) -> None:
     """Measure every model in turn; print each result as it is there."""
+    check_counts(args)
     if args.task == "build-recall":
         recall_data.run(args)
         return
-    if args.batch < 1:
-        raise UserError(f"--batch: expected at least 1, got {args.batch}")
     root = args.out or Path("runs/eval") / args.task
     for name in args.models:
         out = root / slug(name)

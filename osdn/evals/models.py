@@ -116,14 +116,15 @@ class LanguageModel:
         return [text.partition("\n")[0] for text in texts]
 
     @torch.inference_mode()
-    def nats(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[float]:
-        """−Σ_i log p(a_i | prompt, a_1 … a_{i−1}) of every answer's tokens, after its prompt.
+    def nats(self, sequences: Sequence[list[int]], starts: Sequence[int]) -> list[float]:
+        """−Σ_{t ≥ start} log p(token t | the tokens before it) of every sequence; start ≥ 1.
 
-        The prompts are padded on the left, so that the figures are those of one at a time.
+        The sequences are padded on the left, so that the figures are those of one at a time.
         """
-        ids, mask = self._padded([[*p, *a] for p, a in zip(prompts, answers, strict=True)])
+        ids, mask = self._padded(sequences)
         self.check_length(ids.shape[1], "the prompt and its answer")
-        longest = max(map(len, answers))
+        sizes = [len(tokens) - start for tokens, start in zip(sequences, starts, strict=True)]
+        longest = max(sizes)
         known = inspect.signature(self.model.forward).parameters
         options: dict[str, Any] = {}
         if "position_ids" in known:
@@ -134,8 +135,7 @@ class LanguageModel:
         logits, expected = logits[:, -longest - 1 : -1].float(), ids[:, -longest:]
         losses = cross_entropy(logits.transpose(1, 2), expected, reduction="none")
         return [
-            float(row[longest - len(answer) :].sum())
-            for row, answer in zip(losses.cpu().double(), answers)
+            float(row[longest - size :].sum()) for row, size in zip(losses.cpu().double(), sizes)
         ]
 
     @property
@@ -176,7 +176,7 @@ def load_model(
         UserError: nothing there, no network, no tokenizer, a pickle, a vocabulary too small,
             weights that are missing, damaged or of another shape.
     """
-    place = make_device(device)
+    place = make_device(device, "--device")
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"--dtype: expected auto, {', '.join(DTYPES)}, got {dtype!r}")
     kind = DTYPES.get(dtype, torch.float32 if place.type == "cpu" else "auto")

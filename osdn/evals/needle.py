@@ -31,7 +31,10 @@ DEPTHS = [0, 25, 50, 75, 100]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Lengths, depths and the number of samples."""
     parser.add_argument(
-        "--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of prompt and answer"
+        "--lengths",
+        type=int,
+        nargs="+",
+        help="tokens of prompt and answer (default: 1024 to 32768, as far as the model can take)",
     )
     parser.add_argument(
         "--depths", type=int, nargs="+", default=DEPTHS, help="of the needle, percent of the text"
@@ -47,7 +50,9 @@ def plan(args: argparse.Namespace, model: LanguageModel) -> tuple[dict[str, Any]
             f"--samples, --depths: expected at least 1 and percents from 0 to 100, got "
             f"{args.samples} and {args.depths}"
         )
-    lengths = sorted(set(args.lengths))
+    lengths = sorted(set(args.lengths or []))
+    if not lengths:
+        lengths = [one for one in LENGTHS if one <= (model.limit or one)] or LENGTHS[:1]
     model.check_length(lengths[-1], "--lengths")
     items = []
     for length in lengths:

@@ -38,7 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: 1, every document)",
     )
     parser.add_argument(
-        "--length", type=int, help="tokens of a row at most (default: 10 times the trained length)"
+        "--length",
+        type=int,
+        help="tokens of a row at most (default: 10 times the trained length, as far as the model "
+        "can take)",
     )
     parser.add_argument(
         "--bucket", type=int, help="tokens in a position bucket (default: the trained length)"
@@ -53,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def plan(args: argparse.Namespace, model: LanguageModel) -> tuple[dict[str, Any], list[dict]]:
     """(protocol, items) of this evaluation."""
-    length = args.length or 10 * model.trained_length
+    longest = 10 * model.trained_length
+    length = args.length or min(longest, model.limit or longest)
     bucket = args.bucket or model.trained_length
     if length < 2 or bucket < 1 or not 0 < args.held_out <= 1:
         raise UserError(

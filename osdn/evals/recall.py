@@ -10,6 +10,7 @@ which tells models apart before the first of them says a value whole.
 """
 
 import argparse
+import re
 from collections import Counter
 from math import log
 from typing import Any
@@ -67,16 +68,18 @@ def plan(args: argparse.Namespace, model: LanguageModel) -> tuple[dict[str, Any]
     for i, sample in enumerate(samples):
         text = window(model, sample, args.window - args.answer, keep_end=cloze)
         for times in ("once", "twice"):
-            tokens = [*model.start, *model.encode(prompt(args.data, sample, text, times, cloze))]
-            expected = model.encode(f" {sample['value'].strip()}")
-            longest = len(tokens) + max(MAX_NEW_TOKENS, len(expected))
+            words = prompt(args.data, sample, text, times, cloze)
+            tokens = [*model.start, *model.encode(words)]
+            whole = [*model.start, *model.encode(f"{words} {sample['value'].strip()}")]
+            longest = max(len(tokens) + MAX_NEW_TOKENS, len(whole))
             model.check_length(longest, f"{args.data}, sample {i}, {times}")
             shared = {"key": sample["key"], "value": sample["value"], "guess": guess(samples, i)}
-            item = {"id": f"{i}-{times}", "times": times, "tokens": tokens, "expected": expected}
+            item = {"id": f"{i}-{times}", "times": times, "tokens": tokens, "whole": whole}
             items.append({**item, **shared})
     items.sort(key=lambda item: len(item["tokens"]))
     protocol = {"protocol": "answer-centred", "cloze": cloze, "max_new_tokens": MAX_NEW_TOKENS}
     protocol["nats"] = "of ' value'"
+    protocol["unanswerable"] = sum(not answerable(model, sample) for sample in samples)
     names = ("data", "window", "answer", "limit")
     return protocol | {name: getattr(args, name) for name in names}, items
 
@@ -92,11 +95,31 @@ def window(model: LanguageModel, sample: dict[str, str], size: int, *, keep_end:
         return text
     if keep_end:
         return model.decode(tokens[-size:])
-    at = max(0, text.lower().find(value.lower()))
+    found = find(value, text)
+    at = found.start() if found else 0
     first = len(model.encode(text[:at]))
-    last = first + len(model.encode(text[at : at + len(value)]))
+    last = first + len(model.encode(found.group() if found else ""))
     start = min(max(0, (first + last - size) // 2), len(tokens) - size)
     return model.decode(tokens[start : start + size])
+
+
+def find(value: str, text: str) -> re.Match[str] | None:
+    """The first occurrence of the value, ignoring case."""
+    return re.search(re.escape(value), text, re.IGNORECASE)
+
+
+def answerable(model: LanguageModel, sample: dict[str, str]) -> bool:
+    """Whether the value is in the document, on one line, and no longer than an answer may be."""
+    value = sample["value"].strip()
+    there = find(value, sample["text"]) is not None
+    return there and "\n" not in value and len(model.encode(f" {value}")) <= MAX_NEW_TOKENS
+
+
+def common(a: list[int], b: list[int]) -> int:
+    """The tokens that two sequences begin with alike: where a tokenizer joins the last of a prompt
+    with what follows, the answer begins before the prompt's end.
+    """
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def prompt(data: str, sample: dict[str, str], text: str, times: str, cloze: bool) -> str:
@@ -130,7 +153,8 @@ def answer(
     """Continue a batch of prompts and look for the values; measure what the values cost there."""
     prompts = [item["tokens"] for item in items]
     texts = model.continue_line(prompts, max_new_tokens=protocol["max_new_tokens"])
-    nats = model.nats(prompts, [item["expected"] for item in items])
+    starts = [max(1, common(item["tokens"], item["whole"])) for item in items]
+    nats = model.nats([item["whole"] for item in items], starts)
     return [
         {
             "times": item["times"],

@@ -54,11 +54,20 @@ def read_samples(name: str) -> list[dict[str, str]]:
                 f"{name}, {where}: expected the fields text, key and value with text in them, "
                 f"found {', '.join(record) if isinstance(record, dict) else type(record).__name__}"
             )
+        for field in ("text", "key", "value", "guess"):
+            _check_text(f"{name}, {where}, {field}", record.get(field, ""))
         if len(record["value"].strip()) > 1:
             samples.append(record)
     if not samples:
         raise UserError(f"{name}: no sample with a value of more than one character in it")
     return samples
+
+
+def _check_text(where: str, text: Any) -> None:
+    try:
+        text.encode()
+    except (AttributeError, UnicodeEncodeError) as error:
+        raise UserError(f"{where}: expected text that is Unicode, got {text!r:.60}") from error
 
 
 def read_prompts(name: str, limit: int) -> list[str]:
@@ -74,6 +83,7 @@ def read_prompts(name: str, limit: int) -> list[str]:
     for where, record in islice(records, limit):
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise UserError(f"{name}, {where}: expected a field text with text in it")
+        _check_text(f"{name}, {where}, text", record["text"])
         texts.append(record["text"])
     return texts
 

@@ -9,6 +9,7 @@ import math
 import os
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -66,6 +67,8 @@ def run(args: argparse.Namespace) -> None:
         count = getattr(args, name)
         if count is not None and count < 1:
             raise UserError(f"--{name}: expected at least 1, got {count}")
+    if args.minutes is not None and not args.minutes > 0:
+        raise UserError(f"--minutes: expected a number above 0, got {args.minutes}")
     began = time.monotonic()
     study = load_study(args.study, args.overrides)
     out = args.out or Path("runs/study") / args.study.stem
@@ -74,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
         new, known = merge(records, args.merge)
         print(f"{new} records taken over, {known} were there")
     runs = chosen(study, args.only)
-    device = make_device(args.device).type
+    device = make_device(args.device, "--device").type
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
     gpus = torch.cuda.device_count() if device == "cuda" else 1
     processes = args.processes or (max(1, min(14 * gpus, cores - 2)) if device == "cuda" else cores)
@@ -90,16 +93,18 @@ def run(args: argparse.Namespace) -> None:
         left=lambda run: steps_left(run.spec, work) if run.kind == "language" else run.steps,
     )
     todo = [one for one in runs if one.name not in records.found]
+    failed = 0
     print(overview(runs, todo, clock))
     if not args.list:
         limit = math.inf if args.minutes is None else 60 * args.minutes - RESERVE
         session = Session(records, clock, pack=args.pack)
         session.do(todo, limit - (time.monotonic() - began), device, work)
-        if session.failed:
-            raise UserError(f"{session.failed} runs failed, see above; the others are kept")
+        failed = session.failed
     if records.found:
         page = write_report(study, records, out)
         print(f"{page} and {page.with_suffix('.md')}")
+    if failed:
+        raise UserError(f"{failed} runs failed, see above; the others are kept")
 
 
 def chosen(study: Study, names: str | None) -> list[Run]:
@@ -129,7 +134,8 @@ def overview(runs: list[Run], todo: list[Run], clock: Clock) -> str:
         sources = Counter(clock.seconds(one)[1] for one in left)
         source = ", ".join(f"{n} {word}" for word, n in sources.items())
         minutes = clock.total(left) / 60
-        lines.append(f"{name}: {len(left)} of {count} runs left, {minutes:.1f} min ({source})")
+        took = f", {minutes:.1f} min ({source})" if left else ""
+        lines.append(f"{name}: {len(left)} of {count} runs left{took}")
     lines.append(f"in all {len(todo)} of {len(runs)} runs, {clock.total(todo) / 60:.1f} min")
     return "\n".join(lines)
 
@@ -142,7 +148,7 @@ class Session:
         self.failed = 0
         self.origin = provenance()
         if pack is not None:
-            pack.parent.mkdir(parents=True, exist_ok=True)
+            append(pack)  # before the first run, that a name that cannot be written to costs none
 
     def do(self, todo: list[Run], limit: float, device: str, work: Path) -> None:
         """MQAR runs, then language models, as many at a time as the clock says."""
@@ -161,13 +167,18 @@ class Session:
                     left=lambda: limit - (time.monotonic() - began),
                     seconds=lambda one: self.clock.seconds(one)[0],
                 )
-                for one, outcome, error, seconds in finished:
-                    if outcome is None:
-                        self.failed += 1
-                        tqdm.write(f"{one.experiment}, {one.label}, seed {one.seed}: {error}")
-                    else:
-                        self.keep(one, outcome, seconds)
-                        bar.update()
+                ended = 0
+                with closing(finished):  # whatever happens here, the processes are ended
+                    for one, outcome, error, seconds in finished:
+                        ended += 1
+                        if outcome is None:
+                            self.failed += 1
+                            tqdm.write(f"{one.experiment}, {one.label}, seed {one.seed}: {error}")
+                        else:
+                            self.keep(one, outcome, seconds)
+                            bar.update()
+                if not ended:
+                    tqdm.write(f"of {len(some)} {kind} runs none fits in the time that is given")
 
     def keep(self, one: Run, outcome: Record, seconds: float) -> None:
         """Write a finished run down, in both places, before anything else."""

@@ -5,7 +5,6 @@ beginning train it once where they share a disk (the second waits), and a run th
 on from its newest checkpoint.
 """
 
-import argparse
 import fcntl
 import time
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ import osdn.model.modeling  # noqa: F401  registers the model class
 from osdn.errors import UserError
 from osdn.evals import command
 from osdn.evals.results import RESULT, write_json
-from osdn.study.plan import run_name
+from osdn.study.plan import evaluation, run_name
 from osdn.train import checkpoint
 from osdn.train.config import Recipe
 from osdn.train.loop import train
@@ -89,12 +88,13 @@ def directory_of(spec: dict[str, Any], number: int, work: Path) -> Path:
 
 
 def steps_left(spec: dict[str, Any], work: Path) -> int:
-    """Steps of the phases that have not been trained to their end in `work`."""
-    return sum(
-        phase["train"]["steps"]
-        for i, phase in enumerate(spec["phases"])
-        if not (directory_of(spec, i, work) / "model").exists()
-    )
+    """Steps of the phases that are still to be trained in `work`, after the newest checkpoints."""
+    left = 0
+    for i, phase in enumerate(spec["phases"]):
+        directory = directory_of(spec, i, work)
+        if not (directory / "model").exists():
+            left += phase["train"]["steps"] - checkpoint.newest_step(directory / "checkpoints")
+    return left
 
 
 def perform(spec: dict[str, Any], *, device: str, work: Path) -> dict[str, Any]:
@@ -143,13 +143,6 @@ def perform(spec: dict[str, Any], *, device: str, work: Path) -> dict[str, Any]:
 
 def evaluate(model: Path, words: list[str], out: Path, device: str) -> dict[str, Any]:
     """The result of `osdn eval TASK MODEL WORDS`, whose first word is the task."""
-    parser = argparse.ArgumentParser(prog="osdn eval", exit_on_error=False)
-    command.add_arguments(parser)
-    task, *options = words
-    try:
-        args = parser.parse_args([task, str(model), *options, "--device", device])
-    except (argparse.ArgumentError, SystemExit) as error:
-        raise UserError(f"evaluations: {' '.join(words)}: {error}") from error
-    result = command.evaluate(args, str(model), out)
+    result = command.evaluate(evaluation(words, str(model), device), str(model), out)
     write_json(out / RESULT, result)
     return {name: value for name, value in result.items() if name != "provenance"}

@@ -1,13 +1,16 @@
 """What a study is: experiments in YAML, each a set of runs, each named by what it depends on."""
 
+import argparse
 import json
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from pydantic import Field, model_validator
 
+from osdn.errors import UserError
+from osdn.evals import command
 from osdn.evals.mqar_recipe import Cell, MQARRecipe
 from osdn.train.config import Recipe, Section, load_recipe, load_sections
 
@@ -27,6 +30,29 @@ class Variant(Section):
 
     overrides: list[str] = Field(default=[])
     start_from: str | None = None
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises where argparse would end the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def evaluation(words: Sequence[str], model: str, device: str) -> argparse.Namespace:
+    """The arguments of `osdn eval TASK MODEL WORDS`, whose first word is the task.
+
+    Raises:
+        UserError: no such task or option.
+    """
+    parser = _Parser(prog="osdn eval")
+    command.add_arguments(parser)
+    if not words:
+        raise UserError("expected a task of osdn eval and its options, got nothing")
+    task, *options = words
+    args = parser.parse_args([task, model, *options, "--device", device])
+    command.check_counts(args)
+    return args
 
 
 class LanguageExperiment(Section):
@@ -56,6 +82,11 @@ class LanguageExperiment(Section):
                 raise ValueError(f"no variant {name!r}; there are {', '.join(self.variants)}")
         for label in self.variants:
             self.chain(label)
+        for name, words in self.evaluations.items():
+            try:
+                evaluation(words, "MODEL", "auto")
+            except UserError as error:
+                raise ValueError(f"evaluations.{name}: {error}") from error
         return self
 
     def chain(self, label: str) -> list[str]:

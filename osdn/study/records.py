@@ -87,16 +87,24 @@ def _read(source: Path) -> list[Record]:
         raise UserError(f"{source}: not a file of packed records: {error}") from error
 
 
-def append(path: Path, record: Record) -> None:
+def append(path: Path, record: Record | None = None) -> None:
     """Add a record to a packed file, one line each, on the disk when this returns.
 
-    A last line that a kill cut off is dropped.
+    A last line that a kill cut off is dropped. Without a record the file is only made.
+
+    Raises:
+        UserError: it cannot be written.
     """
-    with path.open("a+b") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        file.flush()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+            if record is not None:
+                file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            file.flush()
+    except OSError as error:
+        raise UserError(f"{path}: cannot write: {error.strerror or error}") from error
 
 
 def work(spec: dict[str, Any]) -> float:
@@ -108,8 +116,9 @@ class Clock:
     """Predicts how long runs take from the records of the same machine, or by assumption.
 
     MQAR: seconds a step of runs alike in all but learning rate, seed and mixer options; else of
-    all runs, by tokens a step; else the study's assumption. Language models: the same experiment's
-    seconds a trained step, else its assumption.
+    all runs, by tokens a step; else the study's assumption. Language models: seconds a trained step
+    of runs with such rows, and their evaluations' seconds; else the experiment's assumption, of the
+    share that is left.
 
     Args:
         processes, models: MQAR runs and language models at a time.
@@ -129,6 +138,7 @@ class Clock:
         self.study, self.machine, self.processes, self.models = study, machine, processes, models
         self.left = left
         self.alike: dict[str, list[float]] = {}
+        self.evaluations: dict[str, list[float]] = {}
         self.all: list[float] = []
         for record in records:
             self.learn(record)
@@ -138,13 +148,18 @@ class Clock:
         same = record["machine"] == self.machine and record["processes"] == self.processes
         if record["kind"] == "language":
             same = record["machine"] == self.machine
-        outcome = record["outcome"]
-        steps = outcome.get("trained", outcome.get("steps", 0))
-        if same and steps:
-            each = record["seconds"] / steps
-            self.alike.setdefault(self._key(record["kind"], record["spec"]), []).append(each)
-            if record["kind"] == "mqar":
-                self.all.append(each / work(record["spec"]))
+        outcome, key = record["outcome"], self._key(record["kind"], record["spec"])
+        if not same:
+            return
+        if record["kind"] == "language":
+            self.evaluations.setdefault(key, []).append(outcome["seconds"]["evaluations"])
+            if outcome["trained"] > 0:
+                each = outcome["seconds"]["train"] / outcome["trained"]
+                self.alike.setdefault(key, []).append(each)
+        elif outcome["steps"]:
+            each = record["seconds"] / outcome["steps"]
+            self.alike.setdefault(key, []).append(each)
+            self.all.append(each / work(record["spec"]))
 
     @staticmethod
     def _key(kind: str, spec: dict[str, Any]) -> str:
@@ -155,10 +170,13 @@ class Clock:
 
     def seconds(self, run: Run) -> tuple[float, str]:
         """(seconds of one run at most, where the figure comes from)."""
-        if found := self.alike.get(self._key(run.kind, run.spec)):
-            return median(found) * self.left(run), "measured"
+        key = self._key(run.kind, run.spec)
+        if found := self.alike.get(key):
+            rest = median(self.evaluations.get(key, [0.0]))
+            return median(found) * self.left(run) + rest, "measured"
         if run.kind == "language":
-            return self.study.language[run.experiment].seconds, "assumed"
+            share = self.left(run) / run.steps
+            return self.study.language[run.experiment].seconds * share, "assumed"
         if self.all:
             return median(self.all) * work(run.spec) * run.steps, "scaled by tokens"
         return self.study.seconds_per_step * run.steps, "assumed"

@@ -8,13 +8,14 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from osdn.errors import UserError
 from osdn.study.plan import Run
 
 Finished = tuple[Run, dict[str, Any] | None, str, float]
@@ -53,6 +54,8 @@ def _serve(
         reply: tuple[dict[str, Any] | None, str]
         try:
             reply = perform(kind, spec, device, work), ""
+        except UserError as error:
+            reply = None, str(error)
         except Exception:
             reply = None, traceback.format_exc()
         try:
@@ -100,13 +103,18 @@ class Worker:
         self.run, self.began = run, time.monotonic()
         self.connection.send((run.kind, run.spec))
 
+    def leave(self) -> None:
+        """Ask the process to end: idle, it returns; a language model's training saves first."""
+        self.connection.close()
+        if self.run is not None or not self.ready:
+            self.process.terminate()
+
     def stop(self) -> None:
-        """End the process, whatever it does; a language model's training saves a checkpoint."""
-        self.process.terminate()
+        """End the process, whatever it does."""
+        self.leave()
         self.process.join(GRACE)
         self.process.kill()
         self.process.join()
-        self.connection.close()
 
 
 def complete(
@@ -117,7 +125,7 @@ def complete(
     work: Path,
     left: Callable[[], float],
     seconds: Callable[[Run], float],
-) -> Iterator[Finished]:
+) -> Generator[Finished]:
     """(run, outcome or None, error, seconds) of runs as they finish, several at a time.
 
     A run is begun only if its predicted time still fits; at the deadline what is under way is
@@ -169,6 +177,6 @@ def complete(
                 yield run, *message, time.monotonic() - worker.began
     finally:
         for worker in workers:
-            worker.process.terminate()
+            worker.leave()
         for worker in workers:
             worker.stop()

@@ -195,3 +195,8 @@ def directories(root: Path) -> list[Path]:
     """The checkpoints, newest first."""
     found = [p for p in root.glob("step_*") if p.name.removeprefix("step_").isdigit()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step_")), reverse=True)
+
+
+def newest_step(root: Path) -> int:
+    """The step of the newest checkpoint, whole or not; 0 without one."""
+    return max((int(p.name.removeprefix("step_")) for p in directories(root)), default=0)

@@ -33,24 +33,26 @@ from osdn.train.parallel import Parallel
 from osdn.train.sharding import Sharded
 
 
-def make_device(name: str) -> torch.device:
-    """The device that a recipe names; "auto" is CUDA where there is one, else the CPU."""
+def make_device(name: str, option: str = "train.device") -> torch.device:
+    """The device of that name; "auto" is CUDA where there is one, else the CPU.
+
+    Args:
+        option: where the user gave the name.
+    """
     cuda = torch.cuda.is_available()
     if name == "auto":
         return torch.device("cuda" if cuda else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"train.device: expected auto, cpu or cuda, got {name!r}") from error
+        raise UserError(f"{option}: expected auto, cpu or cuda, got {name!r}") from error
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"train.device: expected auto, cpu or cuda, got {name!r}")
+        raise UserError(f"{option}: expected auto, cpu or cuda, got {name!r}")
     if device.type == "cuda" and not cuda:
-        raise UserError(
-            "train.device: PyTorch finds no CUDA device here; set train.device=cpu or auto"
-        )
+        raise UserError(f"{option}: PyTorch finds no CUDA device here; choose cpu or auto")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"train.device: there is no {name}; CUDA devices here are numbered from 0 to "
+            f"{option}: there is no {name}; CUDA devices here are numbered from 0 to "
             f"{torch.cuda.device_count() - 1}"
         )
     return device

@@ -101,8 +101,23 @@ def test_a_window_is_centred_on_the_answer(loaded):
             assert abs(len(left) - len(right)) <= 1
     short = {"text": " a short document ", "value": "short"}
     assert recall.window(loaded, short, 100, keep_end=False) == "a short document"
+    longer = {"text": "İ" * 300 + " XK-77 " + "y" * 300, "value": "xk-77"}  # lower() makes two of İ
+    assert "XK-77" in recall.window(loaded, longer, 100, keep_end=False)
     cloze = {"text": "x" * 500 + "the question is", "value": "x"}
     assert recall.window(loaded, cloze, 100, keep_end=True).endswith("the question is")
+
+
+def test_values_that_no_answer_can_hold_are_told(loaded):
+    def answerable(value, text="the code is XK-77 \none\ntwo"):
+        return recall.answerable(loaded, {"text": f"{text} {'z' * 60}", "value": value})
+
+    assert answerable("xk-77 ") and answerable("z" * 47)
+    assert not answerable("one\ntwo") and not answerable("XK-78") and not answerable("z" * 48)
+
+
+def test_the_answer_begins_where_the_tokens_of_prompt_and_value_part():
+    assert recall.common([1, 2, 3], [1, 2, 3, 4]) == 3  # byte tokens, or BPE that cuts at spaces
+    assert recall.common([1, 2, 3], [1, 2, 9, 4]) == 2  # the prompt's last token grew
 
 
 def test_prompts_are_those_of_the_protocol():
@@ -149,7 +164,8 @@ def test_the_cost_of_an_answer_is_that_of_one_forward_over_prompt_and_answer(whi
         logits = model.model(torch.tensor([[*before, *after]])).logits[0].detach()
         log_p = logits.log_softmax(-1)[len(before) - 1 : -1]
         expected.append(-float(log_p[range(len(after)), after].sum()))
-    assert model.nats(prompts, answers) == pytest.approx(expected, rel=1e-4)
+    whole = [[*before, *after] for before, after in zip(prompts, answers)]
+    assert model.nats(whole, [len(ids) for ids in prompts]) == pytest.approx(expected, rel=1e-4)
     assert min(expected) > 1
 
 

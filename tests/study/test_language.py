@@ -11,7 +11,7 @@ import time
 import pytest
 
 from osdn.cli import main
-from osdn.study.language import steps_left
+from osdn.study.language import directory_of, steps_left
 from osdn.study.plan import all_runs, load_study
 from osdn.study.records import Clock
 from osdn.study.report import _cell, _curves, _gain, _mean
@@ -87,9 +87,30 @@ def test_two_at_a_time_that_begin_alike_train_it_once(tmp_path):
     assert steps_left(runs[0].spec, tmp_path / "work") == 0
     assert steps_left(runs[0].spec, tmp_path / "elsewhere") == 23
     record = {"kind": "language", "spec": runs[0].spec, "machine": "here", "processes": 1}
-    record |= {"outcome": {"steps": 23, "trained": 3}, "seconds": 6.0}
-    clock = Clock(load_study(tmp_path / "language.yaml"), [record], "here", 1)
-    assert clock.seconds(runs[1]) == (2.0 * 23, "measured")
+    seconds = {"train": 6.0, "evaluations": 40.0}
+    record |= {"outcome": {"steps": 23, "trained": 3, "seconds": seconds}, "seconds": 46.0}
+    study = load_study(tmp_path / "language.yaml")
+    clock = Clock(study, [record], "here", 1)
+    assert clock.seconds(runs[1]) == (2.0 * 23 + 40, "measured")
+    # What a checkpoint has need not be trained, nor is it in the assumption.
+    directory = directory_of(runs[0].spec, 0, tmp_path / "elsewhere")
+    (directory / "checkpoints" / "step_12").mkdir(parents=True)
+    (directory / "checkpoints" / "step_8").mkdir()
+    assert steps_left(runs[0].spec, tmp_path / "elsewhere") == 11
+    rest = Clock(
+        study, [], "here", 1, left=lambda run: steps_left(run.spec, tmp_path / "elsewhere")
+    )
+    assert rest.seconds(runs[0]) == (pytest.approx(11 / 23), "assumed")
+
+
+def test_a_misspelt_evaluation_is_named_before_anything_is_trained(tmp_path, capsys):
+    path = write_language(tmp_path)
+    path.write_text(path.read_text().replace("--limit", "--limitt"))
+    assert main(["study", str(path), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 1
+    assert "evaluations.perplexity: unrecognized arguments: --limitt 3" in capsys.readouterr().err
+    path.write_text(path.read_text().replace("--limitt\n", "--limit\n").replace("- '3'", "- '0'"))
+    assert main(["study", str(path), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 1
+    assert "--limit: expected at least 1, got 0" in capsys.readouterr().err
 
 
 def test_sigterm_leaves_a_checkpoint_of_the_language_model_under_way(tmp_path):

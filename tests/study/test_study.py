@@ -141,6 +141,12 @@ def test_a_pack_that_a_kill_cut_off_is_gone_on_with(tmp_path, done, capsys):
     cut.write_text('{"a": 1}\n')
     assert study(path, "--out", tmp_path / "d", "--merge", cut, "--list") == 1
     assert "something else than records" in capsys.readouterr().err
+    before = time.monotonic()
+    assert study(path, "--out", tmp_path / "e", "--pack", tmp_path) == 1
+    assert f"{tmp_path}: cannot write" in capsys.readouterr().err
+    assert time.monotonic() - before < 60 and not (tmp_path / "e" / "records").exists()
+    assert main(["study", str(path), "--minutes", "-1"]) == 1
+    assert "--minutes: expected a number above 0" in capsys.readouterr().err
     for option in ("--models", "--processes"):
         assert main(["study", str(path), option, "0", "--list"]) == 1
         assert f"{option}: expected at least 1" in capsys.readouterr().err
