@@ -6,7 +6,7 @@ One process, recipes/tiny.yaml, whose box, seed and rows both take. The two step
 process, so that whatever else the machine does falls on both; the losses must be the same bits.
 """
 
-import sys
+import argparse
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -83,4 +83,6 @@ def main(steps: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 120)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("steps", type=int, nargs="?", default=120, help="of each loop (120)")
+    main(parser.parse_args().steps)

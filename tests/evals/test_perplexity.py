@@ -111,7 +111,7 @@ def test_errors_are_one_line(checkpoint, llama, tmp_path, capsys):
     for model, options, message in (
         (checkpoint, ["--length", "500", "--join"], "shorter than one row of 500"),
         (checkpoint, ["--length", "1"], "at least 2"),
-        (llama, [], "takes at most 96"),
+        (llama, ["--length", "97"], "takes at most 96"),
         (checkpoint, ["--held-out", "0"], "a share in"),
     ):
         arguments = ["--data", str(text), "--out", str(tmp_path / "o"), "--device", "cpu"]
