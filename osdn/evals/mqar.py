@@ -201,14 +201,18 @@ class MQARModel(nn.Module):
 
 @torch.no_grad()
 def answers_right(model: nn.Module, inputs: Tensor, labels: Tensor, batch: int) -> Tensor:
-    """Share of right answers in every example, [examples] float64; argmax over the vocabulary."""
+    """1 where an answer is right, [examples, pairs] float64, in the order in which the rows give
+    the pairs; the answer is the argmax over the vocabulary.
+    """
     device = next(model.parameters()).device
-    shares = []
+    found = []
     for x, y in zip(inputs.split(batch), labels.split(batch)):
         at, expected = asked(y)
         best = model(x.to(device), at.to(device)).argmax(-1).cpu()
-        shares.append((best.view_as(expected) == expected).double().mean(-1))
-    return torch.cat(shares)
+        right = (best.view_as(expected) == expected).double()
+        values = x[:, 1 : 2 * expected.shape[1] : 2]
+        found.append(right.gather(1, expected.argsort(1).gather(1, values.argsort(1).argsort(1))))
+    return torch.cat(found)
 
 
 def asked(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -218,13 +222,14 @@ def asked(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Outcome(NamedTuple):
-    """accuracy: share of right answers in the test set.  shares: the same for every example.
+    """accuracy: share of right answers in the test set.  by_pair: the same of the first pair of
+    the rows, the second, and so on.
 
     steps: optimiser steps done.  diverged: the loss became infinite or not a number.
     """
 
     accuracy: float
-    shares: list[float]
+    by_pair: list[float]
     steps: int
     diverged: bool
 
@@ -263,7 +268,7 @@ def train(
         for rows in torch.randperm(examples, generator=order).split(batch_size):
             step += 1
             updates(rows, learning_rate(step, steps=steps, peak=optimizer.lr, schedule=schedule))
-        shares = answers_right(model, *test, batch_size)
-        if (diverged := updates.finite < step) or shares.mean() >= stop_at:
+        right = answers_right(model, *test, batch_size)
+        if (diverged := updates.finite < step) or right.mean() >= stop_at:
             break
-    return Outcome(float(shares.mean()), shares.tolist(), updates.finite, diverged)
+    return Outcome(float(right.mean()), right.mean(0).tolist(), updates.finite, diverged)

@@ -131,6 +131,7 @@ def train_cell(recipe: MQARRecipe, cell: Cell) -> dict[str, Any]:
     return {
         "cell": recipe.describe(cell),
         "accuracy": outcome.accuracy,
+        "by_pair": [round(share, 4) for share in outcome.by_pair],
         "steps": outcome.steps,
         "diverged": outcome.diverged,
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -95,7 +95,7 @@ def mqar_result(study: Study, name: str, grid: Cells) -> Result:
         setting = experiment.tasks[place]
         title = f"{setting.length} tokens, {pairs} pairs, width {width}"
         first = mixers.get(next(iter(experiment.mixers)))
-        series = {}
+        series, places = {}, dict[str, list[list[float]]]()
         for mixer in [one for one in experiment.mixers if one in mixers]:
             points = mixers[mixer]
             rate = best_rate(points)
@@ -104,9 +104,15 @@ def mqar_result(study: Study, name: str, grid: Cells) -> Result:
             less = gains(points, first) if first and first is not points else []
             rows.append([title, mixer, *row(points, at_edge, less)])
             series[mixer] = [seed["accuracy"] for seed in points[rate].values()]
+            if found := [seed["by_pair"] for seed in points[rate].values() if "by_pair" in seed]:
+                shares = [[[i, y] for i, y in enumerate(by_pair, start=1)] for by_pair in found]
+                places[mixer] = _mean(shares)
             by_pairs.setdefault(mixer, []).append([pairs, one["value"], one["low"], one["high"]])
         strip = {"title": f"{name}: {title}", "x": "share of right answers", "strip": True}
         curves.append({**strip, "series": series})
+        if places:
+            by = {"x": "the pair's place, the first given is 1", "y": "share of right answers"}
+            curves.append({"title": f"{title}: by the pair", **by, "series": places})
     if len(grid) > 1 and len(experiment.widths) == 1:
         axes = {"x": "pairs", "y": "share of right answers", "log_x": True}
         curves = [{"title": f"{name}, each at its best rate", **axes, "series": by_pairs}]

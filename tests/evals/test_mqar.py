@@ -97,11 +97,11 @@ def test_seed_and_stream_decide_everything_and_the_streams_do_not_meet():
 
 
 class Lookup(nn.Module):
-    """Answers from the pairs themselves; `shift` answers with another pair's value instead."""
+    """Answers from the first `known` pairs; `shift` answers with another pair's value instead."""
 
-    def __init__(self, task: Task, shift: int):
+    def __init__(self, task: Task, shift: int, known: int = 10**9):
         super().__init__()
-        self.task, self.shift = task, shift
+        self.task, self.shift, self.known = task, shift, known
         self.anchor = nn.Parameter(torch.zeros(1))
 
     def forward(self, inputs, at):
@@ -110,7 +110,8 @@ class Lookup(nn.Module):
             inputs[:, 1 : 2 * self.task.pairs : 2],
         )
         found = (keys[:, None] == inputs.gather(1, at)[..., None]).int().argmax(2)
-        answer = values.gather(1, (found + self.shift) % self.task.pairs).flatten()
+        answer = values.gather(1, (found + self.shift) % self.task.pairs)
+        answer = answer.masked_fill(found >= self.known, 0).flatten()
         return nn.functional.one_hot(answer, self.task.vocab_size).float()
 
 
@@ -118,6 +119,8 @@ def test_a_solved_instance_scores_one_and_a_shuffled_one_chance():
     inputs, labels = generate(PUBLISHED, 400, seed=0, stream=TEST)
     assert answers_right(Lookup(PUBLISHED, 0), inputs, labels, 64).eq(1).all()
     assert answers_right(Lookup(PUBLISHED, 1), inputs, labels, 64).eq(0).all()
+    early = answers_right(Lookup(PUBLISHED, 0, known=3), inputs, labels, 64)
+    assert early[:, :3].eq(1).all() and early[:, 3:].eq(0).all()  # in the order of the pairs
     shuffled = labels.clone()
     generator = torch.Generator().manual_seed(0)
     for row in shuffled:
