@@ -106,7 +106,8 @@ def mqar_result(study: Study, name: str, grid: Cells) -> Result:
             series[mixer] = [seed["accuracy"] for seed in points[rate].values()]
             if found := [seed["by_pair"] for seed in points[rate].values() if "by_pair" in seed]:
                 shares = [[[i, y] for i, y in enumerate(by_pair, start=1)] for by_pair in found]
-                places[mixer] = [[x, y] for x, y, *_ in _mean(shares)]
+                # Without a band: it would reach from the runs that have not started to the best.
+                places[mixer] = [[x, y, y, y] for x, y, *_ in _mean(shares)]
             by_pairs.setdefault(mixer, []).append([pairs, one["value"], one["low"], one["high"]])
         strip = {"title": f"{name}: {title}", "x": "share of right answers", "strip": True}
         curves.append({**strip, "series": series})

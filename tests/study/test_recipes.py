@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from osdn import OSDNConfig, OSDNForCausalLM
+from osdn.cli import main
 from osdn.errors import UserError
 from osdn.evals import command
 from osdn.study.corpus import CorpusRecipe
@@ -43,9 +44,13 @@ def test_mqar_runs_are_built_as_their_specs_say():
 )
 def test_the_records_that_are_kept_are_runs_of_the_recipes(study, kept, count, tmp_path):
     runs = {run.name: run for run in all_runs(load_study(STUDY / f"{study}.yaml"))}
+    packed = str(STUDY / "records" / f"{kept}.jsonl.xz")
+    words = ["study", str(STUDY / f"{study}.yaml"), "--merge", packed, "--list"]
+    assert main([*words, "--out", str(tmp_path), "--device", "cpu"]) == 0  # the page without a run
     records = Records(tmp_path)
-    merge(records, [STUDY / "records" / f"{kept}.jsonl.xz"])
     assert len(records.found) == count and records.found.keys() <= runs.keys()
+    assert "less" in (tmp_path / "report.md").read_text()
+    assert list(tmp_path.glob("results/*/plot.png"))
 
 
 def test_the_figures_of_the_page_are_those_of_the_records(tmp_path):

@@ -85,13 +85,14 @@ def test_an_experiment_of_one_task_shows_every_seed_at_the_best_rate(done):
     (mixers,) = grid.values()
     assert set(places["series"]) == {"delta_net", "osdn"}
     for mixer, points in places["series"].items():  # a pair's mean over seeds; their mean is all's
-        assert [x for x, _ in points] == [1, 2, 3, 4]
-        mean = sum(y for _, y in points) / 4
+        assert [x for x, *_ in points] == [1, 2, 3, 4]
+        mean = sum(y for _, y, *_ in points) / 4
         assert mean == pytest.approx(sum(strip["series"][mixer]) / 2, abs=1e-3)
     for mixer, shares in strip["series"].items():
         means = [sum(x["accuracy"] for x in seeds.values()) / 2 for seeds in mixers[mixer].values()]
         assert len(shares) == 2 and sum(shares) / 2 == pytest.approx(max(means))
-    (axes,) = figure([strip], []).axes
+    axes, by_pair = figure([strip, places], []).axes
+    assert [list(line.get_xdata()) for line in by_pair.lines] == [[1, 2, 3, 4]] * 2
     drawn = [list(line.get_xdata()) for line in axes.lines]
     assert drawn[0] == strip["series"]["delta_net"] and len(drawn) == 4
     assert [label.get_text() for label in axes.get_yticklabels()] == ["delta_net", "osdn"]
