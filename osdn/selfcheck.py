@@ -11,8 +11,6 @@ round besides: the operands of their matrix products are in the inputs' dtype. T
 is compared likewise.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Callable, Iterator
@@ -262,8 +260,7 @@ def check_all() -> Iterator[Result]:
                     under_way.append(pool.submit(check_convolution, one, name, device))
             yield from (one.result() for one in under_way)
     elif os.environ.get("TRITON_INTERPRET", "0") == "1":
-        for case in TINY:
-            yield check(case, "float32", torch.device("cpu"))
+        yield from (check(case, "float32", torch.device("cpu")) for case in TINY)
         yield check_convolution(CONVOLUTIONS[-1], "float32", torch.device("cpu"))
     else:
         raise UserError(

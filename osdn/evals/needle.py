@@ -45,11 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def plan(args: argparse.Namespace, model: LanguageModel) -> tuple[dict[str, Any], list[dict]]:
     """(protocol, items) of this evaluation, short prompts first."""
-    if args.samples < 1 or not all(0 <= depth <= 100 for depth in args.depths):
-        raise UserError(
-            f"--samples, --depths: expected at least 1 and percents from 0 to 100, got "
-            f"{args.samples} and {args.depths}"
-        )
+    if not all(0 <= depth <= 100 for depth in args.depths):
+        raise UserError(f"--depths: expected percents from 0 to 100, got {args.depths}")
     lengths = sorted(set(args.lengths or []))
     if not lengths:
         lengths = [one for one in LENGTHS if one <= (model.limit or one)] or LENGTHS[:1]

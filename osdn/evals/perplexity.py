@@ -59,10 +59,10 @@ def plan(args: argparse.Namespace, model: LanguageModel) -> tuple[dict[str, Any]
     longest = 10 * model.trained_length
     length = args.length or min(longest, model.limit or longest)
     bucket = args.bucket or model.trained_length
-    if length < 2 or bucket < 1 or not 0 < args.held_out <= 1:
+    if length < 2 or not 0 < args.held_out <= 1:
         raise UserError(
-            f"--length, --bucket, --held-out: expected at least 2, at least 1 and a share in "
-            f"(0, 1], got {length}, {bucket} and {args.held_out}"
+            f"--length, --held-out: expected at least 2 and a share in (0, 1], got {length} and "
+            f"{args.held_out}"
         )
     model.check_length(length, "--length")
     items: list[dict[str, Any]] = []

@@ -57,7 +57,7 @@ def contains(value: str, continuation: str) -> bool:
 
 def plan(args: argparse.Namespace, model: LanguageModel) -> tuple[dict[str, Any], list[dict]]:
     """(protocol, items) of this evaluation, every sample once and twice, short prompts first."""
-    if args.answer < 1 or args.window <= args.answer:
+    if args.window <= args.answer:
         raise UserError(
             f"--window, --answer: expected a window of more tokens than the answer's, got "
             f"{args.window} and {args.answer}"

@@ -50,7 +50,8 @@ def measure(
         out: the evaluation's directory, made if need be.
         items: each has "id", unique, and the same on every run.
         answer: measures a batch; one record for each item, without the id.
-        protocol: everything that the records depend on; a directory with another one is refused.
+        protocol: everything that the records depend on; a directory with another one is refused,
+            but for "data", the place of what the fingerprint in it covers.
         batch: items in a batch.
         name: shown beside the progress bar.
 
@@ -104,7 +105,6 @@ def _read(path: Path, protocol: Record) -> tuple[dict[str, Record], int]:
             error
         )
     expected = json.loads(json.dumps(protocol))
-    # Where the data lie changes nothing: the items are in the fingerprint.
     changed = sorted(k for k in known | expected if k != "data" and known.get(k) != expected.get(k))
     if changed:
         raise UserError(

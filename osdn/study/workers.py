@@ -103,6 +103,24 @@ class Worker:
         self.run, self.began = run, time.monotonic()
         self.connection.send((run.kind, run.spec))
 
+    def hear(self) -> Finished | None:
+        """What the process has to say, waiting for it: that it is ready (None), or a run's end; its
+        death is one, too.
+        """
+        try:
+            message = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            self.stop()
+            if self.run is None:
+                raise RuntimeError("a worker process died as it started") from None
+            message = None, f"its process died ({self.process.exitcode})"
+        if not self.ready:
+            self.ready = True
+            return None
+        run, self.run = self.run, None
+        assert run is not None
+        return run, *message, time.monotonic() - self.began
+
     def leave(self) -> None:
         """Ask the process to end: idle, it returns; a language model's training saves first."""
         self.connection.close()
@@ -159,22 +177,10 @@ def complete(
             for i, worker in enumerate(workers):
                 if worker.connection not in heard:
                     continue
-                try:
-                    message = worker.connection.recv()
-                except (EOFError, ConnectionResetError):
-                    run, spent = worker.run, time.monotonic() - worker.began
-                    worker.stop()
-                    if run is None:
-                        raise RuntimeError("a worker process died as it started") from None
-                    yield run, None, f"its process died ({worker.process.exitcode})", spent
+                if finished := worker.hear():
+                    yield finished
+                if worker.connection.closed:
                     workers[i] = Worker(device, work, threads, worker.visible)
-                    continue
-                if not worker.ready:
-                    worker.ready = True
-                    continue
-                run, worker.run = worker.run, None
-                assert run is not None
-                yield run, *message, time.monotonic() - worker.began
     finally:
         for worker in workers:
             worker.leave()

@@ -199,4 +199,4 @@ def directories(root: Path) -> list[Path]:
 
 def newest_step(root: Path) -> int:
     """The step of the newest checkpoint, whole or not; 0 without one."""
-    return max((int(p.name.removeprefix("step_")) for p in directories(root)), default=0)
+    return next((int(p.name.removeprefix("step_")) for p in directories(root)), 0)

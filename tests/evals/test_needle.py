@@ -2,12 +2,14 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
 from osdn.cli import main
 from osdn.errors import UserError
 from osdn.evals import needle
+from osdn.evals.models import load_model
 
 ITEM = {"length": 4096, "key": "quiet-harbour", "number": "1234567"}
 
@@ -54,3 +56,11 @@ def test_a_model_with_a_limit_is_told_so(llama, tmp_path, capsys):
     command = ["eval", "needle", str(llama), "--device", "cpu", "--out", str(tmp_path)]
     assert main(command) == 1
     assert "takes at most 96" in capsys.readouterr().err
+
+
+def test_by_default_lengths_go_as_far_as_the_model_can_take(llama):
+    model = load_model(str(llama), device="cpu")
+    model.model.config.max_position_embeddings = 3000
+    args = SimpleNamespace(lengths=None, depths=[50], samples=1, seed=0)
+    protocol, items = needle.plan(args, model)
+    assert protocol["lengths"] == [1024, 2048] == [item["length"] for item in items]

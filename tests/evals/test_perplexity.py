@@ -68,6 +68,12 @@ def test_samples_of_other_weights_precision_or_text_are_refused(loaded, tmp_path
     assert run(moved, text, out)["scores"] == first["scores"]  # the same model, elsewhere
     assert [path.name for path in out.iterdir()] == [kept.name]
 
+    samples = kept / "samples.jsonl"
+    measured = samples.read_bytes()
+    text = text.rename(tmp_path / "elsewhere.txt")
+    assert run(moved, text, out)["scores"] == first["scores"]  # the same text, elsewhere
+    assert samples.read_bytes() == measured
+
     def refused(*options):
         arguments = ["--data", str(text), "--out", str(out), "--device", "cpu", *options]
         assert main(["eval", "perplexity", str(moved), *arguments]) == 1
@@ -79,6 +85,13 @@ def test_samples_of_other_weights_precision_or_text_are_refused(loaded, tmp_path
     text.write_text("some text to measure")
     uniform(loaded, moved)
     assert refused()
+
+
+def test_by_default_a_row_is_no_longer_than_the_model_can_take(llama, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("word " * 50)
+    result = run(llama, text, tmp_path / "out")
+    assert result["protocol"]["length"] == 96
 
 
 def test_rows_are_documents_or_joined(loaded, tmp_path):

@@ -1,5 +1,6 @@
 """Recall: the window holds the answer, batches change nothing, builders split by source."""
 
+import argparse
 import json
 import math
 from collections import Counter
@@ -10,7 +11,7 @@ import torch
 from osdn.cli import main
 from osdn.errors import UserError
 from osdn.evals import recall, recall_data
-from osdn.evals.models import load_model
+from osdn.evals.models import LanguageModel, load_model
 
 INDEX = """\
 Package: alpha-{i}
@@ -118,6 +119,24 @@ def test_values_that_no_answer_can_hold_are_told(loaded):
 def test_the_answer_begins_where_the_tokens_of_prompt_and_value_part():
     assert recall.common([1, 2, 3], [1, 2, 3, 4]) == 3  # byte tokens, or BPE that cuts at spaces
     assert recall.common([1, 2, 3], [1, 2, 9, 4]) == 2  # the prompt's last token grew
+
+
+def test_a_value_is_scored_as_the_tokenizer_has_it_after_the_prompt(loaded, tmp_path, monkeypatch):
+    """With a tokenizer that begins every text with a token of its own, as SentencePiece does."""
+    real = LanguageModel.encode
+    monkeypatch.setattr(LanguageModel, "encode", lambda self, text: [5, *real(self, text)])
+    path = tmp_path / "set.jsonl"
+    path.write_text(json.dumps({"text": "Code: XK-77", "key": "code", "value": " XK-77 "}) + "\n")
+    parser = argparse.ArgumentParser()
+    recall.add_arguments(parser)
+    protocol, items = recall.plan(parser.parse_args(["--data", str(path)]), loaded)
+    assert protocol["unanswerable"] == 0
+    for item, record in zip(items, recall.answer(loaded, items, protocol)):
+        size = len(" XK-77")
+        assert item["whole"] == [*item["tokens"], *b" XK-77"]
+        log_p = loaded.model(torch.tensor([item["whole"]])).logits[0].detach().log_softmax(-1)
+        expected = -float(log_p[range(-size - 1, -1), item["whole"][-size:]].sum())
+        assert record["nats"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_prompts_are_those_of_the_protocol():
@@ -246,6 +265,14 @@ def test_errors_are_one_line(tmp_path, checkpoint, llama, built, monkeypatch, ca
         assert main(command) == 1, arguments
         error = capsys.readouterr().err
         assert message in error and error.strip().count("\n") == 0, error
+
+
+@pytest.mark.parametrize("wrong", ['"guess": 5', '"guess": "\\ud800"', '"key": "\\udfff"'])
+def test_a_field_that_is_no_text_is_named(tmp_path, wrong):
+    path = tmp_path / "set.jsonl"
+    path.write_text('{"text": "a", "key": "b", "value": "cd", ' + wrong + "}\n")
+    with pytest.raises(UserError, match=f"line 1: expected the fields .* wrong: {wrong[1:4]}"):
+        recall_data.read_samples(str(path))
 
 
 def test_a_line_of_a_set_ends_at_a_line_feed_alone(tmp_path):

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -16,7 +17,7 @@ from osdn.study.plan import Run, all_runs, load_study
 from osdn.study.records import Clock, Records, append
 from osdn.study.report import mqar_points, mqar_result
 from osdn.study.statistics import best_rate, edge, gains, interval, row, signed, student
-from osdn.study.workers import complete, visible_gpus
+from osdn.study.workers import Worker, complete, visible_gpus
 from tests.study.tiny import write_mqar
 
 
@@ -219,6 +220,27 @@ def test_a_deadline_is_kept_and_a_failed_run_is_told(tmp_path, capsys):
     )  # fmt: skip
     assert run is broken and outcome is None and "Error" in error
     assert time.monotonic() - began < 150
+
+
+def test_a_process_that_dies_costs_its_run_and_is_replaced(tmp_path, monkeypatch):
+    runs = all_runs(load_study(write_mqar(tmp_path)))[:2]
+    endless = Run("mqar", "grid", "x", 0, json.loads(json.dumps(runs[0].spec)), 1)
+    endless.spec["learning_rate"] = 1e-12
+    endless.spec["train"]["epochs"] = 10**6
+    original = Worker.give
+
+    def give(self, run):
+        original(self, run)
+        if run is endless:
+            threading.Timer(1.0, self.process.kill).start()
+
+    monkeypatch.setattr(Worker, "give", give)
+    (first, nothing, error, _), (second, outcome, fine, _) = complete(
+        [endless, runs[1]], processes=1, device="cpu", work=tmp_path, left=lambda: 100.0,
+        seconds=lambda run: 0.0,
+    )  # fmt: skip
+    assert first is endless and nothing is None and error == "its process died (-9)"
+    assert second is runs[1] and outcome["steps"] == 4 and fine == ""
 
 
 def test_the_clock_takes_what_was_measured(done):
