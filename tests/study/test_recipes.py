@@ -40,7 +40,7 @@ def test_mqar_runs_are_built_as_their_specs_say():
 
 @pytest.mark.parametrize(
     ("study", "kept", "count"),
-    [("mqar_cpu", "mqar_cpu", 888), ("mqar", "many_seeds", 216), ("language", "language", 14)],
+    [("mqar_cpu", "mqar_cpu", 888), ("mqar", "many_seeds", 216), ("language", "language", 20)],
 )
 def test_the_records_that_are_kept_are_runs_of_the_recipes(study, kept, count, tmp_path):
     runs = {run.name: run for run in all_runs(load_study(STUDY / f"{study}.yaml"))}
@@ -68,7 +68,7 @@ def test_the_figures_of_the_page_are_those_of_the_records(tmp_path):
 def test_language_models_are_matched_and_their_evaluations_parse():
     study = load_study(STUDY / "language.yaml")
     runs = all_runs(study)
-    assert len(runs) == 24
+    assert len(runs) == 28
     counts = {}
     for run in runs:
         model = run.spec["phases"][-1]["model"]
