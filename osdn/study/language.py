@@ -2,10 +2,11 @@
 
 A training's directory is named by the hash of all that leads to it, so that two runs with the same
 beginning train it once where they share a disk (the second waits), and a run that was killed goes
-on from its newest checkpoint.
+on from its newest checkpoint, or with the evaluations that it has not made.
 """
 
 import fcntl
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -142,7 +143,10 @@ def perform(spec: dict[str, Any], *, device: str, work: Path) -> dict[str, Any]:
 
 
 def evaluate(model: Path, words: list[str], out: Path, device: str) -> dict[str, Any]:
-    """The result of `osdn eval TASK MODEL WORDS`, whose first word is the task."""
-    result = command.evaluate(evaluation(words, str(model), device), str(model), out)
-    write_json(out / RESULT, result)
+    """The result of `osdn eval TASK MODEL WORDS`, whose first word is the task; once made, kept."""
+    if (out / RESULT).exists():
+        result = json.loads((out / RESULT).read_text())
+    else:
+        result = command.evaluate(evaluation(words, str(model), device), str(model), out)
+        write_json(out / RESULT, result)
     return {name: value for name, value in result.items() if name != "provenance"}

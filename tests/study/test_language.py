@@ -11,7 +11,7 @@ import time
 import pytest
 
 from osdn.cli import main
-from osdn.study.language import directory_of, steps_left
+from osdn.study.language import directory_of, perform, steps_left
 from osdn.study.plan import all_runs, load_study
 from osdn.study.records import Clock
 from osdn.study.report import _cell, _curves, _gain, _mean
@@ -101,6 +101,19 @@ def test_two_at_a_time_that_begin_alike_train_it_once(tmp_path):
         study, [], "here", 1, left=lambda run: steps_left(run.spec, tmp_path / "elsewhere")
     )
     assert rest.seconds(runs[0]) == (pytest.approx(11 / 23), "assumed")
+
+
+def test_a_run_killed_in_its_evaluations_goes_on_with_those_that_are_left(tmp_path):
+    run, work = all_runs(load_study(write_language(tmp_path)))[0], tmp_path / "work"
+    whole = perform(run.spec, device="cpu", work=work)
+    perplexity, recall = (
+        work / "eval" / run.name / name / "result.json" for name in ("perplexity", "recall")
+    )
+    made = perplexity.stat().st_mtime_ns
+    recall.unlink()  # as if it had not come so far
+    again = perform(run.spec, device="cpu", work=work)
+    assert perplexity.stat().st_mtime_ns == made and recall.exists()
+    assert again["evaluations"] == whole["evaluations"] and again["trained"] == 0
 
 
 def test_a_misspelt_evaluation_is_named_before_anything_is_trained(tmp_path, capsys):
