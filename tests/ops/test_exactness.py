@@ -49,6 +49,21 @@ def test_eta_0_from_ones_is_the_delta_rule(backend):
     assert torch.equal(got["final_precond"], torch.ones(2, 2, 6, dtype=torch.float64))
 
 
+def test_eta_and_the_length_of_keys_are_one_scale(backend, rule):
+    x, c = detached(make_inputs(2, 70, 2, 6, 9, gamma=True)), 1.3
+    kept = outputs(x, backend, eta=0.9, **rule)
+    box = {name: rule[name] / c**2 for name in rule.keys() & BOX.keys()}
+    scaled = {
+        **x,
+        "k": c * x["k"],
+        "initial_precond": x["initial_precond"] / c**2,
+        "initial_state": x["initial_state"] / c,
+    }
+    got = outputs(scaled, backend, eta=0.9 / c**4, **{**rule, **box})
+    for name, power in (("o", 1), ("final_state", 1), ("final_precond", 2)):
+        assert_close(c**power * got[name], kept[name], EXACT)
+
+
 def test_eta_0_from_p_is_the_delta_rule_with_write_key_p_k(backend):
     x = detached(make_inputs(2, 70, 2, 6, 9, gamma=False))
     write_key = x["initial_precond"][:, None] * x["k"]
