@@ -1,7 +1,10 @@
-"""The example that fine-tunes with transformers' Trainer, on a checkpoint of FLA's own classes."""
+"""The examples: fine-tuning with transformers' Trainer, and a rule of one's own on MQAR."""
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,3 +53,74 @@ def test_trainer_finetunes_a_converted_checkpoint(tmp_path, monkeypatch):
     with torch.no_grad():
         nats = [model(ids, labels=ids).loss.item() for model in (before, after)]
     assert nats[1] < nats[0] - 2
+
+
+own_rule = load(Path("examples/own_rule.py"))
+
+
+def layer(kind, **options):
+    """A layer in float64 whose d moves: d_1 is not 1, and γ and η are not where they start."""
+    torch.manual_seed(0)
+    made = kind(12, 2, **options).double()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    return made
+
+
+@pytest.mark.parametrize("options", [{}, {"forgetting": "data"}, {"beta_aware": True, "eta": 0.4}])
+def test_the_whole_row_is_the_operator(options):
+    own, osdn = layer(own_rule.OwnRule, **options), layer(OSDN, **options)
+    x = torch.randn(3, 20, 12, dtype=torch.float64)
+    made, expected = own(x)[0], osdn(x)[0]
+    torch.testing.assert_close(made, expected, rtol=1e-9, atol=1e-12)
+    weight = torch.randn_like(made)
+    grads = (torch.autograd.grad((y * weight).sum(), list(m.parameters()))
+             for y, m in ((made, own), (expected, osdn)))  # fmt: skip
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)  # gates are float32
+
+
+@pytest.mark.parametrize("label", [label for label in own_rule.RULES if label != "OSDN"])
+def test_a_rule_is_what_its_token_by_token_form_says(label):
+    kind, options = own_rule.RULES[label]
+    own = layer(kind, **options)
+    x = torch.randn(1, 9, 12, dtype=torch.float64)
+    (q, k, v), _ = own._convolve(x, None, None)
+    beta, log_gamma = own.gates(x)
+    start = own.start_precond()
+    d = torch.zeros(2, 6) if kind is own_rule.FromZero else start
+    home = start if issubclass(kind, own_rule.TowardsStart) else 0.0
+    S, reads = torch.zeros(2, 6, 6, dtype=torch.float64), []
+    for t in range(9):
+        key, s = k[0, t], k[0, t] ** 2
+        e = v[0, t] - torch.einsum("hkv,hk->hv", S, key)
+        S = S + torch.einsum("h,hk,hv->hkv", beta[0, t], d * key, e)
+        reads.append(torch.einsum("hkv,hk->hv", S, q[0, t]) / 6**0.5)
+        eta = torch.full((2,), options.get("eta", 1.0), dtype=torch.float64)
+        if issubclass(kind, own_rule.Normalised):
+            eta = eta / (s * s).sum(-1)
+        if kind is own_rule.HeadStep:
+            eta = 2 * own.logit.sigmoid()
+        if kind is own_rule.TokenStep:
+            eta = 2 * own.eta_proj(x[0, t]).sigmoid()
+        gamma = 1.0 if log_gamma is None else log_gamma[0, t].double().exp()[:, None]
+        d = home + gamma * (d - home) + (eta * (1 - (d * s).sum(-1)))[:, None] * s
+    expected = own.o_proj(own.o_norm(torch.stack(reads)).flatten(-2))
+    torch.testing.assert_close(own(x)[0][0], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_own_rules_are_compared_and_finished_runs_are_kept(tmp_path):
+    kept = tmp_path / "own.jsonl"
+    small = [f"mqar.apf_again.train.{x}" for x in ("examples=64", "test_examples=16", "epochs=1")]
+    words = [*small, "--seeds", "1", "2", "--rules", "OSDN", "d_1 = 0", "--out", str(kept)]
+    tables, files = [], []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "examples/own_rule.py", *words],
+            capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": "."},
+        )  # fmt: skip
+        tables.append(done.stdout)
+        files.append(kept.read_text())
+    assert "| d_1 = 0 | 2 |" in tables[0] and files[0].count("accuracy") == 4
+    assert tables[0] == tables[1] and files[0] == files[1]

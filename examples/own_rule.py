@@ -1,0 +1,228 @@
+"""Try a rule of your own for d on MQAR: no kernel, no backward pass, no change to the library.
+
+    python examples/own_rule.py --seeds 21 22 23 24 --rules OSDN "normalised step"
+
+Write a class like those below, give it a line in RULES, and compare it with OSDN on the task of
+`apf_again` (recipes/study/mqar_cpu.yaml: 32 pairs in a 16 × 16 memory), seed by seed. A run takes
+half a minute of one core; finished ones are kept in --out and are not made again. docs/study.md
+has what came of the rules that are here.
+"""
+
+import argparse
+import json
+import multiprocessing
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.linalg import solve_triangular
+from tqdm import tqdm
+
+from osdn.evals.mqar import train
+from osdn.evals.results import markdown
+from osdn.layers import OSDN
+from osdn.study.plan import load_study
+from osdn.study.statistics import signed
+
+STUDY, EXPERIMENT = Path("recipes/study/mqar_cpu.yaml"), "apf_again"
+
+
+class OwnRule(OSDN):
+    """OSDN without a box on whole rows that start from an empty memory, under plain autograd.
+
+    With z_t = b_t k_t ⊙ k_t and G_tj = γ_{j+1} ··· γ_{t−1} for j < t, else 0, both phases are
+    triangular systems of the row's T tokens:
+
+        x_t = 1 − ⟨d_t, z_t⟩                  d_t = base_t + Σ_j G_tj η_j x_j z_j
+        e_t = v_t − Σ_{j<t} ⟨k_t, w_j⟩ e_j    w_t = β_t d_t ⊙ k_t
+        o_t = scale · Σ_{j≤t} ⟨q_t, w_j⟩ e_j
+
+    A subclass changes η_t (`step`) or where d is without learning (`base`).
+    """
+
+    def step(self, hidden_states: Tensor, s: Tensor) -> Tensor:
+        """η_t, broadcast to [B, T, H], of the layer's input [B, T, D] and s [B, T, H, K]."""
+        return torch.full_like(s[..., 0], self.rule["eta"])
+
+    def base(self, d: Tensor, Gamma: Tensor) -> Tensor:
+        """base_t [B, H, T, K] of d_1 [H, 1, K] and Γ_t = γ_1 ··· γ_{t−1} [B, H, T, 1]."""
+        return Gamma * d
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None, None]:
+        """[B, T, D] -> ([B, T, D], None, None); no cache, no padding, no packing."""
+        q, k, v = self._convolve(hidden_states, None, None)[0]
+        beta, log_gamma = self.gates(hidden_states)
+        eta = self.step(hidden_states, k * k).expand_as(beta)
+        log_gamma = torch.zeros_like(beta) if log_gamma is None else log_gamma
+        tensors = (q, k, v, beta, log_gamma, eta)
+        q, k, v, beta, log_gamma, eta = (x.transpose(1, 2).to(q.dtype) for x in tensors)
+        post = log_gamma.cumsum(-1)
+        pre = post - log_gamma
+        past = torch.ones(k.shape[2], k.shape[2], dtype=torch.bool, device=k.device).tril(-1)
+        G = (pre[..., :, None] - post[..., None, :]).masked_fill(~past, -torch.inf).exp()
+
+        z = k * k * (beta[..., None] if self.rule["beta_aware"] else 1)
+        d_1 = torch.ones_like(k[0, :, :1]) if (d := self.start_precond()) is None else d[:, None]
+        base = self.base(d_1, pre.exp()[..., None]).expand_as(k)
+        W = G * eta[..., None, :]
+        x = solve(W * (z @ z.mT), 1 - (base * z).sum(-1, keepdim=True))
+        d = base + W @ (x * z)
+
+        w = beta[..., None] * d * k
+        e = solve((k @ w.mT).masked_fill(~past, 0), v)
+        o = self.head_dim**-0.5 * (q @ w.mT).tril() @ e
+        return self.o_proj(self.o_norm(o.transpose(1, 2)).flatten(-2)), None, None
+
+
+def solve(strictly_lower: Tensor, right: Tensor) -> Tensor:
+    """(I + L)⁻¹ right."""
+    return solve_triangular(strictly_lower, right, upper=False, unitriangular=True)
+
+
+class Normalised(OwnRule):
+    """A step that no key's spread decides: η_t = η / ‖s_t‖² (of unit keys ‖s‖² is 1/K to 1)."""
+
+    def step(self, hidden_states: Tensor, s: Tensor) -> Tensor:
+        return self.rule["eta"] / (s * s).sum(-1).clamp_min(1e-6)
+
+
+class TowardsStart(OwnRule):
+    """What is forgotten is what was learned: d falls back to d_1, where APF's falls to 0."""
+
+    def base(self, d: Tensor, Gamma: Tensor) -> Tensor:
+        return d
+
+
+class NormalisedTowardsStart(Normalised, TowardsStart):
+    """Both."""
+
+
+class HeadStep(OwnRule):
+    """A learned η for each head, in (0, 2), from 1."""
+
+    def __init__(self, hidden_size: int, num_heads: int, **options: Any):
+        super().__init__(hidden_size, num_heads, **options)
+        self.logit = nn.Parameter(torch.zeros(num_heads))
+
+    def step(self, hidden_states: Tensor, s: Tensor) -> Tensor:
+        return 2 * self.logit.sigmoid()
+
+
+class TokenStep(OwnRule):
+    """η_t = 2 sigmoid(W x_t + b) for each head, from 1: the layer says what d learns from."""
+
+    def __init__(self, hidden_size: int, num_heads: int, **options: Any):
+        super().__init__(hidden_size, num_heads, **options)
+        self.eta_proj = nn.Linear(hidden_size, num_heads)
+        nn.init.zeros_(self.eta_proj.weight)
+        nn.init.zeros_(self.eta_proj.bias)
+
+    def step(self, hidden_states: Tensor, s: Tensor) -> Tensor:
+        return 2 * self.eta_proj(hidden_states).sigmoid()
+
+
+class FromZero(OwnRule):
+    """d_1 = 0: a feature is written once the keys have shown it."""
+
+    def base(self, d: Tensor, Gamma: Tensor) -> Tensor:
+        return torch.zeros_like(d)
+
+
+APF = {"forgetting": "data"}
+RULES: dict[str, tuple[type[OSDN], dict[str, Any]]] = {
+    "OSDN": (OSDN, {}),
+    "normalised step": (Normalised, {}),
+    "normalised step, η 0.3": (Normalised, {"eta": 0.3}),
+    "normalised step, APF": (Normalised, APF),
+    "forgetting towards d_1": (TowardsStart, APF),
+    "forgetting towards d_1, normalised step": (NormalisedTowardsStart, APF),
+    "η by head": (HeadStep, {}),
+    "η by token": (TokenStep, {}),
+    "η by token, APF": (TokenStep, APF),
+    "d_1 = 0": (FromZero, {"learn_initial_precond": False}),
+}
+
+
+def run(job: tuple[str, int, list[str]]) -> dict[str, Any]:
+    """Train one rule with one seed, from the weights that OSDN starts from."""
+    label, seed, overrides = job
+    torch.set_num_threads(1)
+    recipe = load_study(STUDY, overrides).mqar[EXPERIMENT]
+    setting, options = recipe.tasks[0], recipe.train
+    torch.manual_seed(seed)
+    model = recipe.build("osdn", recipe.widths[0])
+    kind, own = RULES[label]
+    for i, mixer in enumerate(model.mixers):
+        if isinstance(mixer, OSDN):
+            model.mixers[i] = kind(
+                recipe.widths[0], mixer.num_heads, head_dim=mixer.head_dim, **own
+            )
+            model.mixers[i].load_state_dict(mixer.state_dict(), strict=False)
+    outcome = train(
+        model,
+        recipe.task(setting),
+        optimizer=options.optimizer.model_copy(update={"lr": recipe.learning_rates[-1]}),
+        schedule=options.schedule,
+        examples=options.examples,
+        test_examples=options.test_examples,
+        batch_size=setting.batch_size,
+        epochs=options.epochs,
+        stop_at=options.stop_at,
+        seed=seed,
+    )
+    return {"rule": label, "seed": seed, "overrides": overrides, **outcome._asdict()}
+
+
+def table(found: list[dict[str, Any]], labels: list[str]) -> dict[str, Any]:
+    """Share of right answers by rule, less the first rule's, and by the place of the pair."""
+    by_rule = {
+        label: {one["seed"]: one for one in found if one["rule"] == label} for label in labels
+    }
+    first, rows = by_rule[labels[0]], []
+    for label, seeds in by_rule.items():
+        shares = [one["accuracy"] for one in seeds.values()]
+        less = [seeds[i]["accuracy"] - first[i]["accuracy"] for i in seeds.keys() & first.keys()]
+        quarters = [one["by_pair"] for one in seeds.values()]
+        n = len(quarters[0]) // 4
+        ends = mean(mean(pairs[-n:]) - mean(pairs[:n]) for pairs in quarters)
+        rows.append(
+            [label, len(shares), f"{mean(shares):.3f}", signed(less, ".3f"), f"{ends:+.3f}"]
+        )
+    columns = [
+        "rule",
+        "seeds",
+        "share",
+        f"less {labels[0]}",
+        "last less first quarter of the pairs",
+    ]
+    return {"title": f"{EXPERIMENT} by rule", "columns": columns, "rows": rows}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train what `--out` lacks, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="a field of the study")
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[21, 22, 23, 24])
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("runs/own_rule.jsonl"))
+    args = parser.parse_args(arguments)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.touch()
+    found = [json.loads(line) for line in args.out.read_text().splitlines()]
+    found = [one for one in found if one["overrides"] == args.overrides]
+    done = {(one["rule"], one["seed"]) for one in found}
+    wanted = [(rule, seed) for seed in args.seeds for rule in args.rules]
+    jobs = [(*job, args.overrides) for job in wanted if job not in done]
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(args.processes) as pool, args.out.open("a") as file:
+        for outcome in tqdm(pool.imap_unordered(run, jobs), total=len(jobs), unit="run"):
+            print(json.dumps(outcome, ensure_ascii=False), file=file, flush=True)
+            found.append(outcome)
+    print(markdown(table([one for one in found if one["seed"] in args.seeds], args.rules)))
+
+
+if __name__ == "__main__":
+    main()
