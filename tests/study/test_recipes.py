@@ -68,7 +68,7 @@ def test_the_figures_of_the_page_are_those_of_the_records(tmp_path):
 def test_language_models_are_matched_and_their_evaluations_parse():
     study = load_study(STUDY / "language.yaml")
     runs = all_runs(study)
-    assert len(runs) == 28
+    assert len(runs) == 32
     counts = {}
     for run in runs:
         model = run.spec["phases"][-1]["model"]
