@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 MARKERS, LINES = "osD^vP*X", ("-", "--", ":", "-.")  # told apart without colours, too
@@ -33,6 +34,11 @@ def draw_curves(axes: Axes, curves: dict[str, Any]) -> None:
         axes.set_xticks([], minor=True)
     if curves.get("log_y"):
         axes.set_yscale("log")
+        bottom, top = axes.get_ylim()
+        if top < 20 * bottom:  # too few powers of ten to read from
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
+            axes.set_yticks([], minor=True)
+        axes.yaxis.set_major_formatter("{x:g}")
     axes.set(xlabel=plain(curves["x"]), ylabel=plain(curves["y"]))
     axes.set_title(plain(curves["title"]), fontsize=10)
     axes.grid(alpha=0.25)

@@ -27,6 +27,22 @@ def test_names_are_no_formulas_and_none_is_hidden(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("values", "expected"), [([0.21, 0.43], {"0.3", "0.4"}), ([2e-5, 0.9], {"0.0001", "0.01"})]
+)
+def test_a_logarithmic_axis_has_numbers_that_can_be_read(values, expected):
+    points = [[i, value, value, value] for i, value in enumerate(values)]
+    curve = {"x": "x", "y": "y", "title": "", "series": {"a": points}, "log_y": True}
+    page = figure([curve], [])
+    page.draw_without_rendering()
+    (axes, *_) = page.axes
+    low, high = axes.get_ylim()
+    ticks = zip(axes.get_yticks(), axes.get_yticklabels())
+    shown = [label.get_text() for at, label in ticks if low <= at <= high]
+    assert expected <= set(shown) and len(shown) < 9
+    assert not any(label.get_text() for label in axes.get_yticklabels(minor=True))
+
+
+@pytest.mark.parametrize(
     ("cell", "shown"), [("a|b", r"a\|b"), ("a\nb\r\nc", "a b c"), (1, "1"), ("", "")]
 )
 def test_a_cell_is_one_cell_of_one_row(cell, shown):
