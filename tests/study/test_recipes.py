@@ -1,6 +1,7 @@
 """The study's recipes: every run can be built, and matched models are matched."""
 
 import argparse
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from osdn.evals import command
 from osdn.study.corpus import CorpusRecipe
 from osdn.study.plan import all_runs, load_study, single
 from osdn.study.records import Records, merge
-from osdn.study.report import mqar_points
+from osdn.study.report import language_result, mqar_points
 from osdn.study.statistics import gains, signed, spread
 from osdn.train.config import load_sections
 
@@ -63,6 +64,26 @@ def test_the_figures_of_the_page_are_those_of_the_records(tmp_path):
     ((_, mixers),) = mqar_points(study, records, "apf_again").items()
     gain = signed(gains(mixers["APF, η 0"], mixers["delta_net"]), ".3f")
     assert gain == "+0.109 [+0.042, +0.176]" and gain in page
+
+
+def test_the_language_figures_of_the_pages_are_those_of_the_records(tmp_path):
+    study, records = load_study(STUDY / "language.yaml"), Records(tmp_path)
+    merge(records, [STUDY / "records" / "language.jsonl.xz"])
+    pages = [Path("docs/study.md"), Path("docs/results.md"), Path("README.md")]
+    pages = [page.read_text() for page in pages]
+    for experiment, label, measure, there in (
+        ("longer", "OSDN", "bits per byte, validation", [True, True, True]),
+        ("longer", "OSDN", "residual ratio, all layers, own", [True, True, False]),
+        ("longer", "OSDN", "recall, once, contains", [False, True, False]),
+        ("gate", "OSDN, APF, η 0", "bits per byte, validation", [True, False, False]),
+        ("models", "OSDN, APF", "bits per byte, validation", [True, True, False]),
+    ):
+        result = language_result(study, records, experiment)
+        less = result["tables"][1]
+        row = next(row for row in less["rows"] if row[0] == measure)
+        gain = row[less["columns"].index(label)]
+        shorter = re.sub(r"[+-]\d\.\d{4}", lambda found: f"{float(found[0]):+.3f}", gain)
+        assert [gain in page or shorter in page for page in pages] == there, (label, measure, gain)
 
 
 def test_language_models_are_matched_and_their_evaluations_parse():
