@@ -3,14 +3,16 @@
     python examples/own_rule.py --seeds 21 22 23 24 --rules OSDN "normalised step"
 
 Write a class like those below, give it a line in RULES, and compare it with OSDN on the task of
-`apf_again` (recipes/study/mqar_cpu.yaml: 32 pairs in a 16 × 16 memory), seed by seed. A run takes
-half a minute of one core; finished ones are kept in --out and are not made again. docs/study.md
-has what came of the rules that are here.
+`apf_again` (recipes/study/mqar_cpu.yaml: 32 pairs in a 16 × 16 memory), seed by seed, on a CPU. A
+run takes half a minute of one core; finished ones are kept in --out and are not made again until
+their rule changes. Fields of the task are changed like mqar.apf_again.train.epochs=5.
 """
 
 import argparse
+import inspect
 import json
 import multiprocessing
+from hashlib import sha256
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -20,13 +22,16 @@ from torch import Tensor, nn
 from torch.linalg import solve_triangular
 from tqdm import tqdm
 
+from osdn.errors import UserError
 from osdn.evals.mqar import train
 from osdn.evals.results import markdown
 from osdn.layers import OSDN
 from osdn.study.plan import load_study
+from osdn.study.records import append
 from osdn.study.statistics import signed
 
-STUDY, EXPERIMENT = Path("recipes/study/mqar_cpu.yaml"), "apf_again"
+STUDY = Path(__file__).parents[1] / "recipes" / "study" / "mqar_cpu.yaml"
+EXPERIMENT = "apf_again"
 
 
 class OwnRule(OSDN):
@@ -42,6 +47,11 @@ class OwnRule(OSDN):
     A subclass changes η_t (`step`) or where d is without learning (`base`).
     """
 
+    def __init__(self, hidden_size: int, num_heads: int, **options: Any):
+        super().__init__(hidden_size, num_heads, **options)
+        if self.rule.get("precond_min") is not None or self.g_proj is not None:
+            raise ValueError("OwnRule: expected no box and no output gate; whole rows have neither")
+
     def step(self, hidden_states: Tensor, s: Tensor) -> Tensor:
         """η_t, broadcast to [B, T, H], of the layer's input [B, T, D] and s [B, T, H, K]."""
         return torch.full_like(s[..., 0], self.rule["eta"])
@@ -50,7 +60,7 @@ class OwnRule(OSDN):
         """base_t [B, H, T, K] of d_1 [H, 1, K] and Γ_t = γ_1 ··· γ_{t−1} [B, H, T, 1]."""
         return Gamma * d
 
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None, None]:
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         """[B, T, D] -> ([B, T, D], None, None); no cache, no padding, no packing."""
         q, k, v = self._convolve(hidden_states, None, None)[0]
         beta, log_gamma = self.gates(hidden_states)
@@ -145,34 +155,41 @@ RULES: dict[str, tuple[type[OSDN], dict[str, Any]]] = {
 }
 
 
-def run(job: tuple[str, int, list[str]]) -> dict[str, Any]:
+def code(label: str) -> str:
+    """A hash of what a rule is: its options and the text of its classes."""
+    kind, options = RULES[label]
+    own = [one for one in kind.__mro__ if one.__module__ == __name__]
+    return sha256(repr([options, *map(inspect.getsource, own)]).encode()).hexdigest()[:16]
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
     """Train one rule with one seed, from the weights that OSDN starts from."""
-    label, seed, overrides = job
     torch.set_num_threads(1)
-    recipe = load_study(STUDY, overrides).mqar[EXPERIMENT]
-    setting, options = recipe.tasks[0], recipe.train
-    torch.manual_seed(seed)
-    model = recipe.build("osdn", recipe.widths[0])
-    kind, own = RULES[label]
+    recipe = load_study(STUDY, job["overrides"]).mqar[EXPERIMENT]
+    setting, width, options = recipe.tasks[0], recipe.widths[0], recipe.train
+    torch.manual_seed(job["seed"])
+    model = recipe.build("osdn", width)
+    kind, own = RULES[job["rule"]]
+    own = {**recipe.mixers["osdn"], **own}
+    del own["mixer"]
     for i, mixer in enumerate(model.mixers):
         if isinstance(mixer, OSDN):
-            model.mixers[i] = kind(
-                recipe.widths[0], mixer.num_heads, head_dim=mixer.head_dim, **own
-            )
-            model.mixers[i].load_state_dict(mixer.state_dict(), strict=False)
+            model.mixers[i] = kind(width, **own)
+            loaded = model.mixers[i].load_state_dict(mixer.state_dict(), strict=False)
+            assert set(loaded.unexpected_keys) <= {"initial_precond"}, loaded
     outcome = train(
         model,
         recipe.task(setting),
-        optimizer=options.optimizer.model_copy(update={"lr": recipe.learning_rates[-1]}),
+        optimizer=options.optimizer.model_copy(update={"lr": job["learning_rate"]}),
         schedule=options.schedule,
         examples=options.examples,
         test_examples=options.test_examples,
         batch_size=setting.batch_size,
         epochs=options.epochs,
         stop_at=options.stop_at,
-        seed=seed,
+        seed=job["seed"],
     )
-    return {"rule": label, "seed": seed, "overrides": overrides, **outcome._asdict()}
+    return {**job, **outcome._asdict()}
 
 
 def table(found: list[dict[str, Any]], labels: list[str]) -> dict[str, Any]:
@@ -184,44 +201,55 @@ def table(found: list[dict[str, Any]], labels: list[str]) -> dict[str, Any]:
     for label, seeds in by_rule.items():
         shares = [one["accuracy"] for one in seeds.values()]
         less = [seeds[i]["accuracy"] - first[i]["accuracy"] for i in seeds.keys() & first.keys()]
-        quarters = [one["by_pair"] for one in seeds.values()]
-        n = len(quarters[0]) // 4
-        ends = mean(mean(pairs[-n:]) - mean(pairs[:n]) for pairs in quarters)
-        rows.append(
-            [label, len(shares), f"{mean(shares):.3f}", signed(less, ".3f"), f"{ends:+.3f}"]
-        )
+        pairs = [one["by_pair"] for one in seeds.values()]
+        n = max(1, len(pairs[0]) // 4)
+        ends = [mean(one[-n:]) - mean(one[:n]) for one in pairs]
+        diverged = sum(one["diverged"] for one in seeds.values())
+        counts = f"{len(shares)}" + (f", {diverged} diverged" if diverged else "")
+        less_first = "" if seeds is first else signed(less, ".3f")
+        rows.append([label, counts, f"{mean(shares):.3f}", less_first, signed(ends, ".3f")])
     columns = [
         "rule",
         "seeds",
         "share",
         f"less {labels[0]}",
-        "last less first quarter of the pairs",
+        "last quarter of the pairs less first",
     ]
     return {"title": f"{EXPERIMENT} by rule", "columns": columns, "rows": rows}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train what `--out` lacks, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=inspect.cleandoc(__doc__ or "").splitlines()[0])
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="a field of the study")
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[21, 22, 23, 24])
+    parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/own_rule.jsonl"))
-    args = parser.parse_args(arguments)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.touch()
-    found = [json.loads(line) for line in args.out.read_text().splitlines()]
-    found = [one for one in found if one["overrides"] == args.overrides]
-    done = {(one["rule"], one["seed"]) for one in found}
-    wanted = [(rule, seed) for seed in args.seeds for rule in args.rules]
-    jobs = [(*job, args.overrides) for job in wanted if job not in done]
+    args = parser.parse_intermixed_args(arguments)
+    if min(args.seeds) < 0 or args.processes < 1:
+        parser.error("expected seeds from 0 on and at least one process")
+    try:
+        load_study(STUDY, args.overrides)
+        append(args.out)
+    except UserError as error:
+        parser.error(str(error))
+    jobs = [
+        {"rule": rule, "seed": seed, "learning_rate": args.learning_rate,
+         "overrides": args.overrides, "code": code(rule)}
+        for seed in args.seeds
+        for rule in args.rules
+    ]  # fmt: skip
+    kept = [json.loads(line) for line in args.out.read_text().splitlines()]
+    found = [one for one in kept if any(job.items() <= one.items() for job in jobs)]
+    left = [job for job in jobs if not any(job.items() <= one.items() for one in found)]
     context = multiprocessing.get_context("spawn")
-    with context.Pool(args.processes) as pool, args.out.open("a") as file:
-        for outcome in tqdm(pool.imap_unordered(run, jobs), total=len(jobs), unit="run"):
-            print(json.dumps(outcome, ensure_ascii=False), file=file, flush=True)
+    with context.Pool(args.processes) as pool:
+        for outcome in tqdm(pool.imap_unordered(run, left), total=len(left), unit="run"):
+            append(args.out, outcome)
             found.append(outcome)
-    print(markdown(table([one for one in found if one["seed"] in args.seeds], args.rules)))
+    print(markdown(table(found, args.rules)))
 
 
 if __name__ == "__main__":

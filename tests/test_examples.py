@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from osdn.data import byte_tokenizer
+from osdn.evals.mqar import Outcome
 from osdn.layers import OSDN
 
 TEXT = "the delta rule writes what memory does not know yet. "
@@ -21,6 +22,7 @@ def load(path: Path):
     specification = importlib.util.spec_from_file_location(path.stem, path)
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
+    sys.modules[path.stem] = module  # where inspect looks for the source of its classes
     specification.loader.exec_module(module)
     return module
 
@@ -110,10 +112,64 @@ def test_a_rule_is_what_its_token_by_token_form_says(label):
     torch.testing.assert_close(own(x)[0][0], expected, rtol=1e-9, atol=1e-12)
 
 
+def test_own_rules_start_from_the_weights_of_osdn(monkeypatch):
+    seen = []
+
+    def train(model, task, **options):
+        seen.append((model, options["optimizer"].lr, options["epochs"]))
+        return Outcome(0.5, [0.25, 0.75], 1, False)
+
+    monkeypatch.setattr(own_rule, "train", train)
+    job = {"seed": 3, "learning_rate": 0.01, "overrides": ["mqar.apf_again.train.epochs=2"]}
+    for rule in ("OSDN", "η by token, APF"):
+        assert own_rule.run({**job, "rule": rule})["by_pair"] == [0.25, 0.75]
+    (osdn, *rest), (own, *also) = seen
+    assert rest == also == [0.01, 2]
+    assert type(osdn.mixers[1]) is OSDN and type(own.mixers[1]) is own_rule.TokenStep
+    assert own.mixers[1].a_proj is not None and own.mixers[1].head_dim == 16
+    weights = own.state_dict()
+    for name, value in osdn.state_dict().items():
+        assert torch.equal(weights[name], value), name
+
+
+def test_the_table_has_differences_by_seed_and_by_the_place_of_the_pair():
+    shares = {"OSDN": (0.5, 0.7), "mine": (0.6, 0.9)}
+    found = [
+        {"rule": rule, "seed": seed, "accuracy": both[seed], "by_pair": [0.2, 0, 0, 0.2 + seed],
+         "diverged": rule == "mine"}
+        for rule, both in shares.items()
+        for seed in (1, 0)
+    ]  # fmt: skip
+    osdn, mine = own_rule.table(found, ["OSDN", "mine"])["rows"]
+    assert osdn == ["OSDN", "2", "0.600", "", "+0.500 [-5.853, +6.853]"]
+    assert mine[:4] == ["mine", "2, 2 diverged", "0.750", "+0.150 [-0.485, +0.785]"]
+
+
+def test_a_rule_that_changes_is_another_rule(monkeypatch):
+    before = own_rule.code("normalised step")
+    assert before == own_rule.code("normalised step") != own_rule.code("normalised step, η 0.3")
+    monkeypatch.setitem(own_rule.RULES, "normalised step", (own_rule.HeadStep, {}))
+    assert own_rule.code("normalised step") != before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--processes", "0"], "at least one process"),
+        (["mqar.apf_again.train.epoch=1"], "no field 'epoch'"),
+        (["--rules", "none"], "invalid choice"),
+    ],
+)
+def test_a_mistake_is_named_before_anything_is_trained(words, said, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        own_rule.main([*words, "--out", str(tmp_path / "own.jsonl")])
+    assert said in capsys.readouterr().err
+
+
 def test_own_rules_are_compared_and_finished_runs_are_kept(tmp_path):
     kept = tmp_path / "own.jsonl"
     small = [f"mqar.apf_again.train.{x}" for x in ("examples=64", "test_examples=16", "epochs=1")]
-    words = [*small, "--seeds", "1", "2", "--rules", "OSDN", "d_1 = 0", "--out", str(kept)]
+    words = ["--seeds", "1", "2", "--rules", "OSDN", "d_1 = 0", "--out", str(kept), *small]
     tables, files = [], []
     for _ in range(2):
         done = subprocess.run(
@@ -122,5 +178,6 @@ def test_own_rules_are_compared_and_finished_runs_are_kept(tmp_path):
         )  # fmt: skip
         tables.append(done.stdout)
         files.append(kept.read_text())
+        kept.write_text(files[-1] + '{"cut off by a kill')
     assert "| d_1 = 0 | 2 |" in tables[0] and files[0].count("accuracy") == 4
     assert tables[0] == tables[1] and files[0] == files[1]

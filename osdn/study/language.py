@@ -104,7 +104,8 @@ def perform(spec: dict[str, Any], *, device: str, work: Path) -> dict[str, Any]:
     Returns:
         {"train": loss, bits per byte and speed of the last phase, "evaluations": {name: result
         without its provenance}, "steps": of all phases, "trained": of those that were not trained
-        before, "seconds": {"train", "evaluations"}}.
+        before, "evaluated": the evaluations that were not made before, "seconds": {"train",
+        "evaluations"}}.
     """
     start: Path | None = None
     began, phases = time.monotonic(), spec["phases"]
@@ -117,9 +118,10 @@ def perform(spec: dict[str, Any], *, device: str, work: Path) -> dict[str, Any]:
             result = train(recipe, directory, make_run=make_run)
         start = directory / "model"
     assert start is not None
-    trained = time.monotonic()
+    trained, results = time.monotonic(), work / "eval" / run_name("language", spec)
+    left = [name for name in spec["evaluations"] if not (results / name / RESULT).exists()]
     found = {
-        name: evaluate(start, words, work / "eval" / run_name("language", spec) / name, device)
+        name: evaluate(start, words, results / name, device)
         for name, words in spec["evaluations"].items()
     }
     last = [loss for _, loss in result.loss[-50:] if loss is not None]
@@ -135,6 +137,7 @@ def perform(spec: dict[str, Any], *, device: str, work: Path) -> dict[str, Any]:
         "evaluations": found,
         "steps": sum(phase["train"]["steps"] for phase in phases),
         "trained": trained_steps,
+        "evaluated": left,
         "seconds": {
             "train": trained - began,
             "evaluations": time.monotonic() - trained,

@@ -152,7 +152,9 @@ class Clock:
         if not same:
             return
         if record["kind"] == "language":
-            self.evaluations.setdefault(key, []).append(outcome["seconds"]["evaluations"])
+            every = sorted(record["spec"]["evaluations"])
+            if sorted(outcome.get("evaluated", every)) == every:  # none was there before
+                self.evaluations.setdefault(key, []).append(outcome["seconds"]["evaluations"])
             if outcome["trained"] > 0:
                 each = outcome["seconds"]["train"] / outcome["trained"]
                 self.alike.setdefault(key, []).append(each)

@@ -114,6 +114,16 @@ def test_a_run_killed_in_its_evaluations_goes_on_with_those_that_are_left(tmp_pa
     again = perform(run.spec, device="cpu", work=work)
     assert perplexity.stat().st_mtime_ns == made and recall.exists()
     assert again["evaluations"] == whole["evaluations"] and again["trained"] == 0
+    # The clock takes the seconds of evaluations from runs that made them all.
+    assert sorted(whole["evaluated"]) == ["perplexity", "recall"] and again["evaluated"] == [
+        "recall"
+    ]
+    record = {"kind": "language", "spec": run.spec, "machine": "here", "processes": 1}
+    clock = Clock(load_study(tmp_path / "language.yaml"), [], "here", 1)
+    for outcome, seconds in ((whole, 40.0), (again, 3.0)):
+        outcome["seconds"]["evaluations"] = seconds
+        clock.learn({**record, "outcome": outcome})
+    assert list(clock.evaluations.values()) == [[40.0]]
 
 
 def test_a_misspelt_evaluation_is_named_before_anything_is_trained(tmp_path, capsys):
