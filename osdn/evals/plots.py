@@ -35,8 +35,9 @@ def draw_curves(axes: Axes, curves: dict[str, Any]) -> None:
     if curves.get("log_y"):
         axes.set_yscale("log")
         bottom, top = axes.get_ylim()
-        if top < 20 * bottom:  # too few powers of ten to read from
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
+        if top < 100 * bottom:  # too few powers of ten to read from
+            subs = (1, 1.5, 2, 3, 4, 6, 8) if top < 20 * bottom else (1, 2, 5)
+            axes.yaxis.set_major_locator(LogLocator(subs=subs))
             axes.set_yticks([], minor=True)
         axes.yaxis.set_major_formatter("{x:g}")
     axes.set(xlabel=plain(curves["x"]), ylabel=plain(curves["y"]))

@@ -27,7 +27,12 @@ def test_names_are_no_formulas_and_none_is_hidden(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("values", "expected"), [([0.21, 0.43], {"0.3", "0.4"}), ([2e-5, 0.9], {"0.0001", "0.01"})]
+    ("values", "expected"),
+    [
+        ([0.21, 0.43], {"0.3", "0.4"}),
+        ([0.05, 0.9], {"0.1", "0.2", "0.5"}),
+        ([2e-5, 0.9], {"0.0001", "0.01"}),
+    ],
 )
 def test_a_logarithmic_axis_has_numbers_that_can_be_read(values, expected):
     points = [[i, value, value, value] for i, value in enumerate(values)]
