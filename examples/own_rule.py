@@ -143,6 +143,8 @@ class FromZero(OwnRule):
 APF = {"forgetting": "data"}
 RULES: dict[str, tuple[type[OSDN], dict[str, Any]]] = {
     "OSDN": (OSDN, {}),
+    "APF": (OSDN, APF),
+    "APF, η 0": (OSDN, {**APF, "eta": 0.0}),
     "normalised step": (Normalised, {}),
     "normalised step, η 0.3": (Normalised, {"eta": 0.3}),
     "normalised step, APF": (Normalised, APF),
