@@ -14,7 +14,7 @@ import json
 import multiprocessing
 from hashlib import sha256
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ from torch.linalg import solve_triangular
 from tqdm import tqdm
 
 from osdn.errors import UserError
-from osdn.evals.mqar import train
+from osdn.evals.mqar_grid import train_model
+from osdn.evals.mqar_recipe import Cell
 from osdn.evals.results import markdown
 from osdn.layers import OSDN
 from osdn.study.plan import load_study
@@ -168,8 +169,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     """Train one rule with one seed, from the weights that OSDN starts from."""
     torch.set_num_threads(1)
     recipe = load_study(STUDY, job["overrides"]).mqar[EXPERIMENT]
-    setting, width, options = recipe.tasks[0], recipe.widths[0], recipe.train
-    torch.manual_seed(job["seed"])
+    width = recipe.widths[0]
+    cell = Cell("osdn", recipe.tasks[0], width, job["learning_rate"], job["seed"])
+    torch.manual_seed(cell.seed)
     model = recipe.build("osdn", width)
     kind, own = RULES[job["rule"]]
     own = {**recipe.mixers["osdn"], **own}
@@ -179,19 +181,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             model.mixers[i] = kind(width, **own)
             loaded = model.mixers[i].load_state_dict(mixer.state_dict(), strict=False)
             assert set(loaded.unexpected_keys) <= {"initial_precond"}, loaded
-    outcome = train(
-        model,
-        recipe.task(setting),
-        optimizer=options.optimizer.model_copy(update={"lr": job["learning_rate"]}),
-        schedule=options.schedule,
-        examples=options.examples,
-        test_examples=options.test_examples,
-        batch_size=setting.batch_size,
-        epochs=options.epochs,
-        stop_at=options.stop_at,
-        seed=job["seed"],
-    )
-    return {**job, **outcome._asdict()}
+    return {**job, **train_model(model, recipe, cell)._asdict()}
 
 
 def table(found: list[dict[str, Any]], labels: list[str]) -> dict[str, Any]:
@@ -209,11 +199,12 @@ def table(found: list[dict[str, Any]], labels: list[str]) -> dict[str, Any]:
         diverged = sum(one["diverged"] for one in seeds.values())
         counts = f"{len(shares)}" + (f", {diverged} diverged" if diverged else "")
         less_first = "" if seeds is first else signed(less, ".3f")
-        rows.append([label, counts, f"{mean(shares):.3f}", less_first, signed(ends, ".3f")])
+        middle = f"{mean(shares):.3f}, {median(shares):.3f}"
+        rows.append([label, counts, middle, less_first, signed(ends, ".3f")])
     columns = [
         "rule",
         "seeds",
-        "share",
+        "share, median",
         f"less {labels[0]}",
         "last quarter of the pairs less first",
     ]

@@ -117,11 +117,11 @@ def test_a_rule_is_what_its_token_by_token_form_says(label):
 def test_own_rules_start_from_the_weights_of_osdn(monkeypatch):
     seen = []
 
-    def train(model, task, **options):
-        seen.append((model, options["optimizer"].lr, options["epochs"]))
+    def train(model, recipe, cell):
+        seen.append((model, cell.learning_rate, recipe.train.epochs))
         return Outcome(0.5, [0.25, 0.75], 1, False)
 
-    monkeypatch.setattr(own_rule, "train", train)
+    monkeypatch.setattr(own_rule, "train_model", train)
     job = {"seed": 3, "learning_rate": 0.01, "overrides": ["mqar.apf_again.train.epochs=2"]}
     for rule in ("OSDN", "η by token, APF"):
         assert own_rule.run({**job, "rule": rule})["by_pair"] == [0.25, 0.75]
@@ -143,8 +143,8 @@ def test_the_table_has_differences_by_seed_and_by_the_place_of_the_pair():
         for seed in (1, 0)
     ]  # fmt: skip
     osdn, mine = own_rule.table(found, ["OSDN", "mine"])["rows"]
-    assert osdn == ["OSDN", "2", "0.600", "", "+0.500 [-5.853, +6.853]"]
-    assert mine[:4] == ["mine", "2, 2 diverged", "0.750", "+0.150 [-0.485, +0.785]"]
+    assert osdn == ["OSDN", "2", "0.600, 0.600", "", "+0.500 [-5.853, +6.853]"]
+    assert mine[:4] == ["mine", "2, 2 diverged", "0.750, 0.750", "+0.150 [-0.485, +0.785]"]
 
 
 def test_a_rule_that_changes_is_another_rule(monkeypatch):

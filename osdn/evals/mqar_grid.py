@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from osdn.errors import UserError
-from osdn.evals.mqar import train
+from osdn.evals.mqar import MQARModel, Outcome, train
 from osdn.evals.mqar_recipe import Cell, MQARRecipe
 from osdn.evals.plots import save
 from osdn.evals.results import RESULT, make_result, markdown, write_json
@@ -111,12 +111,10 @@ def _train_all(recipe: MQARRecipe, cells: list[Cell]) -> Iterator[tuple[Cell, di
             raise
 
 
-def train_cell(recipe: MQARRecipe, cell: Cell) -> dict[str, Any]:
-    """Train one cell; its description, accuracy and more, as plain values."""
-    torch.manual_seed(cell.seed)
-    model = recipe.build(cell.mixer, cell.width).to(make_device(recipe.train.device))
+def train_model(model: MQARModel, recipe: MQARRecipe, cell: Cell) -> Outcome:
+    """Train a model as a cell says, whatever its mixer is."""
     options = recipe.train
-    outcome = train(
+    return train(
         model,
         recipe.task(cell.setting),
         optimizer=options.optimizer.model_copy(update={"lr": cell.learning_rate}),
@@ -128,6 +126,13 @@ def train_cell(recipe: MQARRecipe, cell: Cell) -> dict[str, Any]:
         stop_at=options.stop_at,
         seed=cell.seed,
     )
+
+
+def train_cell(recipe: MQARRecipe, cell: Cell) -> dict[str, Any]:
+    """Train one cell; its description, accuracy and more, as plain values."""
+    torch.manual_seed(cell.seed)
+    model = recipe.build(cell.mixer, cell.width).to(make_device(recipe.train.device))
+    outcome = train_model(model, recipe, cell)
     return {
         "cell": recipe.describe(cell),
         "accuracy": outcome.accuracy,
