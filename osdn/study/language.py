@@ -119,11 +119,19 @@ def perform(spec: dict[str, Any], *, device: str, work: Path) -> dict[str, Any]:
         start = directory / "model"
     assert start is not None
     trained, results = time.monotonic(), work / "eval" / run_name("language", spec)
-    left = [name for name in spec["evaluations"] if not (results / name / RESULT).exists()]
+    left = [  # all of a model that was trained just now
+        name
+        for name in spec["evaluations"]
+        if trained_steps or not (results / name / RESULT).exists()
+    ]
+    for name in left:
+        words = evaluation(spec["evaluations"][name], str(start), device)
+        write_json(results / name / RESULT, command.evaluate(words, str(start), results / name))
     found = {
-        name: evaluate(start, words, results / name, device)
-        for name, words in spec["evaluations"].items()
+        name: json.loads((results / name / RESULT).read_text()) for name in spec["evaluations"]
     }
+    for one in found.values():
+        del one["provenance"]
     last = [loss for _, loss in result.loss[-50:] if loss is not None]
     return {
         "train": {
@@ -143,13 +151,3 @@ def perform(spec: dict[str, Any], *, device: str, work: Path) -> dict[str, Any]:
             "evaluations": time.monotonic() - trained,
         },
     }
-
-
-def evaluate(model: Path, words: list[str], out: Path, device: str) -> dict[str, Any]:
-    """The result of `osdn eval TASK MODEL WORDS`, whose first word is the task; once made, kept."""
-    if (out / RESULT).exists():
-        result = json.loads((out / RESULT).read_text())
-    else:
-        result = command.evaluate(evaluation(words, str(model), device), str(model), out)
-        write_json(out / RESULT, result)
-    return {name: value for name, value in result.items() if name != "provenance"}

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,6 +115,12 @@ def test_a_run_killed_in_its_evaluations_goes_on_with_those_that_are_left(tmp_pa
     again = perform(run.spec, device="cpu", work=work)
     assert perplexity.stat().st_mtime_ns == made and recall.exists()
     assert again["evaluations"] == whole["evaluations"] and again["trained"] == 0
+    shutil.rmtree(directory_of(run.spec, 0, work))  # another model: its evaluations are its own
+    assert sorted(perform(run.spec, device="cpu", work=work)["evaluated"]) == [
+        "perplexity",
+        "recall",
+    ]
+    assert perplexity.stat().st_mtime_ns > made
     # The clock takes the seconds of evaluations from runs that made them all.
     assert sorted(whole["evaluated"]) == ["perplexity", "recall"] and again["evaluated"] == [
         "recall"
