@@ -91,7 +91,7 @@ def test_the_language_figures_of_the_pages_are_those_of_the_records(tmp_path):
 def test_language_models_are_matched_and_their_evaluations_parse():
     study = load_study(STUDY / "language.yaml")
     runs = all_runs(study)
-    assert len(runs) == 32
+    assert len(runs) == 40
     counts = {}
     for run in runs:
         model = run.spec["phases"][-1]["model"]
