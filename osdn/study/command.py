@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from osdn.errors import UserError
 from osdn.evals.results import provenance
-from osdn.study.language import steps_left
+from osdn.study.language import check_data, steps_left
 from osdn.study.plan import Run, Study, all_runs, load_study
 from osdn.study.records import Clock, Record, Records, append, merge
 from osdn.study.report import write_report
@@ -96,6 +96,7 @@ def run(args: argparse.Namespace) -> None:
     failed = 0
     print(overview(runs, todo, clock))
     if not args.list:
+        check_data(todo, records.found.values())
         limit = math.inf if args.minutes is None else 60 * args.minutes - RESERVE
         session = Session(records, clock, pack=args.pack)
         session.do(todo, limit - (time.monotonic() - began), device, work)

@@ -8,9 +8,10 @@ on from its newest checkpoint, or with the evaluations that it has not made.
 import fcntl
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,20 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import osdn.model.modeling  # noqa: F401  registers the model class
+from osdn.data import load_tokenizer
+from osdn.data.shards import tokenizer_fingerprint
 from osdn.errors import UserError
 from osdn.evals import command
 from osdn.evals.results import RESULT, write_json
+from osdn.study.plan import Run as StudyRun
 from osdn.study.plan import evaluation, run_name
+from osdn.study.records import Record
 from osdn.train import checkpoint
-from osdn.train.config import Recipe
+from osdn.train.config import Data, Recipe
 from osdn.train.loop import train
 from osdn.train.parallel import Parallel
 from osdn.train.run import Run
+from osdn.train.setup import open_data
 
 ONLY_OSDN = ("attn.initial_precond", "attn.a_proj.weight", "attn.a_proj.bias")
 
@@ -98,14 +104,48 @@ def steps_left(spec: dict[str, Any], work: Path) -> int:
     return left
 
 
+def data_digest(spec: dict[str, Any]) -> str:
+    """16 hexadecimal digits of what its trainings read: corpora, held-out texts, tokenizers."""
+    found = []
+    for phase in spec["phases"]:
+        data = Data.model_validate(phase["data"])
+        texts = [corpus.fingerprint for corpus in open_data(data)]
+        found.append([*texts, tokenizer_fingerprint(load_tokenizer(data.tokenizer))])
+    return blake2b(json.dumps(found).encode(), digest_size=8).hexdigest()
+
+
+def check_data(todo: Iterable[StudyRun], records: Iterable[Record]) -> None:
+    """That what is to be trained reads what the records of the same corpus names have read.
+
+    Raises:
+        UserError: the files have changed since, so that equal seeds are no pairs.
+    """
+    made: dict[str, str] = {}  # what specs name -> the digest of what was there
+    for record in records:
+        if record["kind"] == "language" and (digest := record["outcome"].get("data")):
+            made[_named(record["spec"])] = digest
+    for run in {_named(one.spec): one for one in todo if one.kind == "language"}.values():
+        then = made.get(_named(run.spec))
+        if then is not None and (now := data_digest(run.spec)) != then:
+            raise UserError(
+                f"{run.experiment}: the records are of another corpus or tokenizer (data {then}) "
+                f"than {run.spec['phases'][0]['data']['corpus']} is now (data {now}), so that "
+                "equal seeds would be no pairs; give a new --out and no --merge, or the old files"
+            )
+
+
+def _named(spec: dict[str, Any]) -> str:
+    return json.dumps([phase["data"] for phase in spec["phases"]], sort_keys=True)
+
+
 def perform(spec: dict[str, Any], *, device: str, work: Path) -> dict[str, Any]:
     """Train the phases and measure the last model.
 
     Returns:
         {"train": loss, bits per byte and speed of the last phase, "evaluations": {name: result
-        without its provenance}, "steps": of all phases, "trained": of those that were not trained
-        before, "evaluated": the evaluations that were not made before, "seconds": {"train",
-        "evaluations"}}.
+        without its provenance}, "data": data_digest, "steps": of all phases, "trained": of those
+        that were not trained before, "evaluated": the evaluations that were not made before,
+        "seconds": {"train", "evaluations"}}.
     """
     start: Path | None = None
     began, phases = time.monotonic(), spec["phases"]
@@ -143,6 +183,7 @@ def perform(spec: dict[str, Any], *, device: str, work: Path) -> dict[str, Any]:
             "nonfinite": result.nonfinite,
         },
         "evaluations": found,
+        "data": data_digest(spec),
         "steps": sum(phase["train"]["steps"] for phase in phases),
         "trained": trained_steps,
         "evaluated": left,

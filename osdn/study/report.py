@@ -1,5 +1,6 @@
 """From records to pages: a result an experiment, the plots, and one report of all."""
 
+from collections.abc import Iterable
 from math import isfinite
 from pathlib import Path
 from statistics import mean
@@ -181,9 +182,14 @@ def language_result(study: Study, records: Records, name: str) -> Result | None:
                 shapes[title] = shape
     labels = experiment.labels()
     first, *others = labels
+    data = {k: {n: one.get("data") for n, one in seeds.items()} for k, seeds in found.items()}
+    pairs = {  # the seeds of a variant that have read what the first's have
+        one: [n for n, text in data.get(one, {}).items() if text == data.get(first, {}).get(n)]
+        for one in others
+    }
     rows = [[m, *(_cell(by.get(one, {})) for one in labels)] for m, by in measures.items()]
     differences = [
-        [m, *(_gain(by.get(one, {}), by.get(first, {})) for one in others)]
+        [m, *(_gain(by.get(one, {}), by.get(first, {}), pairs[one]) for one in others)]
         for m, by in measures.items()
     ]
     tables = [
@@ -224,9 +230,10 @@ def _cell(seeds: dict[int, float]) -> str:
     return text if len(values) == len(seeds) else f"{text}, {lost}"
 
 
-def _gain(own: dict[int, float], first: dict[int, float]) -> str:
-    """The differences of the seeds that both have; "–" where one of them is not finite."""
-    values = [own[seed] - first[seed] for seed in sorted(own.keys() & first.keys())]
+def _gain(own: dict[int, float], first: dict[int, float], seeds: Iterable[int]) -> str:
+    """The differences of those seeds that both have; "–" where one of them is not finite."""
+    both = own.keys() & first.keys() & set(seeds)
+    values = [own[seed] - first[seed] for seed in sorted(both)]
     return signed(values, ".4f") if values and all(map(isfinite, values)) else "–"
 
 

@@ -127,14 +127,29 @@ def passes(recipe: Recipe, processes: int) -> int:
     return batch // (rows * processes)
 
 
-def _corpus(data: Data, names: str | list[str], split: str) -> Corpus:
-    return open_corpus(
-        names,
-        text_field=data.text_field,
-        separator=data.separator,
-        subset=data.subset,
-        split=split,
-    )
+def open_data(data: Data) -> tuple[Corpus, Corpus]:
+    """The corpus of the training and that of the validation: the same where a share is held out.
+
+    Raises:
+        UserError: see open_corpus; it names the field.
+    """
+
+    def named(names: str | list[str], split: str) -> Corpus:
+        return open_corpus(
+            names,
+            text_field=data.text_field,
+            separator=data.separator,
+            subset=data.subset,
+            split=split,
+        )
+
+    corpus = named(data.corpus, data.split)
+    if not isinstance(data.validation, str):
+        return corpus, corpus
+    try:
+        return corpus, named(data.validation, "validation")
+    except UserError as error:  # it names the field that a corpus is mostly named by
+        raise UserError(str(error).replace("data.corpus", "data.validation", 1)) from error
 
 
 def make_rows(
@@ -142,16 +157,9 @@ def make_rows(
 ) -> tuple[RankRows | WorkerRows, list[Row], int]:
     """The training rows of a process; the validation rows, and the bytes of text they hold."""
     data, length = recipe.data, recipe.train.seq_len
-    corpus = _corpus(data, data.corpus, data.split)
-    if isinstance(data.validation, str):
-        held_out, fraction = 0.0, 1.0
-        try:
-            other = _corpus(data, data.validation, "validation")
-        except UserError as error:  # it names the field that a corpus is mostly named by
-            raise UserError(str(error).replace("data.corpus", "data.validation", 1)) from error
-    else:
-        held_out = fraction = data.validation
-        other = corpus
+    corpus, other = open_data(data)
+    held_out = 0.0 if isinstance(data.validation, str) else data.validation
+    fraction = 1.0 if isinstance(data.validation, str) else data.validation
     validation, size = list[Row](), 0
     if fraction:
         validation, size = validation_rows(

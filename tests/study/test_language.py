@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -51,13 +52,37 @@ def test_language_models_start_from_one_training(tmp_path):
     assert [set(curve["series"]) for curve in result["curves"]] == [{"as DeltaNet", "as OSDN"}]
 
 
+def test_runs_of_two_corpora_are_no_pairs(tmp_path, capsys):
+    path, out = write_language(tmp_path), tmp_path / "out"
+    words = ["study", str(path), "--out", str(out), "--device", "cpu"]
+    assert main(words) == 0
+    less = "| bits per byte, validation |"
+    assert re.search(re.escape(less) + r" [+-]\d", (out / "report.md").read_text())
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write('{"text": "one more"}\n')
+    assert main(words) == 0  # nothing is to be trained
+    ours = next((out / "records").iterdir())
+    record = json.loads(ours.read_text())
+    ours.unlink()
+    capsys.readouterr()
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert f"(data {record['outcome']['data']})" in said and "give a new --out" in said
+    record["outcome"]["data"] = "0" * 16  # as if it had been merged from another machine
+    ours.write_text(json.dumps(record))
+    assert main([*words, "--list"]) == 0
+    assert f"{less} – |" in (out / "report.md").read_text()
+
+
 def test_a_seed_that_is_not_finite_is_said_and_not_averaged():
     assert _cell({0: 1.5, 1: 2.5}) == "2 (1.5 to 2.5, n=2)"
     assert _cell({0: math.nan, 1: 2.5}) == "2.5 (2.5 to 2.5, n=1), not finite in 1 of 2"
     assert _cell({0: math.inf}) == "not finite in 1 of 1" and _cell({}) == "not run"
-    assert _gain({0: 2.0, 1: 4.0, 7: 9.0}, {0: 1.0, 1: 1.0}) == "+2.0000 [-10.7060, +14.7060]"
-    assert _gain({0: math.nan, 1: 1.0}, {0: 1.0, 1: 1.0}) == _gain({0: 1.0}, {}) == "–"
-    assert _gain({3: 2.0}, {3: 0.5, 4: 1.0}) == "+1.5000"
+    ones = {0: 1.0, 1: 1.0}
+    assert _gain({0: 2.0, 1: 4.0, 7: 9.0}, ones, [0, 1, 7]) == "+2.0000 [-10.7060, +14.7060]"
+    assert _gain({0: math.nan, 1: 1.0}, ones, [0, 1]) == _gain({0: 1.0}, {}, [0]) == "–"
+    assert _gain({3: 2.0}, {3: 0.5, 4: 1.0}, [3]) == "+1.5000"
+    assert _gain({0: 2.0, 1: 4.0}, ones, [1]) == "+3.0000"
     assert _mean([[[1, 2.0], [2, math.nan]], [[1, 4.0, 0], [2, 1.0], [3, 5.0]]]) == [
         [1, 3.0, 2.0, 4.0],
         [3, 5.0, 5.0, 5.0],

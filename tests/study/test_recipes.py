@@ -41,7 +41,12 @@ def test_mqar_runs_are_built_as_their_specs_say():
 
 @pytest.mark.parametrize(
     ("study", "kept", "count"),
-    [("mqar_cpu", "mqar_cpu", 888), ("mqar", "many_seeds", 216), ("language", "language", 20)],
+    [
+        ("mqar_cpu", "mqar_cpu", 888),
+        ("mqar", "many_seeds", 216),
+        ("language", "language", 31),
+        ("language", "longer_2026_11_26", 4),
+    ],
 )
 def test_the_records_that_are_kept_are_runs_of_the_recipes(study, kept, count, tmp_path):
     runs = {run.name: run for run in all_runs(load_study(STUDY / f"{study}.yaml"))}
@@ -91,7 +96,7 @@ def test_the_language_figures_of_the_pages_are_those_of_the_records(tmp_path):
 def test_language_models_are_matched_and_their_evaluations_parse():
     study = load_study(STUDY / "language.yaml")
     runs = all_runs(study)
-    assert len(runs) == 40
+    assert len(runs) == 32
     counts = {}
     for run in runs:
         model = run.spec["phases"][-1]["model"]
