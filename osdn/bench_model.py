@@ -29,8 +29,9 @@ def model_step(sizes: tuple[int, ...], rounds: int, take_turns: Timer) -> list[d
     torch.manual_seed(0)
     ids = torch.randint(VOCABULARY, (B, T), device="cuda")
     models: dict[str, nn.Module] = {
-        "osdn": _osdn(layers),
-        "osdn, selective": _osdn(layers, checkpointing="selective"),
+        "osdn": _osdn(layers, forgetting="none"),
+        "osdn, APF": _osdn(layers),
+        "osdn, selective": _osdn(layers, forgetting="none", checkpointing="selective"),
         "osdn as DeltaNet": _osdn(layers, mixer="delta_net"),
     }
     peer = _fla_delta_net(layers)

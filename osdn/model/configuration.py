@@ -17,7 +17,7 @@ FLAGS = ("beta_aware", "learn_initial_precond", "allow_neg_eigval", "use_output_
 
 
 class OSDNConfig(PretrainedConfig):
-    """Sizes and method of an OSDN model; the defaults are the paper's 340M model.
+    """Sizes and method of an OSDN model; the defaults are the paper's 340M model with APF.
 
     Args:
         vocab_size: rows of the embedding.
@@ -30,7 +30,8 @@ class OSDNConfig(PretrainedConfig):
             multiple of 256.
         mixer: "osdn", "delta_net" (osdn with the preconditioner fixed at 1) or "attention", for
             all layers, or a list with one name a layer.
-        forgetting: "none" or "data" (Adaptive Preconditioner Forgetting).
+        forgetting: "data" (Adaptive Preconditioner Forgetting; of osdn layers) or "none". On text
+            longer than that of the training only "data" was better than DeltaNet (docs/study.md).
         eta: step size of the preconditioner's hypergradient descent, in [0, 2].
         beta_aware: let the hypergradient see the token's own write strength β. d then grows where β
             is small: give it a box (without one perplexity broke past the trained length).
@@ -65,7 +66,7 @@ class OSDNConfig(PretrainedConfig):
     head_v_dim: int | None = None
     intermediate_size: int | None = None
     mixer: str | list[str] = "osdn"
-    forgetting: Forgetting = "none"
+    forgetting: Forgetting = "data"
     eta: float = 1.0
     beta_aware: bool = False
     precond_min: float | None = None

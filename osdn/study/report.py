@@ -1,17 +1,15 @@
 """From records to pages: a result an experiment, the plots, and one report of all."""
 
-from collections.abc import Iterable
-from math import isfinite
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from osdn.evals.plots import save
 from osdn.evals.report import as_html, as_markdown, group
 from osdn.evals.results import RESULT, make_result, write_json
-from osdn.study.plan import Study, language_runs, mqar_spec
+from osdn.study.language_report import language_result, pooled_result
+from osdn.study.plan import Study, mqar_spec
 from osdn.study.records import Records
-from osdn.study.statistics import Points, best_rate, edge, gains, row, signed, spread
+from osdn.study.statistics import Points, best_rate, edge, gains, mean_course, row, spread
 
 Result = dict[str, Any]
 
@@ -37,6 +35,8 @@ def write_report(study: Study, records: Records, out: Path) -> Path:
     for name in study.language:
         if result := language_result(study, records, name):
             results[name] = result
+    if result := pooled_result(study, records):
+        results["all"] = result
     for name, result in results.items():
         directory = out / "results" / name
         write_json(directory / RESULT, result)
@@ -108,7 +108,7 @@ def mqar_result(study: Study, name: str, grid: Cells) -> Result:
             if found := [seed["by_pair"] for seed in points[rate].values() if "by_pair" in seed]:
                 shares = [[[i, y] for i, y in enumerate(by_pair, start=1)] for by_pair in found]
                 # Without a band: it would reach from the runs that have not started to the best.
-                places[mixer] = [[x, y, y, y] for x, y, *_ in _mean(shares)]
+                places[mixer] = [[x, y, y, y] for x, y, *_ in mean_course(shares)]
             by_pairs.setdefault(mixer, []).append([pairs, one["value"], one["low"], one["high"]])
         strip = {"title": f"{name}: {title}", "x": "share of right answers", "strip": True}
         curves.append({**strip, "series": series})
@@ -159,126 +159,3 @@ def best(grid: Cells, place: int, mixer: str) -> float | None:
         if number == place and mixer in mixers:
             return float(spread(mixers[mixer][best_rate(mixers[mixer])])["value"])
     return None
-
-
-def language_result(study: Study, records: Records, name: str) -> Result | None:
-    """A row a measure, a column a variant: mean over the seeds, and the difference to the first."""
-    experiment = study.language[name]
-    found: dict[str, dict[int, Any]] = {}
-    for run in language_runs(name, experiment):
-        if record := records.get("language", run.spec):
-            found.setdefault(run.label, {})[run.seed] = record["outcome"]
-    if not found:
-        return None
-    measures: dict[str, dict[str, dict[int, float]]] = {}
-    curves: dict[str, dict[str, list[list[list[float]]]]] = {}
-    shapes: dict[str, dict[str, Any]] = {}
-    for label, seeds in found.items():
-        for seed, outcome in seeds.items():
-            for measure, value in _measures(outcome):
-                measures.setdefault(measure, {}).setdefault(label, {})[seed] = value
-            for title, shape, points in _curves(outcome):
-                curves.setdefault(title, {}).setdefault(label, []).append(points)
-                shapes[title] = shape
-    labels = experiment.labels()
-    first, *others = labels
-    data = {k: {n: one.get("data") for n, one in seeds.items()} for k, seeds in found.items()}
-    pairs = {  # the seeds of a variant that have read what the first's have
-        one: [n for n, text in data.get(one, {}).items() if text == data.get(first, {}).get(n)]
-        for one in others
-    }
-    rows = [[m, *(_cell(by.get(one, {})) for one in labels)] for m, by in measures.items()]
-    differences = [
-        [m, *(_gain(by.get(one, {}), by.get(first, {}), pairs[one]) for one in others)]
-        for m, by in measures.items()
-    ]
-    tables = [
-        {
-            "title": f"{name}: mean over seeds (their range)",
-            "columns": ["measure", *labels],
-            "rows": rows,
-        },
-        {
-            "title": f"{name}: less {first}, paired by seed, 95%",
-            "columns": ["measure", *others],
-            "rows": differences,
-        },
-    ]
-    return make_result(
-        "study",
-        protocol={"protocol": f"{name}: {experiment.question}"},
-        model=None,
-        samples=sum(map(len, found.values())),
-        scores=[],
-        tables=tables if others else tables[:1],
-        curves=[
-            {**shapes[title], "title": title, "series": {k: _mean(v) for k, v in series.items()}}
-            for title, series in curves.items()
-        ],
-    )
-
-
-def _cell(seeds: dict[int, float]) -> str:
-    """Mean and range; how many seeds are not finite, if any."""
-    values = [value for value in seeds.values() if isfinite(value)]
-    if not seeds:
-        return "not run"
-    lost = f"not finite in {len(seeds) - len(values)} of {len(seeds)}"
-    if not values:
-        return lost
-    text = f"{mean(values):.5g} ({min(values):.5g} to {max(values):.5g}, n={len(values)})"
-    return text if len(values) == len(seeds) else f"{text}, {lost}"
-
-
-def _gain(own: dict[int, float], first: dict[int, float], seeds: Iterable[int]) -> str:
-    """The differences of those seeds that both have; "–" where one of them is not finite."""
-    both = own.keys() & first.keys() & set(seeds)
-    values = [own[seed] - first[seed] for seed in sorted(both)]
-    return signed(values, ".4f") if values and all(map(isfinite, values)) else "–"
-
-
-def _measures(outcome: dict[str, Any]) -> list[tuple[str, float]]:
-    """Everything one run was measured at."""
-    trained = outcome["train"]
-    names = {
-        "loss": "loss, mean of the last 50 steps",
-        "bits_per_byte": "bits per byte, validation",
-        "nonfinite": "steps not finite",
-    }
-    pairs = [(name, trained[key]) for key, name in names.items() if trained[key] is not None]
-    for name, result in outcome["evaluations"].items():
-        for one in result["scores"]:
-            words = ", ".join(word for word in (name, one["group"], one["name"]) if word)
-            pairs.append((words, one["value"]))
-    return pairs
-
-
-def _curves(outcome: dict[str, Any]) -> list[tuple[str, dict[str, Any], list[list[float]]]]:
-    """(title, axes, points) of its evaluations' series, each for a panel of its own in which the
-    variants are compared; not those that have a line a layer.
-    """
-    found = []
-    for result in outcome["evaluations"].values():
-        for curve in result["curves"]:
-            shape = {k: v for k, v in curve.items() if k != "series"}
-            for series, points in curve["series"].items():
-                title = curve["title"]
-                if len(curve["series"]) > 1:
-                    title = f"{title}: {series}"
-                if not series.startswith("layer"):
-                    found.append((title, shape, points))
-    return found
-
-
-def _mean(runs: list[list[list[float]]]) -> list[list[float]]:
-    """[x, mean, lowest, highest] over runs of one course; where one is shorter, of the others.
-
-    Where one is not finite there is no point.
-    """
-    by_x: dict[float, list[float]] = {}
-    for points in runs:
-        for x, y, *_ in points:
-            by_x.setdefault(x, []).append(y)
-    return [
-        [x, mean(ys), min(ys), max(ys)] for x, ys in sorted(by_x.items()) if all(map(isfinite, ys))
-    ]

@@ -1,5 +1,6 @@
 """Means, spreads and differences over seeds."""
 
+from math import isfinite
 from statistics import NormalDist, mean, median, stdev
 from typing import Any
 
@@ -98,4 +99,18 @@ def row(points: Points, at_edge: str, less_first: list[float]) -> list[Any]:
         signed(less_first, ".3f"),
         f"{higher} of {len(less_first)}" if less_first else "–",
         sum(one["diverged"] for one in outcomes),
+    ]
+
+
+def mean_course(runs: list[list[list[float]]]) -> list[list[float]]:
+    """[x, mean, lowest, highest] over runs of one course; where one is shorter, of the others.
+
+    Where one is not finite there is no point.
+    """
+    by_x: dict[float, list[float]] = {}
+    for points in runs:
+        for x, y, *_ in points:
+            by_x.setdefault(x, []).append(y)
+    return [
+        [x, mean(ys), min(ys), max(ys)] for x, ys in sorted(by_x.items()) if all(map(isfinite, ys))
     ]

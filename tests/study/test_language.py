@@ -14,9 +14,10 @@ import pytest
 
 from osdn.cli import main
 from osdn.study.language import directory_of, perform, steps_left
+from osdn.study.language_report import _cell, _curves, _gain
 from osdn.study.plan import all_runs, load_study
 from osdn.study.records import Clock
-from osdn.study.report import _cell, _curves, _gain, _mean
+from osdn.study.statistics import mean_course
 from osdn.study.workers import complete
 from tests.study.tiny import write_language
 
@@ -78,12 +79,9 @@ def test_a_seed_that_is_not_finite_is_said_and_not_averaged():
     assert _cell({0: 1.5, 1: 2.5}) == "2 (1.5 to 2.5, n=2)"
     assert _cell({0: math.nan, 1: 2.5}) == "2.5 (2.5 to 2.5, n=1), not finite in 1 of 2"
     assert _cell({0: math.inf}) == "not finite in 1 of 1" and _cell({}) == "not run"
-    ones = {0: 1.0, 1: 1.0}
-    assert _gain({0: 2.0, 1: 4.0, 7: 9.0}, ones, [0, 1, 7]) == "+2.0000 [-10.7060, +14.7060]"
-    assert _gain({0: math.nan, 1: 1.0}, ones, [0, 1]) == _gain({0: 1.0}, {}, [0]) == "–"
-    assert _gain({3: 2.0}, {3: 0.5, 4: 1.0}, [3]) == "+1.5000"
-    assert _gain({0: 2.0, 1: 4.0}, ones, [1]) == "+3.0000"
-    assert _mean([[[1, 2.0], [2, math.nan]], [[1, 4.0, 0], [2, 1.0], [3, 5.0]]]) == [
+    assert _gain([1.0, 3.0]) == "+2.0000 [-10.7060, +14.7060]"
+    assert _gain([math.nan, 0.0]) == _gain([]) == "–" and _gain([1.5]) == "+1.5000"
+    assert mean_course([[[1, 2.0], [2, math.nan]], [[1, 4.0, 0], [2, 1.0], [3, 5.0]]]) == [
         [1, 3.0, 2.0, 4.0],
         [3, 5.0, 5.0, 5.0],
     ]

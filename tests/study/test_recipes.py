@@ -12,9 +12,16 @@ from osdn.cli import main
 from osdn.errors import UserError
 from osdn.evals import command
 from osdn.study.corpus import CorpusRecipe
+from osdn.study.language_report import (
+    _differences,
+    finished,
+    language_result,
+    paired,
+    pooled_result,
+)
 from osdn.study.plan import all_runs, load_study, single
 from osdn.study.records import Records, merge
-from osdn.study.report import language_result, mqar_points
+from osdn.study.report import mqar_points
 from osdn.study.statistics import gains, signed, spread
 from osdn.train.config import load_sections
 
@@ -78,19 +85,43 @@ def test_the_language_figures_of_the_pages_are_those_of_the_records(tmp_path):
     pages = [page.read_text() for page in pages]
     for experiment, label, measure, there in (
         ("longer", "OSDN", "bits per byte, validation", [True, True, True]),
+        ("longer", "OSDN, APF", "bits per byte, validation", [True, True, True]),
         ("longer", "OSDN", "residual ratio, all layers, own", [True, True, False]),
+        ("longer", "OSDN, APF", "residual ratio, all layers, own", [True, True, False]),
         ("longer", "OSDN", "recall, once, contains", [True, True, False]),
-        ("longer", "OSDN", "perplexity, bits per byte", [True, True, False]),
+        ("longer", "OSDN, APF", "perplexity, bits per byte", [True, False, False]),
+        ("warm_up", "OSDN, APF", "bits per byte, validation", [True, True, False]),
         ("gate", "OSDN, APF, η 0", "bits per byte, validation", [True, False, False]),
         ("models", "OSDN, APF", "bits per byte, validation", [True, True, False]),
+        ("all", "OSDN", "perplexity, bits per byte", [True, True, True]),
+        ("all", "OSDN, APF", "perplexity, bits per byte", [True, True, True]),
+        ("all", "OSDN, APF", "recall, once, contains", [True, False, False]),
     ):
-        result = language_result(study, records, experiment)
-        less = result["tables"][1]
+        pooled = experiment == "all"
+        result = (
+            pooled_result(study, records) if pooled else language_result(study, records, experiment)
+        )
+        less = result["tables"][0 if pooled else 1]
         row = next(row for row in less["rows"] if row[0] == measure)
-        gain = row[less["columns"].index(label)]
-        shorter = re.sub(r"[+-]\d\.\d{4}", lambda found: f"{float(found[0]):+.3f}", gain)
+        gain = row[less["columns"].index(label)].partition(";")[0]
         for page, wanted in zip(pages, there):
-            assert gain in page or shorter in page or not wanted, (label, measure, gain)
+            assert gain in page or not wanted, (label, measure, gain)
+
+
+def test_the_pairs_of_two_corpora_are_those_of_the_page(tmp_path):
+    study, page = load_study(STUDY / "language.yaml"), Path("docs/study.md").read_text()
+    pairs = []
+    for name in ("language", "longer_2026_11_26"):  # each in a directory of its own
+        records = Records(tmp_path / name)
+        merge(records, [STUDY / "records" / f"{name}.jsonl.xz"])
+        pairs += paired(finished(study, records, "longer"), "OSDN", "DeltaNet")
+    assert len(pairs) == 5
+    ((_, residual), (_, recall)) = _differences(
+        ["residual ratio, all layers, own", "recall, once, contains"], [pairs]
+    )
+    assert residual == "-0.0139 [-0.0279, +0.0000]" and residual in page
+    shorter = re.sub(r"[+-]\d\.\d{4}", lambda found: f"{float(found[0]):+.3f}", recall)
+    assert shorter in page
 
 
 def test_language_models_are_matched_and_their_evaluations_parse():
