@@ -226,7 +226,7 @@ def test_demo_trains_both_and_draws(capsys, tmp_path, monkeypatch):
     rows = re.findall(r"^\| (OSDN|DeltaNet) \| ([\d,]+) \| (\d\.\d+) \|", out, re.MULTILINE)
     assert [name for name, _, _ in rows] == ["OSDN", "DeltaNet"]
     counts = [int(count.replace(",", "")) for _, count, _ in rows]
-    assert counts[0] - counts[1] == 2 * 32  # d_1, layers times hidden size
+    assert counts[0] - counts[1] == 2 * (32 + 32 * 2 + 2)  # in each layer d_1 and APF's gate
     for plot in (tmp_path / "demo.png", tmp_path / "recall" / "mqar.png"):
         assert plot.read_bytes().startswith(b"\x89PNG") and str(plot) in out
     assert re.search(r"delta_net \|.*\n.*osdn \|", out)  # the table of the recall comparison

@@ -194,10 +194,11 @@ def test_rings_move_their_volume():
 @pytest.mark.parametrize("name", ["340m", "1.3b"])
 def test_mixers_and_gpus_order_themselves_as_measured(name):
     found = {
-        mixer: plan(name, overrides=[f"model.mixer={mixer}"]).step.mixers
-        for mixer in ("osdn", "delta_net")
+        rule: plan(name, overrides=[f"model.{rule}"]).step.mixers
+        for rule in ("forgetting=data", "forgetting=none", "mixer=delta_net")
     }
-    assert found["osdn"] / found["delta_net"] == pytest.approx(5.897 / 4.633, rel=0.01)
+    ratios = [one / found["mixer=delta_net"] for one in found.values()]
+    assert ratios == pytest.approx([6.348 / 4.633, 5.897 / 4.633, 1], rel=0.01)
     speed = [plan(name, gpu=GPUS[gpu]).tokens_per_s for gpu in ("L40S", "A100", "H100", "B200")]
     assert speed == sorted(speed)
 
@@ -212,7 +213,7 @@ def test_mixers_and_gpus_order_themselves_as_measured(name):
 )
 def test_the_runs_on_one_gpu(gpu, name, overrides, speed, peak):
     """Tokens/s, to which one share is fitted, and GiB, which are counted (docs/results.md)."""
-    found = plan(name, gpu=GPUS[gpu], overrides=overrides)
+    found = plan(name, gpu=GPUS[gpu], overrides=["model.forgetting=none", *overrides])
     assert found.tokens_per_s == pytest.approx(speed, rel=0.1)
     assert found.memory.tensors / GIB == pytest.approx(peak, rel=0.05)
 
@@ -245,7 +246,7 @@ def test_the_command_prints_a_plan_a_table_and_its_assumptions(capsys):
     text = capsys.readouterr().out
     hours, cost = re.search(r"([\d,]+) GPU hours, cost ([\d,]+) at 3 an hour", text).groups()
     assert int(cost.replace(",", "")) == pytest.approx(3 * int(hours.replace(",", "")), abs=2)
-    assert "374,386,688 parameters on 8 × H100 (DDP)" in text and "bottleneck" in text
+    assert "374,583,488 parameters on 8 × H100 (DDP)" in text and "bottleneck" in text
     assert "Assumptions:" in text and "docs/results.md" in text and "assumed" in text
     line = ["plan", "recipes/1.3b.yaml", "parallel.shard=1", "--gpu", "L40S", "--gpus", "1,16,4096"]
     assert main(line) == 0

@@ -28,7 +28,8 @@ from tests.numerics import assert_close
     ("fields", "count"),
     [
         ({"mixer": "delta_net"}, 374_362_112),
-        ({}, 374_386_688),
+        ({}, 374_386_688 + 24 * (1024 * 8 + 8)),  # APF's gate
+        ({"forgetting": "none"}, 374_386_688),
         ({"mixer": "delta_net", "hidden_size": 2048, "num_heads": 16}, 1_365_677_056),
     ],
 )
