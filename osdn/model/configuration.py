@@ -89,8 +89,6 @@ class OSDNConfig(PretrainedConfig):
         for name in kwargs:
             if close := get_close_matches(name, fields, n=1, cutoff=0.75):
                 raise ValueError(f"{name}: OSDNConfig has no such field; did you mean {close[0]}?")
-        if not isinstance(self.mixer, str | list | tuple):  # which what comes next reads
-            raise ValueError(f"mixer: expected one of {MIXERS} or a list, got {self.mixer!r}")
         before = set(vars(self))
         super().__post_init__(**kwargs)
         unknown = sorted((set(vars(self)) - before) & set(kwargs))
@@ -99,6 +97,7 @@ class OSDNConfig(PretrainedConfig):
         self._validate()
 
     def _validate(self) -> None:
+        """ValueError where a field is outside its range; a model asks once more when it is made."""
         if self.intermediate_size is None:
             self.intermediate_size = 256 * -(-int(self.hidden_size * 8 / 3) // 256)
         for name in SIZES:
@@ -152,6 +151,8 @@ class OSDNConfig(PretrainedConfig):
     @property
     def mixers(self) -> list[str]:
         """The mixer of every layer."""
+        if not isinstance(self.mixer, str | list | tuple):
+            raise ValueError(f"mixer: expected one of {MIXERS} or a list, got {self.mixer!r}")
         if isinstance(self.mixer, str):
             return [self.mixer] * self.num_hidden_layers
         return list(self.mixer)

@@ -97,6 +97,10 @@ class OSDNPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _is_stateful = True
 
+    def __init__(self, config: OSDNConfig):
+        config._validate()  # they may have been changed since it was made
+        super().__init__(config)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Called by transformers for every module, children first; loaded weights stay.
