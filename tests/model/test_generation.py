@@ -32,6 +32,24 @@ def test_a_cache_is_read_where_it_is_not_written(mixer):
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
+def test_gradients_go_through_a_cache(mixer):
+    """Those of a sequence in pieces are the whole one's; and those after a prefix without any."""
+    model, ids = build(mixer, forgetting="data"), tokens()
+    names, parameters = zip(*model.named_parameters())
+    expected = torch.autograd.grad(model(ids).logits[:, 6:].square().sum(), parameters)
+    cache, logits = OSDNCache(model.config), []
+    for piece in ids.split([6, 5, 9, 1], dim=1):
+        logits.append(model(piece, past_key_values=cache, use_cache=True).logits)
+    found = torch.autograd.grad(torch.cat(logits[1:], 1).square().sum(), parameters)
+    for name, actual, wanted in zip(names, found, expected):
+        assert_close(actual, wanted, 2e-5, name)
+    with torch.no_grad():
+        cache = model(ids[:, :6], use_cache=True).past_key_values
+    model(ids[:, 6:], past_key_values=cache, use_cache=True).logits.square().sum().backward()
+    assert model.lm_head.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_padding_counts_in_pieces_of_one_token(mixer):
     model, ids = build(mixer, forgetting="data"), tokens(1, 6)
     mask = torch.tensor([[0, 0, 0] + [1] * 6])
