@@ -10,7 +10,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers.cache_utils import Cache
 
 from osdn.layers import Mixed, head_size
-from osdn.ops.validation import check_cu_seqlens
+from osdn.ops.validation import check_cu_seqlens, mark_of
 
 
 class Attention(nn.Module):
@@ -137,12 +137,13 @@ def _packed(cu_seqlens: Tensor, T: int) -> Tensor:
 
     Made once for a cu_seqlens tensor, which all layers of a model are handed, and let go with it.
     """
-    if torch.compiler.is_compiling() or cu_seqlens.is_inference():  # no version to compare
+    mark = None if torch.compiler.is_compiling() else mark_of(cu_seqlens)
+    if mark is None:
         return _packed_now(cu_seqlens, T)
-    version, pattern = _patterns.get(cu_seqlens, (None, None))
-    if pattern is None or version != (cu_seqlens._version, T):
+    known, pattern = _patterns.get(cu_seqlens, (None, None))
+    if pattern is None or known != (mark, T):
         pattern = _packed_now(cu_seqlens, T)
-        _patterns[cu_seqlens] = (cu_seqlens._version, T), pattern
+        _patterns[cu_seqlens] = (mark, T), pattern
     return pattern
 
 

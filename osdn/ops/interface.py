@@ -76,8 +76,9 @@ def online_scaled_delta_rule(
         initial_precond: [N, H, K], or [H, K] for all sequences; None means ones.
         output_final_state: also return the memory and the preconditioner after the last token.
         cu_seqlens: [N + 1] int32 or int64 offsets of sequences packed along T; B must be 1.
-            0 = cu_seqlens[0] < ... < cu_seqlens[N] = T. Looked at once, until it is changed in
-            place; not under torch.compile, nor while a CUDA graph is captured or replayed.
+            0 = cu_seqlens[0] < ... < cu_seqlens[N] = T. On a GPU looked at once, until it is
+            changed in place; not under torch.compile, nor while a CUDA graph is captured or
+            replayed.
         backend: "auto" (triton for CUDA tensors of at most 32 bits with K and V ≤ 256, numba for
             CPU tensors where it is installed, else chunkwise), "reference", "chunkwise", "numba"
             or "triton".

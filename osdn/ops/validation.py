@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-_last_checked: tuple[Tensor, int, int] | None = None
+_last_checked: tuple[Tensor, list[int] | int, int] | None = None
 
 
 def check_kinds(
@@ -137,13 +137,24 @@ def _has_values(x: Tensor) -> bool:
     return not (shape_alone or capturing(x))
 
 
+def mark_of(cu_seqlens: Tensor) -> list[int] | int | None:
+    """What tells that offsets are those looked at before; None: nothing does.
+
+    On a CPU their values, which NumPy or `.data` change without PyTorch's notice. On a GPU, where
+    reading them costs a synchronisation, the tensor's version.
+    """
+    if cu_seqlens.device.type == "cpu":
+        return cu_seqlens.tolist() if _has_values(cu_seqlens) else None
+    return None if cu_seqlens.is_inference() else cu_seqlens._version
+
+
 def check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, name: str = "q") -> None:
     """Offsets from 0 to T, strictly increasing, on the device of x [1, T, ...], called `name`.
 
-    Reading them costs a synchronisation on a GPU, so each tensor is read once, however many layers
-    are handed it, until it is changed in place. They are not read at all inside torch.compile, of
-    tensors without values, and while a CUDA graph is captured: what is in them when that is
-    replayed, nobody has checked.
+    Reading them costs a synchronisation on a GPU, so there each tensor is read once, however many
+    layers are handed it, until it is changed in place. They are not read at all inside
+    torch.compile, of tensors without values, and while a CUDA graph is captured: what is in them
+    when that is replayed, nobody has checked.
     """
     if not isinstance(cu_seqlens, Tensor):
         raise ValueError(f"cu_seqlens: expected a tensor, got {type(cu_seqlens).__name__}")
@@ -167,8 +178,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, name: str = "q") -> None:
         return
     global _last_checked
     known = _last_checked
-    version = 0 if cu_seqlens.is_inference() else cu_seqlens._version
-    if known is not None and known[0] is cu_seqlens and known[1:] == (version, T):
+    mark = mark_of(cu_seqlens)
+    if known is not None and known[0] is cu_seqlens and known[1:] == (mark, T):
         return
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0 or offsets[-1] != T:
@@ -181,8 +192,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, name: str = "q") -> None:
                 f"cu_seqlens: expected increasing offsets, got {start} then {end} at index {n}; "
                 "drop empty sequences"
             )
-    if not cu_seqlens.is_inference():  # such a tensor does not tell when it is changed
-        _last_checked = (cu_seqlens, version, T)
+    if mark is not None:
+        _last_checked = (cu_seqlens, mark, T)
 
 
 def check_box_holds_one(precond_min: float | None, precond_max: float | None) -> None:

@@ -54,5 +54,5 @@ def test_a_field_changed_since_is_checked_by_the_model(name, value):
 
 def test_a_field_given_to_from_pretrained_is_checked(tmp_path):
     OSDNForCausalLM(OSDNConfig(**SIZES)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="^mixer: expected one of"):
+    with pytest.raises(ValueError, match=r"^mixer: expected one of"):
         OSDNForCausalLM.from_pretrained(tmp_path, mixer="OSDN")
