@@ -161,6 +161,22 @@ def test_ignored_labels_and_num_items():
     assert_close(scaled, expected * len(kept) / 32, 1e-6)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("label", [-1, 61])
+def test_labels_that_are_no_tokens_are_an_error(training, label):
+    model, ids = build().train(training), tokens()
+    labels = ids.clone()
+    labels[0, 5] = label
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        model(ids, labels=labels)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_labels_may_be_of_32_bits(training):
+    model, ids = build().train(training), tokens()
+    assert torch.equal(model(ids, labels=ids.int()).loss, model(ids, labels=ids).loss)
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("name", ["cu_seqlens", "cu_seq_lens_q"])
 def test_packing_equals_separate_documents(mixer, name):
