@@ -213,8 +213,8 @@ class OSDN(nn.Module):
 
         states = None, self.start_precond()
         state, precond = states if past is None else (past.recurrent_states[i] for i in (0, 1))
-        if past is not None and torch.is_grad_enabled():  # the cache is written over, in place
-            state, precond = state.clone(), precond.clone()
+        if state is not None and precond is not None and torch.is_grad_enabled():
+            state, precond = state.clone(), precond.clone()  # the cache is written over, in place
         decode = use_cache and q.shape[1] == 1 and not torch.is_grad_enabled()
         if decode and state is not None and precond is not None:
             q, k, v, beta = (x.squeeze(1) for x in (q, k, v, beta))

@@ -171,6 +171,27 @@ def test_labels_that_are_no_tokens_are_an_error(training, label):
         model(ids, labels=labels)
 
 
+class Bent(torch.nn.Linear):
+    def forward(self, x):
+        return 0.5 * super().forward(x)
+
+
+HEADS = {
+    "bias": lambda: torch.nn.Linear(32, 61),
+    "subclass": lambda: Bent(32, 61, bias=False),
+    "wrapper": lambda: torch.nn.Sequential(torch.nn.Linear(32, 61, bias=False)),
+}
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_the_loss_is_by_the_head_that_is_there(head):
+    model, ids = build(), tokens()
+    model.lm_head = head()
+    expected = plain_loss(model(ids).logits, ids)
+    assert_close(model(ids, labels=ids, logits_to_keep=1).loss, expected, 1e-6)
+    assert_close(model.train()(ids, labels=ids).loss, expected, 1e-6)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_labels_may_be_of_32_bits(training):
     model, ids = build().train(training), tokens()
@@ -259,6 +280,10 @@ def test_hidden_states_and_logits_to_keep():
     assert torch.equal(result.hidden_states[0], model.model.embeddings(ids))
     assert torch.equal(model.lm_head(result.hidden_states[-1]), model(ids).logits)
     assert torch.equal(result.logits, model(ids).logits[:, -2:])
+    at = torch.arange(20, -1, -1)
+    backwards = model(ids, labels=ids, logits_to_keep=at)
+    assert torch.equal(backwards.logits, model(ids).logits[:, at])
+    assert_close(backwards.loss, model(ids, labels=ids).loss, 1e-6)
     assert torch.equal(model(ids, return_dict=False)[0], model(ids).logits)
     model.config.output_hidden_states = True
     assert len(model(ids).hidden_states) == 3
