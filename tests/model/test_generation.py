@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from osdn.model.cache import OSDNCache
 from tests.model.tiny import MIXERS, build, tokens
@@ -123,6 +123,9 @@ def test_generation_that_would_be_wrong_is_refused():
     model, ids = build(["osdn", "attention"]).train(), tokens()
     with pytest.raises(ValueError, match="cache_implementation"):
         model.generate(ids, max_new_tokens=2, cache_implementation="static")
-    model.gradient_checkpointing_enable()
+    static = StaticCache(config=model.config, max_cache_len=30)
+    with pytest.raises(ValueError, match=r"^past_key_values: expected .* got StaticLayer; .* osdn"):
+        model.eval()(ids, past_key_values=static, use_cache=True)
+    model.train().gradient_checkpointing_enable()
     with pytest.raises(ValueError, match=r"model\.eval\(\)"):
         model.generate(ids, max_new_tokens=2, do_sample=False)
