@@ -7,7 +7,7 @@ from typing import ClassVar, get_args
 from transformers import PretrainedConfig
 
 from osdn.layers import Forgetting
-from osdn.ops.validation import check_box_holds_one, check_rule
+from osdn.ops.validation import check_box_holds_one, check_rule, check_sizes
 
 MIXERS = ("osdn", "delta_net", "attention")
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "head_dim", "head_v_dim",
@@ -100,12 +100,7 @@ class OSDNConfig(PretrainedConfig):
         """ValueError where a field is outside its range; a model asks once more when it is made."""
         if self.intermediate_size is None:
             self.intermediate_size = 256 * -(-int(self.hidden_size * 8 / 3) // 256)
-        for name in SIZES:
-            value = getattr(self, name)
-            if name in ("head_dim", "head_v_dim") and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        check_sizes(**{name: getattr(self, name) for name in SIZES})
         for name in ("norm_eps", "rope_theta", "initializer_range", "eta"):
             value = getattr(self, name)
             if (

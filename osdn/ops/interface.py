@@ -104,8 +104,7 @@ def online_scaled_delta_rule(
     """
     optional = {"log_gamma": log_gamma, "initial_state": initial_state,
                 "initial_precond": initial_precond}  # fmt: skip
-    numbers = {"eta": eta, "precond_min": precond_min, "precond_max": precond_max, "scale": scale}
-    check_kinds({"q": q, "k": k, "v": v, "beta": beta}, optional, numbers)
+    check_kinds({"q": q, "k": k, "v": v, "beta": beta}, optional, scale)
     q, k, v = _autocast(q, k, v)
     check_tensors(q=q, k=k, v=v, beta=beta, **optional)
     sequences = check_shapes(q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
@@ -173,8 +172,7 @@ def online_scaled_delta_step(
         ValueError: as the rule does, and where a gradient would be needed.
     """
     required = {"q": q, "k": k, "v": v, "beta": beta, "state": state, "precond": precond}
-    numbers = {"eta": eta, "precond_min": precond_min, "precond_max": precond_max, "scale": scale}
-    check_kinds(required, {"log_gamma": log_gamma}, numbers)
+    check_kinds(required, {"log_gamma": log_gamma}, scale)
     q, k, v = _autocast(q, k, v)
     check_tensors(q=q, k=k, v=v, beta=beta, log_gamma=log_gamma, state=state, precond=precond)
     check_step_shapes(q, k, v, beta, log_gamma, state, precond, slots)

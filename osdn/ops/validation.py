@@ -12,14 +12,9 @@ _last_checked: tuple[Tensor, list[int] | int, int] | None = None
 
 
 def check_kinds(
-    required: dict[str, Tensor],
-    optional: dict[str, Tensor | None],
-    numbers: dict[str, float | None],
+    required: dict[str, Tensor], optional: dict[str, Tensor | None], scale: float | None
 ) -> None:
-    """Tensors are floating-point tensors, the optional ones may be None; numbers are finite.
-
-    None stands for a number's default, but for eta, which has none of that kind.
-    """
+    """Tensors are floating-point tensors, the optional ones may be None; so may scale, a number."""
     for name, x in {**required, **optional}.items():
         if x is None and name in optional:
             continue
@@ -32,11 +27,25 @@ def check_kinds(
                 f"{name}: expected no forward-mode tangent, which only the reference would carry "
                 "on; differentiate in reverse mode"
             )
+    _check_numbers(scale=scale)
+
+
+def _check_numbers(**numbers: float | None) -> None:
+    """Finite; None stands for a default, but for eta, which has none of that kind."""
     for name, value in numbers.items():
         if (value is not None or name == "eta") and (
             not isinstance(value, int | float) or not -inf < value < inf
         ):  # compared, since math.isfinite takes no number that torch.compile traces
             raise ValueError(f"{name}: expected a finite number, got {value!r}")
+
+
+def check_sizes(**sizes: int | None) -> None:
+    """Positive integers; head_dim and head_v_dim may be None, which stands for their defaults."""
+    for name, value in sizes.items():
+        if name in ("head_dim", "head_v_dim") and value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
 
 
 def check_tensors(q: Tensor, **others: Tensor | None) -> None:
@@ -208,7 +217,8 @@ def check_box_holds_one(precond_min: float | None, precond_max: float | None) ->
 def check_rule(
     eta: float, precond_min: float | None, precond_max: float | None, beta_aware: bool = False
 ) -> None:
-    """η in [0, 2]; both bounds or neither, in order; beta_aware a bool."""
+    """η in [0, 2]; both bounds or neither, finite and in order; beta_aware a bool."""
+    _check_numbers(eta=eta, precond_min=precond_min, precond_max=precond_max)
     if not isinstance(beta_aware, bool):
         raise ValueError(f"beta_aware: expected True or False, got {beta_aware!r}")
     if not 0 <= eta <= 2:

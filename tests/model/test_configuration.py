@@ -33,6 +33,8 @@ from tests.model.tiny import SIZES
         ({"use_cache": None}, "^use_cache"),
         ({"eta": True}, "^eta"),
         ({"mixer": None}, "^mixer"),
+        ({"precond_min": 0.0, "precond_max": float("inf")}, "^precond_max: expected a finite"),
+        ({"precond_min": "0", "precond_max": "2"}, "^precond_min: expected a finite"),
     ],
 )
 def test_configuration_is_checked_when_it_is_made(fields, word):
