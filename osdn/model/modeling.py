@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import can_return_tuple
 
-from osdn.layers import OSDN, ForgettingGate
+from osdn.layers import OSDN, ForgettingGate, token_mask
 from osdn.model.block import OSDNBlock
 from osdn.model.cache import OSDNCache
 from osdn.model.configuration import OSDNConfig
@@ -115,6 +115,7 @@ class OSDNModel(OSDNPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = OSDNCache(self.config)
         if attention_mask is not None and not torch.compiler.is_compiling():
+            token_mask(attention_mask, hidden_states)  # refuses a wrong shape, if all ones too
             attention_mask = None if bool(attention_mask.all()) else attention_mask
 
         seen = []
