@@ -92,7 +92,7 @@ class OSDNModel(OSDNPreTrainedModel):
             attention_mask: [B, T] (past and new tokens with a cache), 0 where a token is padding,
                 on the left or on the right.
             past_key_values: a cache to go on from, an OSDNCache(config) or transformers' own
-                DynamicCache(config=config).
+                DynamicCache(config=config); `generate` takes the latter with attention layers only.
             use_cache: keep and return a cache; None means config.use_cache outside training.
             output_hidden_states: also return the input of every block and the final result; None
                 means config.output_hidden_states.
@@ -153,15 +153,23 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict, *rest: Any
     ) -> None:
-        """Start `generate` from an OSDNCache where transformers would make a DynamicCache."""
+        """Start `generate` from an OSDNCache where transformers would make a DynamicCache.
+
+        Nor can it go on from one without attention layers, which cannot tell its length.
+        """
         implementation = generation_config.cache_implementation
-        given = model_kwargs.get("past_key_values") is not None
+        cache = model_kwargs.get("past_key_values")
+        if not isinstance(cache, OSDNCache | None) and "attention" not in self.config.mixers:
+            raise ValueError(
+                "past_key_values: expected an OSDNCache for a model without attention layers, got "
+                f"{type(cache).__name__}; give generate an osdn.OSDNCache(model.config)"
+            )
         if implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation: expected none or 'dynamic', got {implementation!r}: the "
                 "memory of an osdn or delta_net layer has one constant size"
             )
-        if not given and generation_config.use_cache:
+        if cache is None and generation_config.use_cache:
             model_kwargs["past_key_values"] = OSDNCache(self.config)
         else:
             prepare: Any = GenerationMixin._prepare_cache_for_generation

@@ -111,6 +111,20 @@ def test_left_padded_batch_generates_as_one_by_one(mixer):
         assert torch.equal(together[row], alone)
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_generation_from_a_cache_of_transformers(mixer):
+    """Where it can tell its length, and else an error that says which cache to give."""
+    model, ids = build(mixer), tokens()
+    options = {"max_new_tokens": 3, "do_sample": False}
+    cache = DynamicCache(config=model.config)
+    if "attention" in model.config.mixers:
+        generated = model.generate(ids, past_key_values=cache, **options)
+        assert torch.equal(generated, model.generate(ids, **options))
+    else:
+        with pytest.raises(ValueError, match=r"^past_key_values: expected an OSDNCache"):
+            model.generate(ids, past_key_values=cache, **options)
+
+
 def test_sampling_is_seeded():
     model, ids = build(), tokens()
     torch.manual_seed(3)
