@@ -13,6 +13,7 @@ from osdn.ops.registration import dispatched, register
 from osdn.ops.rule import Rule
 from osdn.ops.validation import (
     check_kinds,
+    check_reverse_mode,
     check_rule,
     check_shapes,
     check_step_shapes,
@@ -94,7 +95,7 @@ def online_scaled_delta_rule(
     it also reaches the earlier ones of its chunk of up to 32 and 64 tokens: 0 times NaN is NaN in
     their products. log γ = −∞ is no such infinity: it is γ = 0.
 
-    Second derivatives are an error but with the reference.
+    Second derivatives, forward mode and torch.func are an error but with the reference.
 
     Raises:
         ValueError: a wrong shape, dtype, device, option or backend; the message names the
@@ -110,6 +111,7 @@ def online_scaled_delta_rule(
     sequences = check_shapes(q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
     check_rule(eta, precond_min, precond_max, beta_aware)
     backend = _choose(backend, q, v)
+    check_reverse_mode(backend, q=q, k=k, v=v, beta=beta, **optional)
 
     (H, K), V = q.shape[2:], v.shape[-1]
     rule = Rule(eta, beta_aware, precond_min, precond_max, K**-0.5 if scale is None else scale)
@@ -178,6 +180,7 @@ def online_scaled_delta_step(
     check_step_shapes(q, k, v, beta, log_gamma, state, precond, slots)
     check_rule(eta, precond_min, precond_max, beta_aware)
     backend = _choose(backend, q, v)
+    check_reverse_mode(backend, **required, log_gamma=log_gamma)
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     for name, x in (("state", state), ("precond", precond)):
         kept = x.dtype == accumulate or (backend == "reference" and x.dtype == torch.float64)

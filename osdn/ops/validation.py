@@ -22,12 +22,26 @@ def check_kinds(
             raise ValueError(f"{name}: expected a tensor, got {type(x).__name__}")
         if not x.is_floating_point():
             raise ValueError(f"{name}: expected a floating-point tensor, got {x.dtype}")
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-            raise ValueError(
-                f"{name}: expected no forward-mode tangent, which only the reference would carry "
-                "on; differentiate in reverse mode"
-            )
     _check_numbers(scale=scale)
+
+
+def check_reverse_mode(backend: str, **tensors: Tensor | None) -> None:
+    """No forward-mode tangent and no transform of torch.func, but with the reference."""
+    if backend == "reference":
+        return
+    for name, x in tensors.items():
+        if x is None or forward_ad._current_level < 0:
+            continue
+        if forward_ad.unpack_dual(x).tangent is not None:
+            raise ValueError(
+                f"{name}: expected no forward-mode tangent, which only the reference carries on; "
+                "differentiate in reverse mode, or use backend='reference'"
+            )
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise ValueError(
+            "backend: expected 'reference' inside a transform of torch.func (grad, vmap, ...), got "
+            f"{backend!r}; use backend='reference', or torch.autograd"
+        )
 
 
 def _check_numbers(**numbers: float | None) -> None:

@@ -287,9 +287,3 @@ def test_wrong_kinds_are_named(change, message):
     with pytest.raises(ValueError) as error:
         online_scaled_delta_rule(**given)
     assert message in str(error.value)
-
-
-def test_forward_mode_is_refused_where_it_would_be_lost():
-    x = torch.rand(1, 5, 2, 3)
-    with pytest.raises(ValueError, match="q: expected no forward-mode tangent"):
-        torch.func.jvp(lambda q: online_scaled_delta_rule(q, x, x, x[..., 0])[0], (x,), (x,))
