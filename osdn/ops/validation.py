@@ -136,7 +136,7 @@ def check_step_shapes(
 
 
 def _check_slots(slots: Tensor, q: Tensor, P: int) -> None:
-    """[B] integers on q's device; less than P, where a look costs no synchronisation."""
+    """[B] integers on q's device; on a CPU, where a look is cheap, distinct and less than P too."""
     if not isinstance(slots, Tensor):
         raise ValueError(f"slots: expected a tensor, got {type(slots).__name__}")
     _expect("slots", slots, (len(q),), "[B]")
@@ -145,8 +145,14 @@ def _check_slots(slots: Tensor, q: Tensor, P: int) -> None:
             f"slots: expected int32 or int64 on {q.device} like q, got {slots.dtype} on "
             f"{slots.device}"
         )
-    if slots.device.type == "cpu" and _has_values(slots) and (most := int(slots.max())) >= P:
+    if slots.device.type != "cpu" or not _has_values(slots):
+        return
+    used = [slot for slot in slots.tolist() if slot >= 0]
+    if used and (most := max(used)) >= P:
         raise ValueError(f"slots: expected places less than P = {P} of the pool, got {most}")
+    if len(set(used)) < len(used):
+        twice = next(slot for slot in used if used.count(slot) > 1)
+        raise ValueError(f"slots: expected distinct places, got {twice} more than once")
 
 
 def capturing(x: Tensor) -> bool:
