@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from osdn.layers import Mixed, head_size
-from osdn.ops.validation import check_cu_seqlens
+from osdn.ops.validation import check_cu_seqlens, mark_of
 
 
 class Attention(nn.Module):
@@ -61,7 +61,7 @@ class Attention(nn.Module):
         if past_key_values is not None:
             if self.layer_idx is None:
                 raise ValueError("past_key_values: this layer was built without a layer_idx")
-            past = past_key_values.get_seq_length(self.layer_idx)
+            past = growing_length(past_key_values, self.layer_idx)
         q, k, v = (
             projection(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -79,6 +79,21 @@ class Attention(nn.Module):
             mask = attention_pattern(q, k, attention_mask, cu_seqlens)
             o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.o_proj(o.transpose(1, 2).flatten(-2)), None, past_key_values
+
+
+def growing_length(past_key_values: Cache, layer_idx: int) -> int:
+    """Tokens in this layer's part of a cache, which must be one that grows with them, or none yet.
+
+    What a StaticCache hands back is of its full length, with places that hold no token.
+    """
+    layers = past_key_values.layers
+    if layer_idx < len(layers) and not isinstance(layers[layer_idx], DynamicLayer):
+        raise ValueError(
+            f"past_key_values: expected a cache layer that grows, a DynamicLayer, at index "
+            f"{layer_idx}, got {type(layers[layer_idx]).__name__}; build the cache as "
+            "osdn.OSDNCache(model.config)"
+        )
+    return past_key_values.get_seq_length(layer_idx)
 
 
 def flash_packs(q: Tensor) -> bool:
@@ -137,12 +152,13 @@ def _packed(cu_seqlens: Tensor, T: int) -> Tensor:
 
     Made once for a cu_seqlens tensor, which all layers of a model are handed, and let go with it.
     """
-    if torch.compiler.is_compiling() or cu_seqlens.is_inference():  # no version to compare
+    mark = None if torch.compiler.is_compiling() else mark_of(cu_seqlens)
+    if mark is None:
         return _packed_now(cu_seqlens, T)
-    version, pattern = _patterns.get(cu_seqlens, (None, None))
-    if pattern is None or version != (cu_seqlens._version, T):
+    known, pattern = _patterns.get(cu_seqlens, (None, None))
+    if pattern is None or known != (mark, T):
         pattern = _packed_now(cu_seqlens, T)
-        _patterns[cu_seqlens] = (cu_seqlens._version, T), pattern
+        _patterns[cu_seqlens] = (mark, T), pattern
     return pattern
 
 

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step
 from osdn.ops.convolution import short_convolution
-from osdn.ops.validation import check_box_holds_one, check_cu_seqlens, check_rule
+from osdn.ops.validation import check_box_holds_one, check_cu_seqlens, check_rule, check_sizes
 
 Forgetting = Literal["none", "data"]
 Mixed = tuple[Tensor, None, Cache | None]
@@ -37,6 +37,7 @@ def token_mask(attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor |
 
 def head_size(hidden_size: int, num_heads: int, head_dim: int | None) -> int:
     """K: head_dim where it is given, else hidden_size // num_heads."""
+    check_sizes(hidden_size=hidden_size, num_heads=num_heads, head_dim=head_dim)
     if head_dim is None and hidden_size % num_heads:
         raise ValueError(
             f"num_heads: expected a divisor of hidden_size = {hidden_size}, got {num_heads}; "
@@ -132,7 +133,8 @@ class OSDN(nn.Module):
         super().__init__()
         if forgetting not in ("none", "data"):
             raise ValueError(f"forgetting: expected 'none' or 'data', got {forgetting!r}")
-        check_rule(eta, precond_min, precond_max)
+        check_rule(eta, precond_min, precond_max, beta_aware)
+        check_sizes(head_v_dim=head_v_dim, conv_size=conv_size)
         check_box_holds_one(precond_min, precond_max)
         self.num_heads, self.layer_idx, self.backend = num_heads, layer_idx, "auto"
         self.head_dim = head_size(hidden_size, num_heads, head_dim)
@@ -213,6 +215,8 @@ class OSDN(nn.Module):
 
         states = None, self.start_precond()
         state, precond = states if past is None else (past.recurrent_states[i] for i in (0, 1))
+        if state is not None and precond is not None and torch.is_grad_enabled():
+            state, precond = state.clone(), precond.clone()  # the cache is written over, in place
         decode = use_cache and q.shape[1] == 1 and not torch.is_grad_enabled()
         if decode and state is not None and precond is not None:
             q, k, v, beta = (x.squeeze(1) for x in (q, k, v, beta))

@@ -10,7 +10,7 @@ import torch
 from osdn import OSDNConfig, OSDNForCausalLM
 from osdn.cli import main
 from osdn.errors import UserError
-from osdn.model.modeling import OSDNBlock
+from osdn.model.block import OSDNBlock
 from osdn.ops.rule import Rule
 from osdn.plan.hardware import GIB, GPUS, find_gpu
 from osdn.plan.memory import count_model, kept_by_block, kernel_bytes, memory

@@ -7,7 +7,7 @@ from typing import ClassVar, get_args
 from transformers import PretrainedConfig
 
 from osdn.layers import Forgetting
-from osdn.ops.validation import check_box_holds_one, check_rule
+from osdn.ops.validation import check_box_holds_one, check_rule, check_sizes
 
 MIXERS = ("osdn", "delta_net", "attention")
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "head_dim", "head_v_dim",
@@ -90,8 +90,6 @@ class OSDNConfig(PretrainedConfig):
         for name in kwargs:
             if close := get_close_matches(name, fields, n=1, cutoff=0.75):
                 raise ValueError(f"{name}: OSDNConfig has no such field; did you mean {close[0]}?")
-        if not isinstance(self.mixer, str | list | tuple):  # which what comes next reads
-            raise ValueError(f"mixer: expected one of {MIXERS} or a list, got {self.mixer!r}")
         before = set(vars(self))
         super().__post_init__(**kwargs)
         unknown = sorted((set(vars(self)) - before) & set(kwargs))
@@ -100,14 +98,10 @@ class OSDNConfig(PretrainedConfig):
         self._validate()
 
     def _validate(self) -> None:
+        """ValueError where a field is outside its range; a model asks once more when it is made."""
         if self.intermediate_size is None:
             self.intermediate_size = 256 * -(-int(self.hidden_size * 8 / 3) // 256)
-        for name in SIZES:
-            value = getattr(self, name)
-            if name in ("head_dim", "head_v_dim") and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        check_sizes(**{name: getattr(self, name) for name in SIZES})
         for name in ("norm_eps", "rope_theta", "initializer_range", "eta"):
             value = getattr(self, name)
             if (
@@ -153,6 +147,8 @@ class OSDNConfig(PretrainedConfig):
     @property
     def mixers(self) -> list[str]:
         """The mixer of every layer."""
+        if not isinstance(self.mixer, str | list | tuple):
+            raise ValueError(f"mixer: expected one of {MIXERS} or a list, got {self.mixer!r}")
         if isinstance(self.mixer, str):
             return [self.mixer] * self.num_hidden_layers
         return list(self.mixer)

@@ -17,7 +17,7 @@ def next_token_labels(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
     The last position, and the last of every packed sequence, predicts nothing (−100).
     """
-    shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    shifted = F.pad(labels[:, 1:].long(), (0, 1), value=IGNORED)
     if cu_seqlens is not None:
         shifted = shifted.index_fill(1, cu_seqlens[1:].long() - 1, IGNORED)
     return shifted
@@ -45,6 +45,7 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: the weight is offloaded, so that there are no values to read.
+        RuntimeError: a label is neither −100 nor in the vocabulary.
     """
     if weight.is_meta and not hidden.is_meta:
         raise ValueError(
@@ -121,7 +122,8 @@ def _score(logits: Tensor, labels: Tensor, z_loss: float, training: bool) -> tup
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     log_z = logits[:, 0] - log_p[:, 0]
     there = labels != IGNORED
-    picked = log_p.gather(-1, labels.clamp(min=0)[:, None]).squeeze(-1)
+    at = torch.where(there, labels, 0)  # so that any other negative label is an error
+    picked = log_p.gather(-1, at[:, None]).squeeze(-1)
     loss = torch.where(there, z_loss * log_z.square() - picked, 0.0).sum()
     if not training:
         return loss, logits

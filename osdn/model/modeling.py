@@ -1,4 +1,4 @@
-"""The OSDN language model: blocks of (norm, mixer) and (norm, SwiGLU), in Hugging Face's form.
+"""The OSDN language model, in Hugging Face's form.
 
 Importing this module registers the classes with AutoConfig, AutoModel and AutoModelForCausalLM.
 Parameter names are those of flash-linear-attention's DeltaNet.
@@ -17,72 +17,15 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import can_return_tuple
 
-from osdn.attention import Attention
-from osdn.layers import OSDN, ForgettingGate, SwiGLU
+from osdn.layers import OSDN, ForgettingGate, token_mask
+from osdn.model.block import OSDNBlock
 from osdn.model.cache import OSDNCache
 from osdn.model.configuration import OSDNConfig
 from osdn.model.loss import cross_entropy, linear_cross_entropy, next_token_labels
-
-
-def build_mixer(config: OSDNConfig, layer_idx: int) -> OSDN | Attention:
-    """The token mixer that the configuration names for one layer."""
-    if config.mixers[layer_idx] == "attention":
-        return Attention(
-            config.hidden_size,
-            config.num_heads,
-            head_dim=config.head_dim,
-            rope_theta=config.rope_theta,
-            layer_idx=layer_idx,
-        )
-    return OSDN(
-        config.hidden_size,
-        config.num_heads,
-        head_dim=config.head_dim,
-        head_v_dim=config.head_v_dim,
-        adaptive=config.mixers[layer_idx] == "osdn",
-        forgetting=config.forgetting,
-        eta=config.eta,
-        beta_aware=config.beta_aware,
-        precond_min=config.precond_min,
-        precond_max=config.precond_max,
-        learn_initial_precond=config.learn_initial_precond,
-        allow_neg_eigval=config.allow_neg_eigval,
-        use_output_gate=config.use_output_gate,
-        conv_size=config.conv_size,
-        norm_eps=config.norm_eps,
-        layer_idx=layer_idx,
-    )
-
-
-class OSDNBlock(GradientCheckpointingLayer):
-    """x ← x + mixer(norm(x)); x ← x + mlp(norm(x))."""
-
-    def __init__(self, config: OSDNConfig, layer_idx: int):
-        super().__init__()
-        assert config.intermediate_size is not None  # set by the configuration
-        self.attn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.attn = build_mixer(config, layer_idx)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool = False,
-        cu_seqlens: Tensor | None = None,
-    ) -> Tensor:
-        mixed, _, _ = self.attn(
-            self.attn_norm(hidden_states), attention_mask, past_key_values, use_cache, cu_seqlens
-        )
-        hidden_states = hidden_states + mixed
-        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
 
 
 class OSDNPreTrainedModel(PreTrainedModel):
@@ -96,6 +39,10 @@ class OSDNPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _is_stateful = True
+
+    def __init__(self, config: OSDNConfig):
+        config._validate()  # they may have been changed since it was made
+        super().__init__(config)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -145,7 +92,7 @@ class OSDNModel(OSDNPreTrainedModel):
             attention_mask: [B, T] (past and new tokens with a cache), 0 where a token is padding,
                 on the left or on the right.
             past_key_values: a cache to go on from, an OSDNCache(config) or transformers' own
-                DynamicCache(config=config).
+                DynamicCache(config=config); `generate` takes the latter with attention layers only.
             use_cache: keep and return a cache; None means config.use_cache outside training.
             output_hidden_states: also return the input of every block and the final result; None
                 means config.output_hidden_states.
@@ -168,6 +115,7 @@ class OSDNModel(OSDNPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = OSDNCache(self.config)
         if attention_mask is not None and not torch.compiler.is_compiling():
+            token_mask(attention_mask, hidden_states)  # refuses a wrong shape, if all ones too
             attention_mask = None if bool(attention_mask.all()) else attention_mask
 
         seen = []
@@ -205,15 +153,23 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict, *rest: Any
     ) -> None:
-        """Start `generate` from an OSDNCache where transformers would make a DynamicCache."""
+        """Start `generate` from an OSDNCache where transformers would make a DynamicCache.
+
+        Nor can it go on from one without attention layers, which cannot tell its length.
+        """
         implementation = generation_config.cache_implementation
-        given = model_kwargs.get("past_key_values") is not None
+        cache = model_kwargs.get("past_key_values")
+        if not isinstance(cache, OSDNCache | None) and "attention" not in self.config.mixers:
+            raise ValueError(
+                "past_key_values: expected an OSDNCache for a model without attention layers, got "
+                f"{type(cache).__name__}; give generate an osdn.OSDNCache(model.config)"
+            )
         if implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation: expected none or 'dynamic', got {implementation!r}: the "
                 "memory of an osdn or delta_net layer has one constant size"
             )
-        if not given and generation_config.use_cache:
+        if cache is None and generation_config.use_cache:
             model_kwargs["past_key_values"] = OSDNCache(self.config)
         else:
             prepare: Any = GenerationMixin._prepare_cache_for_generation
@@ -229,7 +185,7 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         cu_seqlens: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
@@ -242,8 +198,10 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         Args as in OSDNModel.forward, and:
             labels: [B, T] token ids, shifted here; −100 where nothing is to be predicted. Position
                 t is scored on label t+1, within its own packed sequence. In training mode the
-                loss is taken in chunks and logits is None; in evaluation logits are always there.
-            logits_to_keep: logits of only the last so many positions; 0 means all.
+                loss is taken in chunks and logits is None, if lm_head is a plain nn.Linear without
+                bias; else, and in evaluation, logits are always there.
+            logits_to_keep: logits of only the last so many positions, 0 means all; or of the
+                positions in an index tensor.
             cu_seq_lens_q: transformers' name for cu_seqlens. DataCollatorWithFlattening gives it
                 with return_flash_attn_kwargs=True and return_position_ids=False, beside
                 cu_seq_lens_k (the same offsets), max_length_q and max_length_k: not needed here.
@@ -262,18 +220,23 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         )
         hidden_states = outputs.last_hidden_state
         loss = logits = None
-        if labels is None or not self.training:
-            logits = self.lm_head(hidden_states[:, -logits_to_keep:])
+        head, kept = self.lm_head, logits_to_keep
+        plain = type(head) is nn.Linear and head.bias is None  # no adapter, wrapper, shards
+        if labels is None or not (self.training and plain):
+            at = kept if isinstance(kept, Tensor) else slice(-kept, None)
+            logits = head(hidden_states[:, at])
         if labels is not None:
             device = hidden_states.device if logits is None else logits.device
             targets = next_token_labels(labels, cu_seqlens).flatten().to(device)
             if isinstance(num_items_in_batch, Tensor):
                 num_items_in_batch = num_items_in_batch.to(device)
-            if logits is not None and logits.shape[:2] == labels.shape:
-                loss = cross_entropy(logits.flatten(0, 1), targets, num_items_in_batch)
+            scored = logits if isinstance(kept, int) and kept == 0 else None
+            if scored is None and plain:
+                hidden = hidden_states.flatten(0, 1)
+                loss = linear_cross_entropy(hidden, head.weight, targets, num_items_in_batch)
             else:
-                hidden, weight = hidden_states.flatten(0, 1), self.lm_head.weight
-                loss = linear_cross_entropy(hidden, weight, targets, num_items_in_batch)
+                scored = head(hidden_states) if scored is None else scored
+                loss = cross_entropy(scored.flatten(0, 1), targets, num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

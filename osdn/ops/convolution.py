@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from osdn.ops.interface import HAS_TRITON
 from osdn.ops.registration import dispatched, once
@@ -27,7 +28,8 @@ def short_convolution(
         u_t = Σ_j w_j ⊙ x_{t−W+1+j},   z_t = silu(u_t),   y_t = z_t / sqrt(Σ_head z_t² + 1e-6)
 
     In float32 (float64 for float64 input), rounded once at the end; what lies before a sequence's
-    start counts as zero. Once differentiable, in x and weight.
+    start counts as zero. Once differentiable, in x and weight; by torch.func and in forward mode
+    too, through the definition.
 
     Args:
         x: [B, T, D], any floating dtype.
@@ -38,6 +40,10 @@ def short_convolution(
     Returns:
         [B, T, D] in x's dtype.
     """
+    if not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    ):  # which go through the definition alone
+        return forward(x, weight, cu_seqlens, head_dim)
     run = _operator if dispatched(x) else _Eager.apply
     return run(x, weight, cu_seqlens, head_dim)
 

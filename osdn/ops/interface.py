@@ -13,6 +13,7 @@ from osdn.ops.registration import dispatched, register
 from osdn.ops.rule import Rule
 from osdn.ops.validation import (
     check_kinds,
+    check_reverse_mode,
     check_rule,
     check_shapes,
     check_step_shapes,
@@ -76,8 +77,9 @@ def online_scaled_delta_rule(
         initial_precond: [N, H, K], or [H, K] for all sequences; None means ones.
         output_final_state: also return the memory and the preconditioner after the last token.
         cu_seqlens: [N + 1] int32 or int64 offsets of sequences packed along T; B must be 1.
-            0 = cu_seqlens[0] < ... < cu_seqlens[N] = T. Looked at once, until it is changed in
-            place; not under torch.compile, nor while a CUDA graph is captured or replayed.
+            0 = cu_seqlens[0] < ... < cu_seqlens[N] = T. On a GPU looked at once, until it is
+            changed in place; not under torch.compile, nor while a CUDA graph is captured or
+            replayed.
         backend: "auto" (triton for CUDA tensors of at most 32 bits with K and V ≤ 256, numba for
             CPU tensors where it is installed, else chunkwise), "reference", "chunkwise", "numba"
             or "triton".
@@ -93,7 +95,7 @@ def online_scaled_delta_rule(
     it also reaches the earlier ones of its chunk of up to 32 and 64 tokens: 0 times NaN is NaN in
     their products. log γ = −∞ is no such infinity: it is γ = 0.
 
-    Second derivatives are an error but with the reference.
+    Second derivatives, forward mode and torch.func are an error but with the reference.
 
     Raises:
         ValueError: a wrong shape, dtype, device, option or backend; the message names the
@@ -103,13 +105,13 @@ def online_scaled_delta_rule(
     """
     optional = {"log_gamma": log_gamma, "initial_state": initial_state,
                 "initial_precond": initial_precond}  # fmt: skip
-    numbers = {"eta": eta, "precond_min": precond_min, "precond_max": precond_max, "scale": scale}
-    check_kinds({"q": q, "k": k, "v": v, "beta": beta}, optional, numbers)
+    check_kinds({"q": q, "k": k, "v": v, "beta": beta}, optional, scale)
     q, k, v = _autocast(q, k, v)
     check_tensors(q=q, k=k, v=v, beta=beta, **optional)
     sequences = check_shapes(q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
     check_rule(eta, precond_min, precond_max, beta_aware)
     backend = _choose(backend, q, v)
+    check_reverse_mode(backend, q=q, k=k, v=v, beta=beta, **optional)
 
     (H, K), V = q.shape[2:], v.shape[-1]
     rule = Rule(eta, beta_aware, precond_min, precond_max, K**-0.5 if scale is None else scale)
@@ -172,13 +174,13 @@ def online_scaled_delta_step(
         ValueError: as the rule does, and where a gradient would be needed.
     """
     required = {"q": q, "k": k, "v": v, "beta": beta, "state": state, "precond": precond}
-    numbers = {"eta": eta, "precond_min": precond_min, "precond_max": precond_max, "scale": scale}
-    check_kinds(required, {"log_gamma": log_gamma}, numbers)
+    check_kinds(required, {"log_gamma": log_gamma}, scale)
     q, k, v = _autocast(q, k, v)
     check_tensors(q=q, k=k, v=v, beta=beta, log_gamma=log_gamma, state=state, precond=precond)
     check_step_shapes(q, k, v, beta, log_gamma, state, precond, slots)
     check_rule(eta, precond_min, precond_max, beta_aware)
     backend = _choose(backend, q, v)
+    check_reverse_mode(backend, **required, log_gamma=log_gamma)
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     for name, x in (("state", state), ("precond", precond)):
         kept = x.dtype == accumulate or (backend == "reference" and x.dtype == torch.float64)

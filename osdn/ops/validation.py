@@ -8,18 +8,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-_last_checked: tuple[Tensor, int, int] | None = None
+_last_checked: tuple[Tensor, list[int] | int, int] | None = None
 
 
 def check_kinds(
-    required: dict[str, Tensor],
-    optional: dict[str, Tensor | None],
-    numbers: dict[str, float | None],
+    required: dict[str, Tensor], optional: dict[str, Tensor | None], scale: float | None
 ) -> None:
-    """Tensors are floating-point tensors, the optional ones may be None; numbers are finite.
-
-    None stands for a number's default, but for eta, which has none of that kind.
-    """
+    """Tensors are floating-point tensors, the optional ones may be None; so may scale, a number."""
     for name, x in {**required, **optional}.items():
         if x is None and name in optional:
             continue
@@ -27,16 +22,44 @@ def check_kinds(
             raise ValueError(f"{name}: expected a tensor, got {type(x).__name__}")
         if not x.is_floating_point():
             raise ValueError(f"{name}: expected a floating-point tensor, got {x.dtype}")
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+    _check_numbers(scale=scale)
+
+
+def check_reverse_mode(backend: str, **tensors: Tensor | None) -> None:
+    """No forward-mode tangent and no transform of torch.func, but with the reference."""
+    if backend == "reference":
+        return
+    for name, x in tensors.items():
+        if x is None or forward_ad._current_level < 0:
+            continue
+        if forward_ad.unpack_dual(x).tangent is not None:
             raise ValueError(
-                f"{name}: expected no forward-mode tangent, which only the reference would carry "
-                "on; differentiate in reverse mode"
+                f"{name}: expected no forward-mode tangent, which only the reference carries on; "
+                "differentiate in reverse mode, or use backend='reference'"
             )
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise ValueError(
+            "backend: expected 'reference' inside a transform of torch.func (grad, vmap, ...), got "
+            f"{backend!r}; use backend='reference', or torch.autograd"
+        )
+
+
+def _check_numbers(**numbers: float | None) -> None:
+    """Finite; None stands for a default, but for eta, which has none of that kind."""
     for name, value in numbers.items():
         if (value is not None or name == "eta") and (
             not isinstance(value, int | float) or not -inf < value < inf
         ):  # compared, since math.isfinite takes no number that torch.compile traces
             raise ValueError(f"{name}: expected a finite number, got {value!r}")
+
+
+def check_sizes(**sizes: int | None) -> None:
+    """Positive integers; head_dim and head_v_dim may be None, which stands for their defaults."""
+    for name, value in sizes.items():
+        if name in ("head_dim", "head_v_dim") and value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
 
 
 def check_tensors(q: Tensor, **others: Tensor | None) -> None:
@@ -113,7 +136,7 @@ def check_step_shapes(
 
 
 def _check_slots(slots: Tensor, q: Tensor, P: int) -> None:
-    """[B] integers on q's device; less than P, where a look costs no synchronisation."""
+    """[B] integers on q's device; on a CPU, where a look is cheap, distinct and less than P too."""
     if not isinstance(slots, Tensor):
         raise ValueError(f"slots: expected a tensor, got {type(slots).__name__}")
     _expect("slots", slots, (len(q),), "[B]")
@@ -122,8 +145,14 @@ def _check_slots(slots: Tensor, q: Tensor, P: int) -> None:
             f"slots: expected int32 or int64 on {q.device} like q, got {slots.dtype} on "
             f"{slots.device}"
         )
-    if slots.device.type == "cpu" and _has_values(slots) and (most := int(slots.max())) >= P:
+    if slots.device.type != "cpu" or not _has_values(slots):
+        return
+    used = [slot for slot in slots.tolist() if slot >= 0]
+    if used and (most := max(used)) >= P:
         raise ValueError(f"slots: expected places less than P = {P} of the pool, got {most}")
+    if len(set(used)) < len(used):
+        twice = next(slot for slot in used if used.count(slot) > 1)
+        raise ValueError(f"slots: expected distinct places, got {twice} more than once")
 
 
 def capturing(x: Tensor) -> bool:
@@ -137,13 +166,24 @@ def _has_values(x: Tensor) -> bool:
     return not (shape_alone or capturing(x))
 
 
+def mark_of(cu_seqlens: Tensor) -> list[int] | int | None:
+    """What tells that offsets are those looked at before; None: nothing does.
+
+    On a CPU their values, which NumPy or `.data` change without PyTorch's notice. On a GPU, where
+    reading them costs a synchronisation, the tensor's version.
+    """
+    if cu_seqlens.device.type == "cpu":
+        return cu_seqlens.tolist() if _has_values(cu_seqlens) else None
+    return None if cu_seqlens.is_inference() else cu_seqlens._version
+
+
 def check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, name: str = "q") -> None:
     """Offsets from 0 to T, strictly increasing, on the device of x [1, T, ...], called `name`.
 
-    Reading them costs a synchronisation on a GPU, so each tensor is read once, however many layers
-    are handed it, until it is changed in place. They are not read at all inside torch.compile, of
-    tensors without values, and while a CUDA graph is captured: what is in them when that is
-    replayed, nobody has checked.
+    Reading them costs a synchronisation on a GPU, so there each tensor is read once, however many
+    layers are handed it, until it is changed in place. They are not read at all inside
+    torch.compile, of tensors without values, and while a CUDA graph is captured: what is in them
+    when that is replayed, nobody has checked.
     """
     if not isinstance(cu_seqlens, Tensor):
         raise ValueError(f"cu_seqlens: expected a tensor, got {type(cu_seqlens).__name__}")
@@ -167,8 +207,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, name: str = "q") -> None:
         return
     global _last_checked
     known = _last_checked
-    version = 0 if cu_seqlens.is_inference() else cu_seqlens._version
-    if known is not None and known[0] is cu_seqlens and known[1:] == (version, T):
+    mark = mark_of(cu_seqlens)
+    if known is not None and known[0] is cu_seqlens and known[1:] == (mark, T):
         return
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0 or offsets[-1] != T:
@@ -181,8 +221,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, name: str = "q") -> None:
                 f"cu_seqlens: expected increasing offsets, got {start} then {end} at index {n}; "
                 "drop empty sequences"
             )
-    if not cu_seqlens.is_inference():  # such a tensor does not tell when it is changed
-        _last_checked = (cu_seqlens, version, T)
+    if mark is not None:
+        _last_checked = (cu_seqlens, mark, T)
 
 
 def check_box_holds_one(precond_min: float | None, precond_max: float | None) -> None:
@@ -197,7 +237,8 @@ def check_box_holds_one(precond_min: float | None, precond_max: float | None) ->
 def check_rule(
     eta: float, precond_min: float | None, precond_max: float | None, beta_aware: bool = False
 ) -> None:
-    """η in [0, 2]; both bounds or neither, in order; beta_aware a bool."""
+    """η in [0, 2]; both bounds or neither, finite and in order; beta_aware a bool."""
+    _check_numbers(eta=eta, precond_min=precond_min, precond_max=precond_max)
     if not isinstance(beta_aware, bool):
         raise ValueError(f"beta_aware: expected True or False, got {beta_aware!r}")
     if not 0 <= eta <= 2:

@@ -12,10 +12,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from osdn.ops.validation import mark_of
+
 # 32 and not 64: fewer operations a token at K = V = 64, measured in docs/LOG.md.
 LARGEST_CHUNK, SMALLEST_CHUNK = 32, 8
 
-_last_ragged: tuple[Tensor, int, RaggedLayout] | None = None
+_last_ragged: tuple[Tensor, list[int] | int, RaggedLayout] | None = None
 
 
 class Layout:
@@ -180,11 +182,12 @@ def layout_of(tokens: Tensor, cu_seqlens: Tensor | None) -> Layout:
     if cu_seqlens is None:
         return Layout(B, T, H)
     global _last_ragged
-    version = -1 if cu_seqlens.is_inference() else cu_seqlens._version
-    if _last_ragged is not None and version >= 0:
-        last, last_version, layout = _last_ragged
-        if last is cu_seqlens and last_version == version and (layout.T, layout.H) == (T, H):
+    mark = mark_of(cu_seqlens)
+    if _last_ragged is not None:
+        last, last_mark, layout = _last_ragged
+        if last is cu_seqlens and last_mark == mark and (layout.T, layout.H) == (T, H):
             return layout
     layout = RaggedLayout(cu_seqlens, T, H)
-    _last_ragged = (cu_seqlens, version, layout)
+    if mark is not None:
+        _last_ragged = (cu_seqlens, mark, layout)
     return layout

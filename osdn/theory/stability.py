@@ -32,6 +32,11 @@ def log_growth(k: Tensor, d: Tensor, beta: Tensor) -> Tensor:
     return total + torch.linalg.matrix_norm(product, ord=2).log()
 
 
+def _unit(k: Tensor) -> Tensor:
+    """Whether every key of a sequence is of length 1, but for rounding; [...]."""
+    return ((k.square().sum(-1) - 1).abs() <= 1e-12).all(-1)
+
+
 def erase_norm(k: Tensor, d: Tensor, beta: Tensor) -> Sides:
     """Statement 14, an identity for d > 0 and K ≥ 2: ‖D^{-1/2} M D^{1/2}‖₂ = max(1, |1 − β⟨d,s⟩|).
 
@@ -61,7 +66,7 @@ def growth_bound(k: Tensor, d: Tensor, beta: Tensor) -> Sides:
 
 
 def driven_growth_bound(k: Tensor, d: Tensor, beta: Tensor, *, eta: float, floor: float) -> Sides:
-    """Statement 17: d driven by the rule itself (b = 1, γ = 1, unit keys) and never below a floor.
+    """Statement 17: d driven by the rule itself (b = 1, γ = 1, unit keys, β ≥ 0), above a floor.
 
         ‖M_T ··· M_1‖₂ ≤ √(max_i d_{T,i} / min_i d_{1,i}) · exp((η / 2a) √(T B))
 
@@ -74,7 +79,8 @@ def driven_growth_bound(k: Tensor, d: Tensor, beta: Tensor, *, eta: float, floor
     total = (d[..., 0, :] - 1).square().sum(-1) / (eta * (2 - eta))
     right = ends + eta / (2 * floor) * (T * total).sqrt()
     overlap = beta * (d * k * k).sum(-1)
-    claimed = (d >= floor).all(-1).all(-1) & (overlap <= 2 + 1e-12).all(-1)
+    claimed = (d >= floor).all(-1).all(-1) & (overlap <= 2 + 1e-12).all(-1) & (floor > 0)
+    claimed = claimed & (beta >= 0).all(-1) & _unit(k)
     return Sides(log_growth(k, d, beta), torch.where(claimed, right, torch.inf))
 
 
@@ -84,12 +90,13 @@ def box_growth_bound(k: Tensor, d: Tensor, beta: Tensor) -> Sides:
     Hence ‖M_T ··· M_1‖₂ ≤ 2^{T/2}, in logarithms, however d moves.
     """
     claimed = ((d >= 0) & (d <= 2)).all(-1).all(-1) & ((beta >= 0) & (beta <= 1)).all(-1)
+    claimed = claimed & _unit(k)
     half = torch.full_like(beta[..., 0], 0.5 * k.shape[-2] * math.log(2))
     return Sides(log_growth(k, d, beta), torch.where(claimed, half, torch.inf))
 
 
 def zero_row_bound(k: Tensor, d: Tensor, beta: Tensor, x: Tensor) -> Sides:
-    """Statement 19: constant d ≥ 0 with zeros; Z = {d_i = 0}, N the rest, w_t = β_t⟨d, s_t⟩ < 2.
+    """Statement 19: constant d ≥ 0, β ≥ 0; Z = {d_i = 0}, N the rest, w_t = β_t⟨d, s_t⟩ < 2.
 
         ‖D_N^{-1/2} x_N(T)‖² ≤ ‖D_N^{-1/2} x_N(0)‖² + Σ_t β_t ⟨k_{t,Z}, x_Z⟩² / (2 − w_t)
 
@@ -103,5 +110,6 @@ def zero_row_bound(k: Tensor, d: Tensor, beta: Tensor, x: Tensor) -> Sides:
     w = beta * (d * k * k).sum(-1)
     forcing = (k[..., ~live] * x[..., None, ~live]).sum(-1).square() * beta / (2 - w)
     start = (x[..., live].square() / d[live]).sum(-1)
-    right = torch.where((w < 2).all(-1), start + forcing.sum(-1), torch.inf)
+    claimed = ((w < 2) & (beta >= 0)).all(-1) & (d >= 0).all()
+    right = torch.where(claimed, start + forcing.sum(-1), torch.inf)
     return Sides((end[..., live].square() / d[live]).sum(-1), right)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from osdn import OSDNConfig
+from osdn import OSDNConfig, OSDNForCausalLM
 from tests.model.tiny import SIZES
 
 
@@ -33,9 +33,28 @@ from tests.model.tiny import SIZES
         ({"use_cache": None}, "^use_cache"),
         ({"eta": True}, "^eta"),
         ({"mixer": None}, "^mixer"),
+        ({"precond_min": 0.0, "precond_max": float("inf")}, "^precond_max: expected a finite"),
+        ({"precond_min": "0", "precond_max": "2"}, "^precond_min: expected a finite"),
     ],
 )
 def test_configuration_is_checked_when_it_is_made(fields, word):
     with pytest.raises(ValueError, match=word) as error:
         OSDNConfig(**SIZES | fields)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("mixer", "OSDN"), ("mixer", ["osdn"]), ("mixer", None), ("beta_aware", "no"), ("eta", 3.0)],
+)
+def test_a_field_changed_since_is_checked_by_the_model(name, value):
+    config = OSDNConfig(**SIZES)
+    setattr(config, name, value)
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        OSDNForCausalLM(config)
+
+
+def test_a_field_given_to_from_pretrained_is_checked(tmp_path):
+    OSDNForCausalLM(OSDNConfig(**SIZES)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^mixer: expected one of"):
+        OSDNForCausalLM.from_pretrained(tmp_path, mixer="OSDN")

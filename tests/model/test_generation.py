@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from osdn.model.cache import OSDNCache
 from tests.model.tiny import MIXERS, build, tokens
@@ -29,6 +29,24 @@ def test_a_cache_is_read_where_it_is_not_written(mixer):
         for _ in range(2):
             logits = model(ids[:, 10:], past_key_values=cache, use_cache=False).logits
             assert_close(logits, expected, 2e-5)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_gradients_go_through_a_cache(mixer):
+    """Those of a sequence in pieces are the whole one's; and those after a prefix without any."""
+    model, ids = build(mixer, forgetting="data"), tokens()
+    names, parameters = zip(*model.named_parameters())
+    expected = torch.autograd.grad(model(ids).logits[:, 6:].square().sum(), parameters)
+    cache, logits = OSDNCache(model.config), []
+    for piece in ids.split([6, 5, 9, 1], dim=1):
+        logits.append(model(piece, past_key_values=cache, use_cache=True).logits)
+    found = torch.autograd.grad(torch.cat(logits[1:], 1).square().sum(), parameters)
+    for name, actual, wanted in zip(names, found, expected):
+        assert_close(actual, wanted, 2e-5, name)
+    with torch.no_grad():
+        cache = model(ids[:, :6], use_cache=True).past_key_values
+    model(ids[:, 6:], past_key_values=cache, use_cache=True).logits.square().sum().backward()
+    assert model.lm_head.weight.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -93,6 +111,20 @@ def test_left_padded_batch_generates_as_one_by_one(mixer):
         assert torch.equal(together[row], alone)
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_generation_from_a_cache_of_transformers(mixer):
+    """Where it can tell its length, and else an error that says which cache to give."""
+    model, ids = build(mixer), tokens()
+    options = {"max_new_tokens": 3, "do_sample": False}
+    cache = DynamicCache(config=model.config)
+    if "attention" in model.config.mixers:
+        generated = model.generate(ids, past_key_values=cache, **options)
+        assert torch.equal(generated, model.generate(ids, **options))
+    else:
+        with pytest.raises(ValueError, match=r"^past_key_values: expected an OSDNCache"):
+            model.generate(ids, past_key_values=cache, **options)
+
+
 def test_sampling_is_seeded():
     model, ids = build(), tokens()
     torch.manual_seed(3)
@@ -105,6 +137,9 @@ def test_generation_that_would_be_wrong_is_refused():
     model, ids = build(["osdn", "attention"]).train(), tokens()
     with pytest.raises(ValueError, match="cache_implementation"):
         model.generate(ids, max_new_tokens=2, cache_implementation="static")
-    model.gradient_checkpointing_enable()
+    static = StaticCache(config=model.config, max_cache_len=30)
+    with pytest.raises(ValueError, match=r"^past_key_values: expected .* got StaticLayer; .* osdn"):
+        model.eval()(ids, past_key_values=static, use_cache=True)
+    model.train().gradient_checkpointing_enable()
     with pytest.raises(ValueError, match=r"model\.eval\(\)"):
         model.generate(ids, max_new_tokens=2, do_sample=False)

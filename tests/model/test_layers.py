@@ -222,6 +222,12 @@ def test_short_convolution_is_causal():
         ({"eta": 3.0}, "eta"),
         ({"precond_min": 0.5}, "both or neither"),
         ({"precond_min": 1.5, "precond_max": 2.0}, "holds 1"),
+        ({"precond_min": 0.0, "precond_max": float("inf")}, "^precond_max: expected a finite"),
+        ({"eta": "1"}, "^eta: expected a finite number"),
+        ({"beta_aware": 1}, "^beta_aware: expected True or False"),
+        ({"head_dim": 0}, "^head_dim: expected a positive"),
+        ({"head_v_dim": -1}, "^head_v_dim: expected a positive"),
+        ({"conv_size": 0}, "^conv_size: expected a positive"),
     ],
 )
 def test_wrong_options_are_named(options, word):
@@ -233,8 +239,9 @@ def test_wrong_calls_are_named():
     layer, x = build(), hidden()
     with pytest.raises(ValueError, match="attention_mask"):
         layer(x, attention_mask=torch.ones(2, T - 1))
-    with pytest.raises(ValueError, match="num_heads"):
-        OSDN(D, 5)
+    for kind, heads in itertools.product((OSDN, Attention), (5, 0)):
+        with pytest.raises(ValueError, match=r"^num_heads: expected a"):
+            kind(D, heads)
     with pytest.raises(ValueError, match=r"osdn\.OSDNCache\(model\.config\)"):
         layer(x, past_key_values=DynamicCache(), use_cache=True)
     config = OSDNConfig(hidden_size=D, num_heads=H, num_hidden_layers=1)

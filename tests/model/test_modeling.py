@@ -1,4 +1,4 @@
-"""The language model: sizes, initial values, loss, padding, packing, compilation, Trainer."""
+"""The language model: sizes, initial values, padding, packing, compilation, Trainer."""
 
 import itertools
 import json
@@ -7,8 +7,6 @@ import sys
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -19,8 +17,7 @@ from transformers import (
 )
 
 from osdn import OSDNConfig, OSDNForCausalLM, OSDNModel, attention
-from osdn.model import loss as loss_module
-from tests.model.tiny import MIXERS, SIZES, build, tokens
+from tests.model.tiny import MIXERS, SIZES, build, plain_loss, tokens
 from tests.numerics import assert_close
 
 
@@ -98,41 +95,6 @@ print(*sorted(heavy & {name.split(".")[0] for name in set(sys.modules) - before}
     assert result.stdout.strip() == ""
 
 
-def plain_loss(logits, ids):
-    return cross_entropy(logits[:, :-1].flatten(0, 1).double(), ids[:, 1:].flatten())
-
-
-def test_loss_is_next_token_cross_entropy(monkeypatch):
-    model, ids = build(), tokens()
-    result = model(ids, labels=ids)
-    expected = plain_loss(result.logits, ids)
-    assert_close(result.loss, expected, 1e-6)
-    model.train()
-    assert model(ids, labels=ids).logits is None
-    whole = torch.autograd.grad(model(ids, labels=ids).loss, model.lm_head.weight)[0]
-    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 61 * 5)
-    chunked = model(ids, labels=ids).loss
-    assert_close(chunked, expected, 1e-6)
-    assert_close(torch.autograd.grad(chunked, model.lm_head.weight)[0], whole, 1e-5)
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_evaluation_with_labels_makes_the_logits_once(monkeypatch, packed):
-    """As many operations as without labels, and training mode's loss and gradient."""
-    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 61 * 9)
-    model, ids = build(), tokens(1, 40)
-    options = {"cu_seqlens": torch.tensor([0, 13, 40])} if packed else {}
-    counts = []
-    for labels in (None, ids):
-        with FlopCounterMode(display=False) as counter:
-            result = model(ids, labels=labels, **options)
-        counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1] > 0 and result.logits.shape == (1, 40, 61)
-    losses = [result.loss, model.train()(ids, labels=ids, **options).loss]
-    assert_close(*losses, 1e-6)
-    assert_close(*(torch.autograd.grad(x, model.lm_head.weight)[0] for x in losses), 1e-5)
-
-
 def test_the_mask_of_packed_documents_is_made_once_for_all_layers(monkeypatch):
     made, make = [], attention._packed_now
     monkeypatch.setattr(attention, "_packed_now", lambda *x: made.append(x) or make(*x))
@@ -140,7 +102,7 @@ def test_the_mask_of_packed_documents_is_made_once_for_all_layers(monkeypatch):
     first = model(ids, cu_seqlens=offsets).logits
     assert len(made) == 1
     assert torch.equal(model(ids, cu_seqlens=offsets).logits, first) and len(made) == 1
-    offsets[1] = 7
+    offsets.numpy()[1] = 7  # which PyTorch does not count as a change
     changed = model(ids, cu_seqlens=offsets).logits
     assert len(made) == 2 and not torch.equal(changed[:, 5:7], first[:, 5:7])
     assert torch.equal(model(ids, cu_seqlens=offsets.clone()).logits, changed) and len(made) == 3
@@ -148,18 +110,6 @@ def test_the_mask_of_packed_documents_is_made_once_for_all_layers(monkeypatch):
     held = len(attention._patterns)
     del offsets
     assert len(attention._patterns) == held - 1
-
-
-def test_ignored_labels_and_num_items():
-    model, ids = build(), tokens(1)
-    labels = ids.clone()
-    labels[:, 5:9] = -100
-    logits = model(ids).logits[0]
-    kept = [t for t in range(20) if labels[0, t + 1] >= 0]
-    expected = cross_entropy(logits[kept], ids[0, [t + 1 for t in kept]])
-    assert_close(model(ids, labels=labels).loss, expected, 1e-6)
-    scaled = model(ids, labels=labels, num_items_in_batch=32).loss
-    assert_close(scaled, expected * len(kept) / 32, 1e-6)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -189,6 +139,13 @@ def test_padding_gives_the_same_logits(mixer, side):
     mask = torch.cat(masks, 1)
     padded = model(torch.cat(parts, 1), attention_mask=mask).logits
     assert_close(padded[mask.bool()], model(ids).logits[0], 2e-5)
+
+
+@pytest.mark.parametrize("mixer", ["osdn", "attention"])
+@pytest.mark.parametrize("shape", [(2, 20), (3, 21), (2, 1, 21, 21), (21,)])
+def test_a_mask_of_a_wrong_shape_is_refused(mixer, shape):
+    with pytest.raises(ValueError, match=r"^attention_mask: expected"):
+        build(mixer)(tokens(), attention_mask=torch.ones(shape))
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
@@ -244,6 +201,10 @@ def test_hidden_states_and_logits_to_keep():
     assert torch.equal(result.hidden_states[0], model.model.embeddings(ids))
     assert torch.equal(model.lm_head(result.hidden_states[-1]), model(ids).logits)
     assert torch.equal(result.logits, model(ids).logits[:, -2:])
+    at = torch.arange(20, -1, -1)
+    backwards = model(ids, labels=ids, logits_to_keep=at)
+    assert torch.equal(backwards.logits, model(ids).logits[:, at])
+    assert_close(backwards.loss, model(ids, labels=ids).loss, 1e-6)
     assert torch.equal(model(ids, return_dict=False)[0], model(ids).logits)
     model.config.output_hidden_states = True
     assert len(model(ids).hidden_states) == 3

@@ -1,6 +1,7 @@
 """Tiny models and token ids for the tests of the language model."""
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from osdn import OSDNConfig, OSDNForCausalLM
 
@@ -20,3 +21,8 @@ def build(mixer="osdn", **fields):
 
 def tokens(B=2, T=21, seed=1):
     return torch.randint(0, 61, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def plain_loss(logits, ids):
+    """The mean next-token loss of logits [B, T, vocabulary], in float64."""
+    return cross_entropy(logits[:, :-1].flatten(0, 1).double(), ids[:, 1:].flatten())

@@ -4,7 +4,9 @@ from functools import cache
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
+from osdn.layers import OSDN
 from osdn.ops import online_scaled_delta_rule
 from tests.numerics import assert_close, make_inputs
 from tests.ops.running import BOX, assert_all_close, detached, everything, outputs
@@ -193,3 +195,39 @@ def test_layouts_other_than_contiguous(fast_backend):
         gradients = torch.autograd.grad(o.sum() + S.sum() + d.sum(), list(leaves.values()))
         results.append({"o": o, "S": S, "d": d} | dict(zip(leaves, gradients)))
     assert_all_close(results[1], results[0], 1e-10)
+
+
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(lambda q: f(q).sum())(x),
+    "vmap": lambda f, x: torch.vmap(f)(x[None]),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transforms_are_refused_where_they_would_be_lost(fast_backend, transform):
+    x = torch.rand(1, 5, 2, 3)
+    run = lambda q: online_scaled_delta_rule(q, x, x, x[..., 0], backend=fast_backend)[0]  # noqa: E731
+    with pytest.raises(ValueError, match="use backend='reference'"):
+        transform(run, x)
+
+
+def test_forward_mode_is_refused_where_it_would_be_lost(fast_backend):
+    x = torch.rand(1, 5, 2, 3)
+    with forward_ad.dual_level(), pytest.raises(ValueError, match="k: expected no forward-mode"):
+        dual = forward_ad.make_dual(x, x)
+        online_scaled_delta_rule(x, dual, x, x[..., 0], backend=fast_backend)
+
+
+def test_a_layer_on_the_reference_takes_forward_mode():
+    """Against reverse mode, in the hidden states and the convolutions' weights."""
+    torch.manual_seed(0)
+    layer, x = OSDN(8, 2).double(), torch.randn(1, 5, 8, dtype=torch.float64)
+    layer.backend = "reference"
+    weights = {name: p.detach() for name, p in layer.named_parameters() if "conv" in name}
+    run = lambda x, w: torch.func.functional_call(layer, w, (x,))[0].square().sum()  # noqa: E731
+    value, along = torch.func.jvp(run, (x, weights), (x, weights))
+    dx, dweights = torch.func.grad(run, (0, 1))(x, weights)
+    expected = (dx * x).sum() + sum((dweights[name] * w).sum() for name, w in weights.items())
+    assert_close(along, expected, 1e-6)  # the gates are float32
+    assert_close(torch.vmap(lambda x: run(x, weights))(x[None])[0], value, 1e-6)

@@ -123,6 +123,10 @@ REFUSED_STEP = {
         {"slots": torch.tensor([-1, 2])},
         "slots: expected places less than P = 2 of the pool, got 2",
     ),
+    "slots twice": (
+        {"slots": torch.tensor([1, 1])},
+        "slots: expected distinct places, got 1 more than once",
+    ),
     "slots pool": (
         {"slots": torch.tensor([0, 1]), "state": torch.tensor(0.0)},
         "state: expected 4 dimensions [P, H, K, V], got shape ()",

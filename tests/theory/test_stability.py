@@ -182,3 +182,31 @@ def test_zero_rows_make_the_memory_grow_like_sqrt_t(T):
     matrix = transitions(k, d, torch.ones(1, dtype=torch.float64))[0]
     grown = torch.linalg.matrix_norm(torch.linalg.matrix_power(matrix, T), ord=2).item()
     assert 0.5 < grown / T**0.5 < 1
+
+
+BOUNDS = {
+    "box": box_growth_bound,
+    "driven": lambda k, d, beta: driven_growth_bound(k, d, beta, eta=1.0, floor=0.2),
+    "zero row": lambda k, d, beta: zero_row_bound(k, d[0], beta, torch.ones(2, dtype=d.dtype)),
+}
+
+
+@pytest.mark.parametrize(
+    ("bound", "length", "d", "beta"),
+    [
+        ("box", 3.0, 1.0, 1.0),
+        ("driven", 1.4, 1.0, 1.0),
+        ("driven", 1.0, 1.0, -1.0),
+        ("zero row", 1.0, -0.5, 1.0),
+        ("zero row", 1.0, 1.0, -1.0),
+    ],
+)
+def test_nothing_is_claimed_outside_a_bounds_conditions(bound, length, d, beta):
+    def right(length, d, beta):
+        like = {"dtype": torch.float64}
+        k = length * torch.tensor([[1.0, 0.0], [0.6, 0.8]], **like)
+        d = torch.tensor([d, 1.0], **like).expand(2, 2)
+        return BOUNDS[bound](k, d, torch.full((2,), beta, **like)).right
+
+    assert right(1.0, 1.0, 1.0) < math.inf
+    assert right(length, d, beta) == math.inf

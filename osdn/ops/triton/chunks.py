@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from osdn.ops.validation import capturing
+from osdn.ops.validation import capturing, mark_of
 
 CHUNK = 64
 # A walk over at least LONG chunks is cut into segments where it would run on at most FEW programs,
@@ -42,7 +42,7 @@ class Chunks(NamedTuple):
     indices: Tensor | None
 
 
-_last: tuple[Tensor, int, Chunks] | None = None
+_last: tuple[Tensor, list[int] | int, Chunks] | None = None
 
 
 def chunk_bound(B: int, T: int, cu_seqlens: Tensor | None) -> int:
@@ -56,17 +56,17 @@ def cut(B: int, T: int, cu_seqlens: Tensor | None) -> Chunks:
     """The chunks of [B, T] tokens; built on the device, once for each cu_seqlens tensor.
 
     Every layer of a model is handed the same cu_seqlens, so the last one is remembered. Not one
-    made in inference mode, which does not tell when it is changed; and not while a CUDA graph is
-    captured: it must make the tables itself, to follow offsets that change before a replay, and
-    its memory must not outlive it.
+    that does not tell when it is changed (see `mark_of`); and not while a CUDA graph is captured:
+    it must make the tables itself, to follow offsets that change before a replay, and its memory
+    must not outlive it.
     """
     bound = chunk_bound(B, T, cu_seqlens)
     if cu_seqlens is None:
         return Chunks(B, bound, bound // B, None, None, None)
     global _last
-    remember = not (cu_seqlens.is_inference() or capturing(cu_seqlens))
-    known = _last if remember else None
-    if known is not None and known[0] is cu_seqlens and known[1] == cu_seqlens._version:
+    mark = None if capturing(cu_seqlens) else mark_of(cu_seqlens)
+    known = None if mark is None else _last
+    if known is not None and known[0] is cu_seqlens and known[1] == mark:
         return known[2]
     lengths = cu_seqlens.diff()
     ends = ((lengths + CHUNK - 1) // CHUNK).cumsum(0)
@@ -78,8 +78,8 @@ def cut(B: int, T: int, cu_seqlens: Tensor | None) -> Chunks:
     pairs = torch.stack([torch.where(used, sequence, -1), torch.where(used, local, 0)], 1)
     tables = cu_seqlens.long().contiguous(), starts[:-1].int(), pairs.int()
     chunks = Chunks(lengths.numel(), bound, bound, *tables)
-    if remember:
-        _last = (cu_seqlens, cu_seqlens._version, chunks)
+    if mark is not None:
+        _last = (cu_seqlens, mark, chunks)
     return chunks
 
 

@@ -1,0 +1,65 @@
+"""A block of the OSDN language model: (norm, mixer) and (norm, SwiGLU)."""
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from osdn.attention import Attention
+from osdn.layers import OSDN, SwiGLU
+from osdn.model.configuration import OSDNConfig
+
+
+def build_mixer(config: OSDNConfig, layer_idx: int) -> OSDN | Attention:
+    """The token mixer that the configuration names for one layer."""
+    if config.mixers[layer_idx] == "attention":
+        return Attention(
+            config.hidden_size,
+            config.num_heads,
+            head_dim=config.head_dim,
+            rope_theta=config.rope_theta,
+            layer_idx=layer_idx,
+        )
+    return OSDN(
+        config.hidden_size,
+        config.num_heads,
+        head_dim=config.head_dim,
+        head_v_dim=config.head_v_dim,
+        adaptive=config.mixers[layer_idx] == "osdn",
+        forgetting=config.forgetting,
+        eta=config.eta,
+        beta_aware=config.beta_aware,
+        precond_min=config.precond_min,
+        precond_max=config.precond_max,
+        learn_initial_precond=config.learn_initial_precond,
+        allow_neg_eigval=config.allow_neg_eigval,
+        use_output_gate=config.use_output_gate,
+        conv_size=config.conv_size,
+        norm_eps=config.norm_eps,
+        layer_idx=layer_idx,
+    )
+
+
+class OSDNBlock(GradientCheckpointingLayer):
+    """x ← x + mixer(norm(x)); x ← x + mlp(norm(x))."""
+
+    def __init__(self, config: OSDNConfig, layer_idx: int):
+        super().__init__()
+        assert config.intermediate_size is not None  # set by the configuration
+        self.attn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.attn = build_mixer(config, layer_idx)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        mixed, _, _ = self.attn(
+            self.attn_norm(hidden_states), attention_mask, past_key_values, use_cache, cu_seqlens
+        )
+        hidden_states = hidden_states + mixed
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
