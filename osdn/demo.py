@@ -27,7 +27,11 @@ PASSAGE_TOKENS = 300
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="change the recipe, such as train.steps=9"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="change the recipe, such as train.steps=9",
     )
     parser.add_argument("--recipe", type=Path, default=Path("recipes/tiny.yaml"))
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where all of it goes")

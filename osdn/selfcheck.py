@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, normalize
 
+from osdn.data.processes import end_with_parent
 from osdn.errors import UserError
 from osdn.ops import convolution, online_scaled_delta_rule, online_scaled_delta_step
 
@@ -253,11 +254,10 @@ def check_all() -> Iterator[Result]:
     if torch.cuda.is_available():
         device = torch.device("cuda")
         workers = min(os.cpu_count() or 1, 16)
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent) as pool:
             under_way = [pool.submit(check, case, n, device) for n in DTYPES for case in CASES]
-            for name in DTYPES:
-                for one in CONVOLUTIONS:
-                    under_way.append(pool.submit(check_convolution, one, name, device))
+            pairs = [(one, name) for name in DTYPES for one in CONVOLUTIONS]
+            under_way += [pool.submit(check_convolution, *pair, device) for pair in pairs]
             yield from (one.result() for one in under_way)
     elif os.environ.get("TRITON_INTERPRET", "0") == "1":
         yield from (check(case, "float32", torch.device("cpu")) for case in TINY)

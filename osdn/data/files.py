@@ -13,6 +13,13 @@ from osdn.errors import UserError
 
 PIECE = 1 << 18  # bytes; a longer document of a text file is read in pieces
 ROWS = 64  # Parquet rows decoded at once
+COMPRESSED = (
+    b"\x1f\x8b",
+    b"\x28\xb5\x2f\xfd",
+    b"\xfd7zXZ",
+    b"BZh",
+    b"PK\x03\x04",
+)  # gz, zst, xz, bz2, zip
 
 Found = Iterator[tuple[str, str, int, bool]]
 
@@ -107,6 +114,8 @@ def decode(data: bytes, path: Path, offset: int) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
+        if offset == 0 and data.startswith(COMPRESSED):
+            raise UserError(f"data.corpus: {path} is compressed; unpack it") from error
         raise UserError(
             f"data.corpus: {path} is not UTF-8 at byte {offset + error.start} "
             f"(0x{data[error.start]:02x}); convert it (iconv -t UTF-8) or leave it out"

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from osdn.data.processes import end_with_parent
 from osdn.errors import UserError
 from osdn.evals.mqar import MQARModel, Outcome, train
 from osdn.evals.mqar_recipe import Cell, MQARRecipe
@@ -31,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides",
         nargs="*",
+        default=[],
         metavar="key=value",
         help="change a field of the recipe, such as seeds=[0] or train.epochs=2",
     )
@@ -100,15 +103,26 @@ def _train_all(recipe: MQARRecipe, cells: list[Cell]) -> Iterator[tuple[Cell, di
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
-        recipe.train.processes, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
+        recipe.train.processes, mp_context=context, initializer=_begin_worker
     ) as pool:
         try:
             pending = {pool.submit(train_cell, recipe, cell): cell for cell in cells}
             for future in as_completed(pending):
                 yield pending[future], future.result()
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed, perhaps for want of memory; the finished cells are "
+                f"kept: give the command again, with fewer than train.processes="
+                f"{recipe.train.processes} if memory was short"
+            ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _begin_worker() -> None:
+    torch.set_num_threads(1)
+    end_with_parent()
 
 
 def train_model(model: MQARModel, recipe: MQARRecipe, cell: Cell) -> Outcome:

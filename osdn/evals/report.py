@@ -47,6 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write both pages."""
     results = [(str(path), read_result(path)) for path in find(args.runs)]
+    if args.out.suffix == ".md":
+        raise UserError(
+            f"--out: expected the HTML page's name, got {args.out}; a .md goes beside it"
+        )
     groups = group(results)
     twin = args.out.with_suffix(".md")
     try:

@@ -11,7 +11,7 @@ from osdn.ops.validation import check_box_holds_one, check_rule, check_sizes
 
 MIXERS = ("osdn", "delta_net", "attention")
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "head_dim", "head_v_dim",
-         "intermediate_size", "conv_size")  # fmt: skip
+         "intermediate_size", "conv_size", "max_position_embeddings")  # fmt: skip
 FLAGS = ("beta_aware", "learn_initial_precond", "allow_neg_eigval", "use_output_gate",
          "tie_word_embeddings", "use_cache")  # fmt: skip
 
@@ -115,12 +115,16 @@ class OSDNConfig(PretrainedConfig):
         for name in FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
-        pad = self.pad_token_id
-        if pad is not None and (type(pad) is not int or not 0 <= pad < self.vocab_size):
-            raise ValueError(
-                f"pad_token_id: expected None, or an integer from 0 to less than vocab_size = "
-                f"{self.vocab_size}, got {pad!r}"
-            )
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            some = value if name == "eos_token_id" and isinstance(value, list) else [value]
+            if value is not None and not all(
+                type(one) is int and 0 <= one < self.vocab_size for one in some
+            ):
+                raise ValueError(
+                    f"{name}: expected None, or an integer from 0 to less than vocab_size = "
+                    f"{self.vocab_size}, got {value!r}"
+                )
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(
                 f"num_heads: expected a divisor of hidden_size = {self.hidden_size}, "

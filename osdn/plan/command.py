@@ -18,7 +18,9 @@ MOST = 4096
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Recipe, overrides, and the GPUs."""
     parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for osdn train")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="as for osdn train"
+    )
     parser.add_argument(
         "--gpus", default="1", help=f"how many, 1 to {MOST}; several (1,8,64) give a table"
     )

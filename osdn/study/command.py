@@ -31,7 +31,9 @@ RESERVE = 5.0  # seconds before the deadline in which the report is written
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The study, the places, and how much to do."""
     parser.add_argument("study", type=Path, help="such as recipes/study/mqar.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a field")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="change a field"
+    )
     parser.add_argument("--out", type=Path, help="default: runs/study/ and the study's name")
     parser.add_argument("--list", action="store_true", help="say what is to do and how long")
     parser.add_argument("--minutes", type=float, help="begin only what fits; stop after these")

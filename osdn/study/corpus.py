@@ -25,6 +25,7 @@ from typing import Any
 from pydantic import Field
 from tqdm import tqdm
 
+from osdn.data.processes import end_with_parent
 from osdn.data.tokenizers import END_OF_TEXT, PAD
 from osdn.errors import UserError
 from osdn.evals import recall_data
@@ -74,7 +75,7 @@ Record = dict[str, str]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Recipe, overrides, places."""
     parser.add_argument("recipe", type=Path, help="such as recipes/study/corpus.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--out", type=Path, default=Path("runs/corpus"), help="of the corpus")
     parser.add_argument("--debs", type=Path, help="where the packages are kept (default: OUT/debs)")
     parser.add_argument("--archive", type=Path, help="also write all of it as this .tar.xz")
@@ -187,7 +188,7 @@ def build(
     sizes = {False: 0, True: 0}
     limits = {False: recipe.train_bytes, True: recipe.validation_bytes}
     filters = Documentation(recipe)
-    with ProcessPoolExecutor(processes) as pool:
+    with ProcessPoolExecutor(processes, initializer=end_with_parent) as pool:
         found = pool.map(read_package, files)
         for file, (source, version, texts) in zip(files, tqdm(found, total=len(files))):
             versions[file.name.partition("_")[0]] = version

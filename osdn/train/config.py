@@ -6,11 +6,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from osdn.errors import UserError
 from osdn.model.configuration import OSDNConfig
+from osdn.train.plain_yaml import plain_yaml
 
 MODEL_FIELDS = [
     name for name, kind in OSDNConfig.__annotations__.items() if "ClassVar" not in str(kind)
@@ -218,7 +218,7 @@ def load_sections(kind: type[S], path: str | Path, overrides: Sequence[str] = ()
         UserError: no such file, not YAML, a key that does not exist, a value of the wrong kind.
     """
     try:
-        raw = _yaml(Path(path).read_text(encoding="utf-8"), str(path))
+        raw = plain_yaml(Path(path).read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read the recipe: {error}") from error
     if not isinstance(raw, dict):
@@ -233,7 +233,7 @@ def load_sections(kind: type[S], path: str | Path, overrides: Sequence[str] = ()
             section = section.setdefault(name, {})
             if not isinstance(section, dict):
                 raise UserError(f"{key}: {name} is no section of the recipe")
-        section[last] = _yaml(text, override)
+        section[last] = plain_yaml(text, override)
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
@@ -250,23 +250,6 @@ def _concerns(override: str, message: str) -> bool:
     section, _, name = key.rpartition(".")
     named = re.search(rf"(?<!\w){re.escape(name)}(?!\w)", wrong) is not None
     return key == where or where.startswith(f"{key}.") or (section == where and named)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number: YAML 1.1 asks for 1.0e-3, which few people write."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _yaml(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader: plain values alone
-    except (yaml.YAMLError, ValueError) as error:  # 2024-13-45 looks like a date
-        reason = " ".join(str(error).split())
-        raise UserError(f"{source}: not YAML: {reason}") from error
 
 
 def _no_field(name: Any, known: Sequence[str]) -> str:
@@ -297,4 +280,5 @@ def _first(error: ValidationError, kind: type[Section]) -> str:
         section = section.model_fields[str(name)].annotation
     got = "" if first["type"] in ("value_error", "missing") else f", got {first['input']!r}"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{'.'.join(path)}: {message[:1].lower()}{message[1:]}{got}"
+    where = f"{'.'.join(path)}: " if path else ""
+    return f"{where}{message[:1].lower()}{message[1:]}{got}"

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import gcd
 from pathlib import Path
 
@@ -146,9 +148,18 @@ def open_data(data: Data) -> tuple[Corpus, Corpus]:
     corpus = named(data.corpus, data.split)
     if not isinstance(data.validation, str):
         return corpus, corpus
-    try:
+    with _naming_validation(data):
         return corpus, named(data.validation, "validation")
-    except UserError as error:  # it names the field that a corpus is mostly named by
+
+
+@contextmanager
+def _naming_validation(data: Data) -> Iterator[None]:
+    """Errors of a validation corpus of its own, which name the field of most corpora, renamed."""
+    try:
+        yield
+    except UserError as error:
+        if not isinstance(data.validation, str):
+            raise
         raise UserError(str(error).replace("data.corpus", "data.validation", 1)) from error
 
 
@@ -161,10 +172,11 @@ def make_rows(
     held_out = 0.0 if isinstance(data.validation, str) else data.validation
     fraction = 1.0 if isinstance(data.validation, str) else data.validation
     validation, size = list[Row](), 0
-    if fraction:
-        validation, size = validation_rows(
-            other, tokenizer, length=length, fraction=fraction, limit=data.validation_bytes
-        )
+    with _naming_validation(data):
+        if fraction:
+            validation, size = validation_rows(
+                other, tokenizer, length=length, fraction=fraction, limit=data.validation_bytes
+            )
     source = RowSource(
         corpus=corpus,
         tokenizer=tokenizer,

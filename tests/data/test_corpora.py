@@ -1,5 +1,6 @@
 """Corpora: every reader goes on exactly where it stopped, and says where the text is wrong."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -159,6 +160,9 @@ def test_errors_name_what_is_wrong(tmp_path, monkeypatch):
     bad = tmp_path / "latin.txt"
     bad.write_bytes("fünf\n".encode() * 50_000 + "größer".encode("latin-1"))
     assert f"{bad} is not UTF-8 at byte {50_000 * 6 + 2} (0xf6)" in error(str(bad))
+    packed = tmp_path / "texts.jsonl.gz"
+    packed.write_bytes(gzip.compress(b'{"text": "ok"}\n'))
+    assert f"{packed} is compressed; unpack it" in error(str(packed))
     lines = tmp_path / "bad.jsonl"
     lines.write_bytes(b'{"text": "ok"}\n{"text": "\xff"}\n')
     assert f"{lines} is not UTF-8 at byte 25" in error(str(lines))

@@ -64,3 +64,10 @@ def test_a_run_without_a_result_is_one_line(tmp_path, capsys):
     (tmp_path / "result.json").write_text("{}")
     assert main(["report", str(tmp_path)]) == 1
     assert "not an evaluation's result" in capsys.readouterr().err
+
+
+def test_the_page_may_not_be_named_as_the_file_beside_it(tmp_path, capsys):
+    result(tmp_path, "one", [1.0, 0.0], {"protocol": "p"})
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "page.md")]) == 1
+    assert "--out: expected the HTML page's name" in capsys.readouterr().err
+    assert not (tmp_path / "page.md").exists()

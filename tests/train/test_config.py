@@ -2,9 +2,12 @@
 
 import pytest
 
+from osdn.data import byte_tokenizer
 from osdn.errors import UserError
 from osdn.train import load_recipe
 from osdn.train.config import Data, Logging, Optimizer, Parallel, Recipe, Schedule, Train
+from osdn.train.plain_yaml import plain_yaml
+from osdn.train.setup import make_rows
 
 TEXT = """
 model: {hidden_size: 32, num_heads: 2, num_hidden_layers: 1}
@@ -101,6 +104,15 @@ def test_a_misspelt_key_in_the_file_and_a_missing_file(path, tmp_path):
         load_recipe(tmp_path / "none.yaml")
 
 
+def test_a_section_that_stands_twice_is_refused(path):
+    lines = TEXT.count("\n") + 1
+    path.write_text(TEXT + "train: {seq_len: 64}\n")
+    with pytest.raises(UserError, match=rf"'train' stands twice, again in line {lines}; join both"):
+        load_recipe(path)
+    merged = "{base: &base {a: 1}, more: &more {<<: *base, a: 2}, last: {<<: *more, a: 3}}"
+    assert plain_yaml(merged, "here")["last"] == {"a": 3}
+
+
 def test_every_field_is_documented():
     for section in (Data, Optimizer, Schedule, Train, Parallel, Logging, Recipe):
         words = section.__doc__.replace(",", " ").replace(":", " ").split()
@@ -118,3 +130,11 @@ def test_a_corpus_of_no_names_is_refused(tmp_path):
     path.write_text("model: {hidden_size: 32, num_heads: 2, num_hidden_layers: 1}\n")
     with pytest.raises(UserError, match=r"data\.corpus"):
         load_recipe(path, ["data.corpus=[]"])
+
+
+def test_an_error_in_the_held_out_texts_names_their_field(path, tmp_path):
+    bad = tmp_path / "held.txt"
+    bad.write_bytes(b"\xff\xfe")
+    recipe = load_recipe(path, ["data.corpus=stdlib", f"data.validation={bad}"])
+    with pytest.raises(UserError, match=r"^data\.validation: .*held\.txt is not UTF-8 at byte 0"):
+        make_rows(recipe, byte_tokenizer())

@@ -1,0 +1,167 @@
+"""The MQAR grid: it goes on where it stopped, its table, its processes, its errors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from osdn.cli import main
+from osdn.evals.mqar_grid import CELLS, compare
+from osdn.evals.mqar_recipe import MQARRecipe
+
+SMALL = {
+    "mixers": {
+        "delta": {"mixer": "delta_net", "num_heads": 1},
+        "softmax": {"mixer": "attention", "num_heads": 1},
+    },
+    "tasks": [{"length": 16, "pairs": 2, "batch_size": 8}],
+    "widths": [8],
+    "learning_rates": [1e-3, 1e-2],
+    "seeds": [0],
+    "language": {"vocab_size": 16},
+    "train": {"examples": 32, "test_examples": 16, "epochs": 1, "device": "cpu"},
+}
+
+
+def test_finished_cells_are_skipped_and_others_trained(tmp_path, monkeypatch):
+    import osdn.evals.mqar_grid as grid
+
+    trained = []
+    real = grid.train_cell
+    monkeypatch.setattr(grid, "train_cell", lambda r, c: trained.append(c) or real(r, c))
+    first = compare(MQARRecipe.model_validate(SMALL), tmp_path)
+    assert len(trained) == 4
+    for path in sorted((tmp_path / CELLS).iterdir())[:1]:
+        path.unlink()
+    second = compare(MQARRecipe.model_validate(SMALL), tmp_path)
+    assert len(trained) == 5
+    assert second["tables"] == first["tables"] and (tmp_path / "mqar.png").stat().st_size > 5000
+
+
+def test_the_table_takes_each_mixers_best_learning_rate(tmp_path):
+    """Against a count made by hand from invented cells."""
+    recipe = MQARRecipe.model_validate({**SMALL, "seeds": [0, 1]})
+    accuracy = {("delta", 1e-3): (0.2, 0.4), ("delta", 1e-2): (0.9, 0.1),
+                ("softmax", 1e-3): (0.5, 0.7), ("softmax", 1e-2): (1.0, 0.0)}  # fmt: skip
+    for cell in recipe.cells():
+        outcome = {"cell": recipe.describe(cell), "steps": 1, "diverged": False, "state_size": 7,
+                   "accuracy": accuracy[cell.mixer, cell.learning_rate][cell.seed]}  # fmt: skip
+        (tmp_path / CELLS).mkdir(exist_ok=True)
+        (tmp_path / CELLS / cell.file).write_text(json.dumps(outcome))
+    rows = compare(recipe, tmp_path)["tables"][0]["rows"]
+    assert [row[1:] for row in rows] == [
+        ["delta", "7", "0.01", "0.500", "0.566", "0.900", 0],
+        ["softmax", "7", "0.001", "0.600", "0.141", "1.000", 0],
+    ]
+
+
+def test_errors_are_one_line(tmp_path, capsys):
+    recipe = tmp_path / "grid.yaml"
+    recipe.write_text(json.dumps(SMALL))
+    cases = {
+        "tasks=[{length: 16, pair: 2, batch_size: 8}]": "did you mean 'pairs'",
+        "tasks=[{length: 16, pairs: 5, batch_size: 8}]": "1 to length / 4 = 4",
+        "mixers={x: {mixer: mamba}}": "expected mixer: osdn",
+        "mixers={x: {mixer: osdn, num_heads: 1, etta: 1}}": "etta",
+        "mixers={x: {mixer: osdn, num_heads: 3}}": "num_heads",
+        "seeds=[0, 0]": "two cells",
+        "learning_rates=[0]": "> 0",
+    }
+    for override, message in cases.items():
+        assert main(["mqar", str(recipe), override, "--out", str(tmp_path / "out")]) == 1
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1 and ": :" not in error, error
+
+
+def test_cells_of_another_recipe_are_not_mixed_in(tmp_path, capsys):
+    recipe = tmp_path / "grid.yaml"
+    recipe.write_text(json.dumps(SMALL))
+    assert main(["mqar", str(recipe), "--out", str(tmp_path / "out")]) == 0
+    assert main(["mqar", str(recipe), "train.epochs=2", "--out", str(tmp_path / "out")]) == 1
+    assert "another recipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mqar_small", "mqar_published"])
+def test_the_recipes_load(name):
+    from osdn.train.config import load_sections
+
+    path = Path(__file__).parents[2] / "recipes" / f"{name}.yaml"
+    recipe = load_sections(MQARRecipe, path)
+    assert {"delta_net", "osdn", "attention"} <= set(recipe.mixers)
+
+
+def test_the_demos_comparison_is_eight_models_with_table_and_plot(tmp_path, monkeypatch):
+    """With outcomes in place of training: OSDN's are all right, DeltaNet's all wrong."""
+    import osdn.evals.mqar_grid as grid
+    from osdn.evals.mqar_demo import RECIPE, small_comparison
+
+    cells = MQARRecipe.model_validate(RECIPE).cells()
+    assert len(cells) == 8
+
+    def outcomes(recipe, left):
+        for cell in left:
+            right = {"accuracy": float(cell.mixer == "osdn"), "steps": 1, "diverged": False}
+            yield cell, {"cell": recipe.describe(cell), "state_size": 1, **right}
+
+    monkeypatch.setattr(grid, "_train_all", outcomes)
+    result, plot = small_comparison(tmp_path)
+    assert {one["name"]: one["value"] for one in result["scores"]} == {"delta_net": 0, "osdn": 1}
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+SLOW = {**SMALL["train"], "examples": 1_000, "epochs": 10_000, "stop_at": 1, "processes": 2}
+
+
+def descendants(parent: int) -> list[int]:
+    """The processes below one, of /proc."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == parent and fields[0] != "Z":
+            found += [int(stat.parent.name), *descendants(int(stat.parent.name))]
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(condition, seconds: float):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("victim", ["grid", "worker"])
+def test_a_process_that_is_killed_leaves_none_behind(tmp_path, victim):
+    recipe = tmp_path / "grid.yaml"
+    recipe.write_text(json.dumps({**SMALL, "train": SLOW}))
+    words = [sys.executable, "-m", "osdn", "mqar", str(recipe), "--out", str(tmp_path / "out")]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as grid:
+        # Two workers, and multiprocessing's resource tracker.
+        assert wait_for(lambda: len(descendants(grid.pid)) >= 3, 60)
+        time.sleep(5)  # they have imported torch, and work
+        below = descendants(grid.pid)
+        workers = [
+            pid for pid in below if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        assert len(workers) == 2
+        os.kill(grid.pid if victim == "grid" else workers[0], signal.SIGKILL)
+        assert wait_for(lambda: not any(map(alive, workers)), 20)
+        said = grid.stderr.read()
+    if victim == "worker":
+        assert grid.returncode == 1 and "a worker process was killed" in said
+        assert "Traceback" not in said
