@@ -23,7 +23,7 @@ from osdn.data.corpora import Corpus
 from osdn.data.shards import tokenizer_fingerprint
 from osdn.errors import UserError
 from osdn.model.configuration import OSDNConfig
-from osdn.model.loading import without_bars
+from osdn.model.loading import let_read, without_bars
 from osdn.model.modeling import OSDNForCausalLM
 from osdn.train.blocks import prepare_blocks
 from osdn.train.checkpoint import TEMPORARY, sync
@@ -230,6 +230,7 @@ def _write_model(
     try:
         with without_bars():
             model.save_pretrained(unfinished)
+            let_read(unfinished)
             tokenizer.save_pretrained(unfinished)
         for path in (*unfinished.iterdir(), unfinished):
             sync(path)

@@ -49,6 +49,8 @@ def test_the_finished_model_loads_and_has_the_bits_per_byte_of_the_log(finished,
     model = AutoModelForCausalLM.from_pretrained(finished.out / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(finished.out / "model")
     assert sum(p.numel() for p in model.parameters()) == finished.parameters
+    modes = {path.stat().st_mode for path in (finished.out / "model").iterdir()}
+    assert len(modes) == 1  # whoever may read one file may load the model
     assert model.config.max_position_embeddings == 48 and model.config.eos_token_id == 256
     nats, size, used = 0.0, 0, 0
     for text in held_out_texts(open_corpus(texts), fraction=0.2, limit=600):
