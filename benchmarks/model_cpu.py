@@ -49,7 +49,7 @@ def build(mixer: str) -> tuple[OSDNForCausalLM, Batch]:
     """The recipe's model with that mixer, and its first batch."""
     recipe = load_recipe(RECIPE, [f"model.mixer={mixer}"])
     tokenizer = load_tokenizer(recipe.data.tokenizer)
-    rows, _, _ = make_rows(recipe, tokenizer)
+    rows, *_ = make_rows(recipe, tokenizer)
     batch = collate([next(rows) for _ in range(recipe.train.rows)])
     return make_model(recipe, tokenizer), batch
 

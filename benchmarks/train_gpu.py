@@ -81,7 +81,7 @@ def main() -> None:
     parallel = Parallel(recipe, make_device(options.device))
     if parallel.shard > 1:
         parser.error("parallel.shard: both models are compared under DDP; set it to 1")
-    rows, _, _ = make_rows(recipe, tokenizer, rank=parallel.rank, world=parallel.size)
+    rows, *_ = make_rows(recipe, tokenizer, rank=parallel.rank, world=parallel.size)
     config = make_config(recipe, tokenizer)
     bfloat16 = options.precision == "bfloat16"
     models: dict[str, Sharded] = {

@@ -29,7 +29,7 @@ WARM = 10  # steps that are not counted
 def main(steps: int) -> None:
     recipe = load_recipe(RECIPE)
     options, tokenizer = recipe.train, load_tokenizer("byte")
-    rows, _, _ = make_rows(recipe, tokenizer)
+    rows, *_ = make_rows(recipe, tokenizer)
     parallel = Parallel(recipe, torch.device("cpu"))
     sharded = make_sharded(recipe, make_config(recipe, tokenizer), parallel)
     optimizer = make_optimizer(sharded.model, options.optimizer)

@@ -87,7 +87,7 @@ def table(results: dict[str, TrainResult]) -> str:
 
 def held_out_ids(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """The first row of the validation text, [1, seq_len]."""
-    _, rows, _ = make_rows(recipe, tokenizer)
+    _, rows, _, _ = make_rows(recipe, tokenizer)
     if not rows:
         raise UserError("data.validation: the demo needs held-out text, so give it a share")
     return collate(rows[:1]).input_ids

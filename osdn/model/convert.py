@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from osdn.errors import UserError
 from osdn.layers import Forgetting
 from osdn.model.configuration import OSDNConfig
+from osdn.model.loading import let_read
 from osdn.model.modeling import OSDNForCausalLM
 
 # What our layer is; a checkpoint that was built otherwise computes something else.
@@ -95,6 +96,7 @@ def convert(
         if names:
             raise UserError(f"{source}: {problem}: {', '.join(map(str, sorted(names)[:3]))} …")
     model.save_pretrained(destination)
+    let_read(destination)
     if any(source.glob("tokenizer*")):
         AutoTokenizer.from_pretrained(source).save_pretrained(destination)
     return model

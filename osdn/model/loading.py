@@ -1,5 +1,6 @@
 """Load a causal language model, ours or any of Hugging Face's, to be used as it is."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,15 @@ def without_bars() -> Iterator[None]:
     finally:
         if bars:
             logging.enable_progress_bar()
+
+
+def let_read(directory: Path) -> None:
+    """Give weights that were just saved the mode of the config.json beside them.
+
+    safetensors writes files that their owner alone may read, whatever the umask is.
+    """
+    for path in directory.glob("*.safetensors"):
+        shutil.copymode(directory / "config.json", path)
 
 
 def load_weights(name: str, *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:

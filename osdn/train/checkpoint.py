@@ -193,7 +193,8 @@ def sha256(path: Path) -> str:
 
 def directories(root: Path) -> list[Path]:
     """The checkpoints, newest first."""
-    found = [p for p in root.glob("step_*") if p.name.removeprefix("step_").isdigit()]
+    named = (p for p in root.glob("step_*") if p.name.removeprefix("step_").isdigit())
+    found = [p for p in named if p.is_dir()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step_")), reverse=True)
 
 

@@ -11,6 +11,7 @@ from statistics import median
 
 from tqdm import tqdm
 
+from osdn.errors import UserError
 from osdn.train.trackers import Tracker, Value, safely
 
 
@@ -123,7 +124,7 @@ def _kept(path: Path, step: int) -> int:
             try:
                 record = json.loads(line)
                 late = record["step"] + (record["kind"] == "validation") > step
-            except (ValueError, KeyError):  # a line that a kill cut off
+            except (ValueError, KeyError, TypeError):  # a line that a kill cut off
                 break
             if late or not line.endswith(b"\n"):
                 break
@@ -132,17 +133,36 @@ def _kept(path: Path, step: int) -> int:
 
 
 def read_result(out: Path, *, parameters: int, steps: int, nonfinite: int) -> TrainResult:
-    """The result of a finished run, from its log."""
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    trained = [line for line in lines if line["kind"] == "train"]
+    """The result of a finished run, from its log.
+
+    Raises:
+        UserError: the log is not there, or a line of it is none that a run writes.
+    """
+    path, loss, validation, speeds = out / "log.jsonl", [], [], []
+    line = 0
+    try:
+        for text in path.read_bytes().splitlines():
+            line += 1
+            record = json.loads(text)
+            if record["kind"] == "train":
+                loss.append((record["step"], record["loss"]))
+                speeds.append(record["tokens_per_s"])
+            elif record["kind"] == "validation":
+                validation.append((record["step"], record["bits_per_byte"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        wrong = f"line {line} is not what a run writes"
+        if isinstance(error, OSError):
+            wrong = f"it cannot be read ({error.strerror})"
+        raise UserError(
+            f"{path}: expected the log of a finished run, and {wrong}; restore it, or train "
+            f"anew in another directory (--out); the model itself is in {out / 'model'}"
+        ) from error
     return TrainResult(
         out=out,
         parameters=parameters,
         steps=steps,
-        loss=[(line["step"], line["loss"]) for line in trained],
-        validation=[
-            (line["step"], line["bits_per_byte"]) for line in lines if line["kind"] == "validation"
-        ],
-        tokens_per_s=median(line["tokens_per_s"] for line in trained) if trained else 0.0,
+        loss=loss,
+        validation=validation,
+        tokens_per_s=median(speeds) if speeds else 0.0,
         nonfinite=nonfinite,
     )

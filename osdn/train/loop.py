@@ -6,6 +6,7 @@ from pathlib import Path
 from osdn.errors import UserError
 from osdn.train import checkpoint
 from osdn.train.config import Recipe
+from osdn.train.lock import Lock
 from osdn.train.logs import TrainResult, read_result, tell
 from osdn.train.parallel import Parallel
 from osdn.train.run import Run
@@ -21,7 +22,8 @@ def train(recipe: Recipe, out: str | Path, *, make_run: Callable[..., Run] = Run
     out/checkpoints/   step_N/
     out/model/         at the end: what AutoModelForCausalLM and AutoTokenizer load
 
-    A finished run is not trained again; its result is read from the log. Started by torchrun, every
+    A finished run is not trained again; its result is read from the log. A run that another process
+    makes there (it holds out/.train.lock) is left alone. Started by torchrun, every
     process calls this, with `out` on a file system that all of them see.
 
     Args:
@@ -32,9 +34,12 @@ def train(recipe: Recipe, out: str | Path, *, make_run: Callable[..., Run] = Run
         KeyboardInterrupt, SystemExit(143): Ctrl-C or SIGTERM came; a checkpoint was saved first.
     """
     parallel = Parallel(recipe, make_device(recipe.train.device))
+    lock = Lock(Path(out))
     try:
+        parallel.from_main(lock.take)
         return _train(recipe, Path(out), parallel, make_run)
     finally:
+        lock.release()
         parallel.close()
 
 

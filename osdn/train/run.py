@@ -20,7 +20,7 @@ from osdn.train.logs import RunLog, tell
 from osdn.train.optim import fill_state, make_optimizer, named_state
 from osdn.train.parallel import Parallel
 from osdn.train.saving import Saver
-from osdn.train.setup import export, make_config, make_rows, make_sharded, passes
+from osdn.train.setup import check_read, export, make_config, make_rows, make_sharded, passes
 from osdn.train.signals import Signals
 from osdn.train.speed import Moment, peak_memory, utilisation
 from osdn.train.stall import Heartbeat
@@ -73,13 +73,13 @@ class Run:
 
     def _make_data(self, found: checkpoint.Checkpoint | None) -> OSDNConfig:
         """What a user's mistake can stop, before the processes depend on each other."""
-        recipe, parallel = self.recipe, self.parallel
-        self.passes = passes(recipe, parallel.size)
+        recipe, rank, size = self.recipe, self.parallel.rank, self.parallel.size
+        self.passes = passes(recipe, size)
         self.tokenizer = load_tokenizer(recipe.data.tokenizer)
-        self.rows, self.validation, self.validation_bytes = make_rows(
-            recipe, self.tokenizer, rank=parallel.rank, world=parallel.size
-        )
+        made = make_rows(recipe, self.tokenizer, rank=rank, world=size)
+        self.rows, self.validation, self.validation_bytes, self.read = made
         if found is not None:
+            check_read(found.state.get("read", {}), self.read)
             self.rows.load_state_dict(found.state["data"])
         return make_config(recipe, self.tokenizer)
 
@@ -260,7 +260,7 @@ class Run:
             return
         self.saver.start(
             named_state(self.sharded.model, self.optimizer),
-            {**self.state(), "data": [data for data, _ in gathered]},
+            {**self.state(), "read": self.read, "data": [data for data, _ in gathered]},
             self.recipe.resolved(),
         )
 

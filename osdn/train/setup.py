@@ -22,9 +22,10 @@ from osdn.data import (
     vocabulary_size,
 )
 from osdn.data.corpora import Corpus
+from osdn.data.shards import tokenizer_fingerprint
 from osdn.errors import UserError
 from osdn.model.configuration import OSDNConfig
-from osdn.model.loading import without_bars
+from osdn.model.loading import let_read, without_bars
 from osdn.model.modeling import OSDNForCausalLM
 from osdn.train.blocks import prepare_blocks
 from osdn.train.checkpoint import TEMPORARY, sync
@@ -165,8 +166,11 @@ def _naming_validation(data: Data) -> Iterator[None]:
 
 def make_rows(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, rank: int = 0, world: int = 1
-) -> tuple[RankRows | WorkerRows, list[Row], int]:
-    """The training rows of a process; the validation rows, and the bytes of text they hold."""
+) -> tuple[RankRows | WorkerRows, list[Row], int, dict[str, str]]:
+    """The training rows of a process; the validation rows, and the bytes of text they hold.
+
+    The last is what check_read compares: fingerprints of what the rows' own state does not know.
+    """
     data, length = recipe.data, recipe.train.seq_len
     corpus, other = open_data(data)
     held_out = 0.0 if isinstance(data.validation, str) else data.validation
@@ -187,7 +191,32 @@ def make_rows(
         lanes=data.lanes,
     )
     rows = open_rows(source, rank=rank, world=world, workers=data.workers)
-    return rows, validation, size
+    read = {"data.tokenizer": tokenizer_fingerprint(tokenizer)}
+    if isinstance(data.validation, str):
+        read["data.validation"] = other.fingerprint
+    return rows, validation, size, read
+
+
+def check_read(saved: dict[str, str], now: dict[str, str]) -> None:
+    """That a run goes on with the tokenizer and validation text that its checkpoint had.
+
+    Args:
+        saved: of the checkpoint; empty in those of earlier versions, which are believed.
+        now: what make_rows gives.
+
+    Raises:
+        UserError: one has changed behind its name.
+    """
+    changed = {
+        "data.tokenizer": "it gives other tokens than it did when",
+        "data.validation": "its files changed (names or sizes) since",
+    }
+    for field, fingerprint in now.items():
+        if saved.get(field, fingerprint) != fingerprint:
+            raise UserError(
+                f"{field}: {changed[field]} the checkpoint was saved; restore what was there, or "
+                "start a run in a new directory"
+            )
 
 
 def export(out: Path, sharded: Sharded, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -213,6 +242,7 @@ def _write_model(
     try:
         with without_bars():
             model.save_pretrained(unfinished)
+            let_read(unfinished)
             tokenizer.save_pretrained(unfinished)
         for path in (*unfinished.iterdir(), unfinished):
             sync(path)

@@ -59,6 +59,11 @@ def test_forgetting_starts_near_one(fla_checkpoint, tmp_path):
     assert not layer.a_proj.weight.any()
 
 
+def test_whoever_may_read_one_file_may_load_the_model(fla_checkpoint, tmp_path):
+    convert(fla_checkpoint, tmp_path / "osdn")
+    assert len({path.stat().st_mode for path in (tmp_path / "osdn").iterdir()}) == 1
+
+
 @pytest.mark.parametrize(
     ("field", "value"), [("qk_norm", "sum"), ("use_short_conv", False), ("attn", {"layers": [0]})]
 )

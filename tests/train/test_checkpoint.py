@@ -81,6 +81,30 @@ def test_with_every_checkpoint_damaged_nothing_is_overwritten(run, texts):
     assert (run / "log.jsonl").read_bytes() == log
 
 
+def test_a_stray_file_is_no_checkpoint(run, finished, texts):
+    (run / "checkpoints" / "step_40").touch()
+    assert train(recipe(texts), run).steps == 12
+    assert curve(run) == curve(finished)
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (Path.unlink, r"it cannot be read \(No such file or directory\)"),
+        (lambda log: os.truncate(log, 1000), r"line \d+ is not what a run writes"),
+        (lambda log: log.write_text("7\n"), "line 1 is not what a run writes"),
+    ],
+)
+def test_a_finished_run_without_its_whole_log_is_told_in_a_line(
+    damage, expected, finished, texts, tmp_path
+):
+    shutil.copytree(finished, tmp_path / "run")
+    damage(tmp_path / "run" / "log.jsonl")
+    with pytest.raises(UserError, match=rf"log\.jsonl: .*{expected}; restore it") as caught:
+        train(recipe(texts), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
 class Payload:
     """Unpickling it leaves a file: the sign that code was run."""
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 from statistics import median
 from types import SimpleNamespace
@@ -12,12 +13,13 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from osdn.data import encode_document, held_out_texts, open_corpus
+from osdn.data.tokenizers import byte_tokenizer
 from osdn.errors import UserError
-from osdn.train import loop, train
+from osdn.train import Recipe, loop, train
 from osdn.train.sharding import Sharded
 from osdn.train.speed import Moment
 from osdn.train.step import Stepper
-from tests.train.tiny import curve, recipe, write_texts
+from tests.train.tiny import curve, fields, recipe, write_texts
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,8 @@ def test_the_finished_model_loads_and_has_the_bits_per_byte_of_the_log(finished,
     model = AutoModelForCausalLM.from_pretrained(finished.out / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(finished.out / "model")
     assert sum(p.numel() for p in model.parameters()) == finished.parameters
+    modes = {path.stat().st_mode for path in (finished.out / "model").iterdir()}
+    assert len(modes) == 1  # whoever may read one file may load the model
     assert model.config.max_position_embeddings == 48 and model.config.eos_token_id == 256
     nats, size, used = 0.0, 0, 0
     for text in held_out_texts(open_corpus(texts), fraction=0.2, limit=600):
@@ -129,6 +133,28 @@ def test_other_settings_are_refused_by_name_and_harmless_ones_are_not(finished, 
         assert "\n" not in str(caught.value)
     free = recipe(texts, checkpoint_every=5, keep_checkpoints=9, validate_every=3, rows=1)
     assert train(free, finished.out) == finished
+
+
+@pytest.mark.parametrize("what", ["data.tokenizer", "data.validation"])
+def test_what_changed_behind_its_name_is_refused(what, texts, tmp_path):
+    tokenizer, held_out = tmp_path / "tokenizer", tmp_path / "held_out"
+    byte_tokenizer().save_pretrained(tokenizer)
+    write_texts(held_out, documents=5)
+    plain = fields(texts, steps=4)
+    plain["data"] |= {"tokenizer": str(tokenizer), "validation": str(held_out)}
+    asked, out = Recipe.model_validate(plain), tmp_path / "run"
+    train(asked, out)
+    shutil.rmtree(out / "model")  # so that it is taken up again
+    train(asked, out)
+    shutil.rmtree(out / "model")
+    if what == "data.validation":
+        (held_out / "more.txt").write_text("what the delta rule does not know")
+    else:
+        changed = byte_tokenizer()
+        changed.add_tokens(["delta"])
+        changed.save_pretrained(tokenizer)
+    with pytest.raises(UserError, match=rf"^{what}: .* the checkpoint was saved; restore"):
+        train(asked, out)
 
 
 def diverge(monkeypatch, steps):

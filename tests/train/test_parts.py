@@ -17,7 +17,7 @@ from osdn.train.blocks import prepare_blocks
 from osdn.train.initial import Initializer, empty_model
 from osdn.train.objective import Objective, inputs
 from osdn.train.precond import keys, measured, walk
-from osdn.train.setup import passes
+from osdn.train.setup import check_read, passes
 from tests.train.tiny import recipe
 
 CPU = torch.device("cpu")
@@ -195,3 +195,7 @@ def test_passes_follow_from_the_batch(rows, batch_rows, processes, expected):
     else:
         with pytest.raises(UserError, match=expected):
             passes(given, processes)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_believed():
+    check_read({}, {"data.tokenizer": "now", "data.validation": "now"})
