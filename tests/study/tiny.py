@@ -27,6 +27,7 @@ MODEL = {
     "num_heads": 2,
     "num_hidden_layers": 1,
     "intermediate_size": 32,
+    "forgetting": "none",  # a continuation begins as exactly the function that it goes on from
     "initializer_range": 0.3,  # keys far above the normalisation's epsilon: of unit length
 }
 
