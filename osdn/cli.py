@@ -41,21 +41,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"osdn {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     named = next((word for word in argv if not word.startswith("-")), None)
-    for name, (module_name, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        if name == named:
-            module = import_module(module_name)
-            module.add_arguments(command)
-            command.set_defaults(run=module.run)
-    args = _parse(parser, argv)
     try:
+        for name, (module_name, text) in COMMANDS.items():
+            about = text[0].upper() + text[1:] + "."
+            command = commands.add_parser(name, help=text, description=about)
+            if name == named:
+                module = import_module(module_name)
+                module.add_arguments(command)
+                command.set_defaults(run=module.run)
+        args = _parse(parser, argv)
         args.run(args)
         sys.stdout.flush()
     except UserError as error:
-        print(f"osdn {args.command}: {error}", file=sys.stderr)
+        print(f"osdn {named}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"osdn {args.command}: interrupted", file=sys.stderr)
+        print(f"osdn {named}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader left, as `head` does; nothing more can be shown to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

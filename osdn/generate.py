@@ -42,6 +42,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--max-new-tokens: expected at least 1, got {args.max_new_tokens}")
     if not 0 <= args.temperature < math.inf:
         raise UserError(f"--temperature: expected 0 or more, got {args.temperature}")
+    if not -(2**63) <= args.seed < 2**64:  # what torch takes
+        raise UserError(f"--seed: expected -2**63 to 2**64 - 1, got {args.seed}")
     try:
         args.prompt.encode()
     except UnicodeEncodeError as error:  # Python's stand-in for a byte that is not UTF-8

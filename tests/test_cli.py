@@ -112,6 +112,14 @@ def test_a_reader_that_leaves_ends_a_command_quietly(checkpoint):
     assert process.wait(120) == 141 and b"Error" not in process.stderr.read()
 
 
+def test_an_interrupt_while_a_command_is_imported_is_one_line(capsys, monkeypatch):
+    def stop(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("osdn.cli.import_module", stop)
+    assert run(capsys, "train", "r.yaml") == (130, "", "osdn train: interrupted\n")
+
+
 def test_start_token_zero_is_a_start_token(capsys, checkpoint, monkeypatch):
     model, tokenizer = load(checkpoint)
     tokenizer.bos_token = tokenizer.convert_ids_to_tokens(0)
@@ -177,6 +185,7 @@ def test_sampled_generation_repeats_with_its_seed(capsys, checkpoint):
         (("{deeper}", "--prompt", "a"), "weights missing"),
         (("{run}", "--prompt", "a"), "its model is"),
         (("./nowhere/at/all",), "no such directory"),
+        (("{model}", "--seed", str(2**64)), "--seed: expected -2**63 to 2**64 - 1, got 1844"),
         (("{model}", "--temperature", "nan"), "--temperature: expected 0 or more"),
         (("{model}", "--prompt", "a\udcff"), "--prompt: not UTF-8 at character 1"),
     ],

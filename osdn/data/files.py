@@ -72,8 +72,11 @@ def read_jsonl(path: Path, offset: int, field: str) -> Found:
                 continue
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"data.corpus: {path}, {where}: not JSON: {error.msg}") from error
+            except (ValueError, RecursionError) as error:  # a ValueError: a number of 4,301 digits
+                reason = getattr(error, "msg", error)
+                raise UserError(
+                    f"data.corpus: {path}, {where}: not JSON: {reason}; mend or delete the line"
+                ) from error
             yield _field(record, field, path, where), where, offset, False
 
 

@@ -13,7 +13,7 @@ All numbers are little-endian.
 
 import json
 from collections.abc import Iterator
-from hashlib import blake2b, sha256
+from hashlib import blake2b, file_digest
 from math import ceil
 from pathlib import Path
 from random import Random
@@ -50,6 +50,19 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     meaning = repr([sorted(tokenizer.get_vocab().items()), ends, probe])
     return blake2b(meaning.encode(), digest_size=16).hexdigest()
+
+
+def shard_files(directory: Path, shard: Shard, dtype: np.dtype[Any]) -> list[tuple[Path, int]]:
+    """The shard's two files, tokens first, and the bytes that each must have."""
+    sizes = shard.tokens * dtype.itemsize, shard.documents * ENTRY.itemsize
+    names = f"{shard.name}.tokens", f"{shard.name}.index"
+    return [(directory / name, size) for name, size in zip(names, sizes)]
+
+
+def digest_of(path: Path) -> str:
+    """A file's SHA-256."""
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def open_shards(directory: Path) -> "ShardCorpus":
@@ -99,9 +112,7 @@ class ShardCorpus:
 
     def files(self, shard: Shard) -> list[tuple[Path, int]]:
         """The shard's two files, tokens first, and the bytes that each must have."""
-        sizes = shard.tokens * self.dtype.itemsize, shard.documents * ENTRY.itemsize
-        names = f"{shard.name}.tokens", f"{shard.name}.index"
-        return [(self.directory / name, size) for name, size in zip(names, sizes)]
+        return shard_files(self.directory, shard, self.dtype)
 
     def _check_sizes(self, shard: Shard) -> None:
         for path, size in self.files(shard):
@@ -118,11 +129,7 @@ class ShardCorpus:
         """
         for shard in self.shards:
             for (path, _), expected in zip(self.files(shard), shard.sha256):
-                with path.open("rb") as file:
-                    digest = sha256()
-                    while piece := file.read(1 << 20):
-                        digest.update(piece)
-                if digest.hexdigest() != expected:
+                if digest_of(path) != expected:
                     raise _damaged(path, "its SHA-256 is not the manifest's")
             yield shard
 
@@ -201,8 +208,8 @@ def held_out_keys(keys: NDArray[Any], fraction: float) -> NDArray[np.bool_]:
 
 def _damaged(path: Path, reason: str) -> UserError:
     return UserError(
-        f"data.corpus: damaged shard: {path} {reason}; copy it again, or delete {MANIFEST} and "
-        f"{path.stem}.* there and give the osdn tokenize command again, which makes that one anew"
+        f"data.corpus: damaged shard: {path} {reason}; copy it again, or give the osdn tokenize "
+        "command again, which makes that one anew"
     )
 
 

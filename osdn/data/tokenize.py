@@ -3,8 +3,8 @@
 One process reads the documents in the corpus's sorted order and writes; the others encode batches
 of them. A shard ends with the document that brings it to `shard_tokens` tokens, so that the shards
 depend on the text and the tokenizer alone: neither on the number of processes nor on interruptions.
-Its files appear under their names when they are whole and on the disk, the .json last; what has no
-.json is made again, and its source position is that of the shard before.
+Its files appear under their names when they are whole and on the disk, the .json last. What has no
+.json, or not the bytes that its .json tells, is made again from the shard before's source position.
 """
 
 import json
@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from osdn.data.corpora import Corpus, Document
 from osdn.data.processes import follow_parent, process_context
+from osdn.data.repair import finished_shard
 from osdn.data.shards import ENTRY, JOB, KIND, MANIFEST, Shard, tokenizer_fingerprint
 from osdn.data.tokenizers import encode_document, vocabulary_size
 from osdn.errors import UserError
@@ -100,7 +101,13 @@ def _begin(out: Path, job: dict[str, Any]) -> None:
     """Compare with the job that is in the directory, or note this one there."""
     path = out / JOB
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"{path}: expected what the shards were made of, and it is damaged; copy it "
+                "again, or choose another --out"
+            ) from error
         for field, value in job.items():
             if before.get(field) != value:
                 raise UserError(
@@ -123,9 +130,8 @@ def _shards(
     stream: Iterator[Encoded] | None = None
     for number in count():
         name = f"shard_{number:05d}"
-        path = out / f"{name}.json"
-        if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
+        found = finished_shard(out, name, encoder.dtype)
+        if found is not None:
             stream = None
         else:
             if stream is None:

@@ -85,9 +85,10 @@ def _finished(recipe: MQARRecipe, directory: Path) -> Outcomes:
             continue
         try:
             outcome = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            described, *_ = (outcome[x] for x in ("cell", "accuracy", "diverged", "state_size"))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path}: damaged; delete it to train it again") from error
-        if outcome["cell"] != json.loads(json.dumps(recipe.describe(cell))):
+        if described != json.loads(json.dumps(recipe.describe(cell))):
             raise UserError(
                 f"{path}: trained with another recipe; choose another --out, or delete {directory}"
             )

@@ -6,16 +6,22 @@ exactness 3), so the converted model is the DeltaNet it came from, ready to be t
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer
+from transformers.utils import logging
 
 from osdn.errors import UserError
 from osdn.layers import Forgetting
 from osdn.model.configuration import OSDNConfig
-from osdn.model.loading import let_read
+from osdn.model.loading import PROBLEMS, fetch, let_read, without_bars
 from osdn.model.modeling import OSDNForCausalLM
+from osdn.ops.validation import check_sizes
 
 # What our layer is; a checkpoint that was built otherwise computes something else.
 REQUIRED = {
@@ -29,11 +35,24 @@ REQUIRED = {
 NEW_PARAMETERS = ("attn.initial_precond", "attn.a_proj.weight", "attn.a_proj.bias")
 
 
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Within, transformers does not warn of what a conversion is: another type, new parameters."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with without_bars():
+            yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def convert_config(source: dict[str, Any], forgetting: Forgetting = "none") -> OSDNConfig:
     """The OSDNConfig for the dictionary of an FLA DeltaNetConfig.
 
     Raises:
-        UserError: the source is no DeltaNet, or one with parts that OSDN does not have.
+        UserError: the source is no DeltaNet, or one with parts that OSDN does not have, or a field
+            is missing or outside its range.
     """
     if source.get("model_type") != "delta_net":
         raise UserError(
@@ -42,23 +61,33 @@ def convert_config(source: dict[str, Any], forgetting: Forgetting = "none") -> O
     for name, expected in REQUIRED.items():
         if source.get(name, expected) != expected:
             raise UserError(f"config.json: {name} must be {expected!r}, got {source[name]!r}")
+    try:
+        return OSDNConfig(**_fields(source), forgetting=forgetting)
+    except KeyError as error:
+        raise UserError(f"config.json: expected a field {error}, found none; add it") from error
+    except (*PROBLEMS, StrictDataclassError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"config.json: expected a DeltaNet's fields: {reason}") from error
+
+
+def _fields(source: dict[str, Any]) -> dict[str, Any]:
+    """What OSDNConfig takes from a DeltaNetConfig's dictionary."""
     hidden, heads = source["hidden_size"], source["num_heads"]
+    check_sizes(hidden_size=hidden, num_heads=heads)
     same = ("vocab_size", "num_hidden_layers", "norm_eps", "conv_size", "initializer_range",
             "allow_neg_eigval", "tie_word_embeddings", "max_position_embeddings",
             "bos_token_id", "eos_token_id", "pad_token_id")  # fmt: skip
     fields = {name: source[name] for name in same if source.get(name) is not None}
     ratio = source.get("hidden_ratio") or 4
-    return OSDNConfig(
-        **fields,
-        hidden_size=hidden,
-        num_heads=heads,
-        head_dim=round(hidden * source.get("expand_k", 1)) // heads,
-        head_v_dim=round(hidden * source.get("expand_v", 1)) // heads,
-        intermediate_size=source.get("intermediate_size")
+    return fields | {
+        "hidden_size": hidden,
+        "num_heads": heads,
+        "head_dim": round(hidden * source.get("expand_k", 1)) // heads,
+        "head_v_dim": round(hidden * source.get("expand_v", 1)) // heads,
+        "intermediate_size": source.get("intermediate_size")
         or 256 * -(-int(hidden * ratio * 2 / 3) // 256),
-        use_output_gate=source.get("use_gate", False),
-        forgetting=forgetting,
-    )
+        "use_output_gate": source.get("use_gate", False),
+    }
 
 
 def convert(
@@ -70,7 +99,8 @@ def convert(
     leave its function as it is (d_1 = 1; with forgetting="data", γ ≈ 0.999).
 
     Raises:
-        UserError: no such checkpoint, no safetensors in it, or weights that do not fit.
+        UserError: no such checkpoint, no safetensors in it, damaged files, weights that do not fit,
+            or the destination cannot be written; then nothing is left there.
     """
     source, destination = Path(source), Path(destination)
     if not (source / "config.json").is_file():
@@ -80,26 +110,65 @@ def convert(
             f"{source}: no *.safetensors; weights in pickle form can run code and are not read, "
             "save the model again with safe_serialization"
         )
-    if destination.exists() and any(destination.iterdir()):
-        raise UserError(f"{destination}: not empty; name a new directory")
-    config = convert_config(json.loads((source / "config.json").read_text()), forgetting)
-    loaded: Any = OSDNForCausalLM.from_pretrained(
-        source, config=config, use_safetensors=True, output_loading_info=True
-    )
-    model, info = loaded
+    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+        state = "not empty" if destination.is_dir() else "not a directory"
+        raise UserError(f"{destination}: {state}; name a new directory")
+    config = convert_config(_read(source / "config.json"), forgetting)
+    with _silence():
+        model, info = fetch(
+            OSDNForCausalLM,
+            str(source),
+            "model",
+            config=config,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, in a line
+        )
     missing = [x for x in info["missing_keys"] if not x.endswith(NEW_PARAMETERS)]
     for problem, names in (
         ("weights missing", missing),
         ("weights that DeltaNet does not have", info["unexpected_keys"]),
-        ("weights of another shape", info["mismatched_keys"]),
+        ("weights of another shape than config.json tells", info["mismatched_keys"]),
     ):
         if names:
             raise UserError(f"{source}: {problem}: {', '.join(map(str, sorted(names)[:3]))} …")
-    model.save_pretrained(destination)
-    let_read(destination)
+    parts = [model]
     if any(source.glob("tokenizer*")):
-        AutoTokenizer.from_pretrained(source).save_pretrained(destination)
+        with _silence():
+            parts.append(fetch(AutoTokenizer, str(source), "tokenizer"))
+    _save(parts, destination)
     return model
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}); copy it again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: expected an object, got {type(found).__name__}; copy it again")
+    return found
+
+
+def _save(parts: list[Any], destination: Path) -> None:
+    """Write the model and the tokenizer, all or nothing."""
+    target = destination.resolve()  # a link to an empty directory stays one
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        place = TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
+        with _silence(), place as beside:
+            for part in parts:
+                part.save_pretrained(Path(beside) / "whole")
+            let_read(Path(beside) / "whole")
+            (Path(beside) / "whole").rename(target)
+    except PROBLEMS as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{destination}: cannot write there: {reason}; make room, or name another directory"
+        ) from error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

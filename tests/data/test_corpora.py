@@ -168,6 +168,9 @@ def test_errors_name_what_is_wrong(tmp_path, monkeypatch):
     assert f"{lines} is not UTF-8 at byte 25" in error(str(lines))
     lines.write_bytes(b'{"text": "ok"}\n{"text": \n')
     assert f"{lines}, byte 15: not JSON" in error(str(lines))
+    for line in (b"[" * 100_000, b"1" * 5000):
+        lines.write_bytes(b'{"text": "ok"}\n' + line)
+        assert f"{lines}, byte 15: not JSON" in error(str(lines))
     lines.write_bytes(b'{"text": "\\ud800"}\n')
     assert "lone surrogate at character 0" in error(str(lines))
     lines.write_bytes(b'{"title": "a", "body": "b"}\n')

@@ -154,9 +154,7 @@ def test_damage_is_named_and_mended(texts, shards, tmp_path, capsys):
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(UserError, match="is not finished; give the osdn tokenize command"):
         open_corpus(str(tmp_path))
-    for path in tmp_path.glob("shard_00003.*"):  # what the message says
-        path.unlink()
-    assert tokenize(texts, tmp_path, "--processes", "1") == 0
+    assert tokenize(texts, tmp_path, "--processes", "1") == 0  # what the first message says
     assert contents(tmp_path) == contents(shards)
 
 

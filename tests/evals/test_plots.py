@@ -1,8 +1,11 @@
 """Names in plots and tables are shown as they are."""
 
+from pathlib import Path
+
 import pytest
 
-from osdn.evals.plots import figure
+from osdn.errors import UserError
+from osdn.evals.plots import figure, save
 from osdn.evals.results import markdown
 
 NAMES = ["runs/$HOME$/a_b", "_first", "a$\\frac$", "plain"]
@@ -53,3 +56,18 @@ def test_a_logarithmic_axis_has_numbers_that_can_be_read(values, expected):
 def test_a_cell_is_one_cell_of_one_row(cell, shown):
     table = {"columns": [cell, "y"], "rows": [["x", cell]]}
     assert markdown(table) == f"| {shown} | y |\n| --- | --- |\n| x | {shown} |"
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_plot(tmp_path, monkeypatch):
+    def full(path, data):
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    curve = {"x": "x", "y": "y", "title": "", "series": {"a": [[1, 2, 1, 3]]}}
+    with pytest.raises(UserError, match=r"plot\.png: cannot write: No space left on device"):
+        save([curve], [], tmp_path / "plot.png")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    save([curve], [], tmp_path / "plot.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["plot.png"]

@@ -1,12 +1,17 @@
 """Conversion of flash-linear-attention DeltaNet checkpoints."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from osdn import OSDNConfig, OSDNForCausalLM
+from osdn.cli import main
+from osdn.data import byte_tokenizer
 from osdn.errors import UserError
 from osdn.model.convert import convert
 from tests.numerics import assert_close
@@ -87,3 +92,61 @@ def test_existing_destination_is_left_alone(fla_checkpoint, tmp_path):
         convert(fla_checkpoint, fla_checkpoint)
     with pytest.raises(UserError, match=r"config\.json"):
         convert(tmp_path / "nowhere", tmp_path / "osdn")
+
+
+def edit(checkpoint, **fields):
+    path = checkpoint / "config.json"
+    kept = {k: v for k, v in (json.loads(path.read_text()) | fields).items() if v != "absent"}
+    path.write_text(json.dumps(kept))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda x: os.truncate(x / "model.safetensors", 1000), "no model to load"),
+        (lambda x: os.truncate(x / "config.json", 40), "not JSON"),
+        (lambda x: (x / "config.json").write_text("[]"), "expected an object, got list"),
+        (lambda x: edit(x, num_heads="absent"), "expected a field 'num_heads', found none"),
+        (lambda x: edit(x, num_heads="two"), "num_heads: expected a positive integer, got 'two'"),
+        (lambda x: edit(x, num_heads=3), "weights of another shape"),
+        (lambda x: edit(x, hidden_size=32), "weights of another shape"),
+        (lambda x: edit(x, norm_eps="abc"), "norm_eps: expected a finite number"),
+        (lambda x: (x / "tokenizer.json").write_text("{"), "no tokenizer to load"),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_line(fla_checkpoint, tmp_path, capsys, damage, message):
+    damage(fla_checkpoint)
+    assert main(["convert", str(fla_checkpoint), str(tmp_path / "osdn")]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("osdn convert: ") and err.count("\n") == 1 and message in err
+    assert [path.name for path in tmp_path.iterdir()] == ["fla"]
+
+
+def test_a_conversion_is_written_whole_or_not_at_all(fla_checkpoint, tmp_path, capsys, monkeypatch):
+    byte_tokenizer().save_pretrained(fla_checkpoint)
+    (tmp_path / "file").touch()
+    for place in ("file", "file/under"):
+        assert main(["convert", str(fla_checkpoint), str(tmp_path / place)]) == 1
+        err = capsys.readouterr().err
+        assert err.startswith(f"osdn convert: {tmp_path / place}: ") and err.count("\n") == 1
+
+    def full(self, directory, **_):
+        Path(directory).mkdir()
+        (Path(directory) / "config.json").touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(OSDNForCausalLM, "save_pretrained", full)
+    assert main(["convert", str(fla_checkpoint), str(tmp_path / "osdn")]) == 1
+    assert "osdn: cannot write there: No space left on device" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "fla"]
+    (tmp_path / "osdn").mkdir()  # an empty one will do
+    before = logging.get_verbosity()
+    assert main(["convert", str(fla_checkpoint), str(tmp_path / "osdn")]) == 0
+    captured = capsys.readouterr()
+    assert "parameters, converted from" in captured.out and captured.err == ""
+    assert logging.get_verbosity() == before
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        path.name for path in (tmp_path / "osdn").iterdir()
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "fla", "osdn"]
