@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from osdn.data.shards import Shard, digest_of, shard_files
+from osdn.data.shards import Shard, sha256, shard_files
 
 
 def finished_shard(directory: Path, name: str, dtype: np.dtype[Any]) -> dict[str, Any] | None:
@@ -23,7 +23,7 @@ def finished_shard(directory: Path, name: str, dtype: np.dtype[Any]) -> dict[str
         sound = shard.name == name and {"position", "last"} <= found.keys()
         sound = sound and all(file.is_file() and file.stat().st_size == n for file, n in files)
         # To read a shard takes a fraction of the time that made it.
-        sound = sound and [digest_of(file) for file, _ in files] == shard.sha256
+        sound = sound and [sha256(file) for file, _ in files] == shard.sha256
     except (ValueError, KeyError, TypeError):
         sound = False
     if not sound:

@@ -59,8 +59,8 @@ def shard_files(directory: Path, shard: Shard, dtype: np.dtype[Any]) -> list[tup
     return [(directory / name, size) for name, size in zip(names, sizes)]
 
 
-def digest_of(path: Path) -> str:
-    """A file's SHA-256."""
+def sha256(path: Path) -> str:
+    """A file's SHA-256, in hexadecimal."""
     with path.open("rb") as file:
         return file_digest(file, "sha256").hexdigest()
 
@@ -129,7 +129,7 @@ class ShardCorpus:
         """
         for shard in self.shards:
             for (path, _), expected in zip(self.files(shard), shard.sha256):
-                if digest_of(path) != expected:
+                if sha256(path) != expected:
                     raise _damaged(path, "its SHA-256 is not the manifest's")
             yield shard
 

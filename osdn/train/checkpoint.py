@@ -14,7 +14,6 @@ It is written under a temporary name, every file is synced to the disk, then ran
 rest and gives the directory its name: after a crash at any moment what bears the name is whole.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -29,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
+from osdn.data.shards import sha256
 from osdn.errors import UserError
 from osdn.train.parallel import Parallel
 
@@ -184,11 +184,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def directories(root: Path) -> list[Path]:

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
+from osdn.data.shards import sha256
 from osdn.train.checkpoint import (
     MANIFEST,
     RECIPE,
@@ -33,7 +34,6 @@ from osdn.train.checkpoint import (
     TEMPORARY,
     directories,
     remove_unfinished,
-    sha256,
     sync,
 )
 from osdn.train.parallel import Parallel
