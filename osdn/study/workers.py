@@ -5,7 +5,6 @@ On a machine with several GPUs the processes are dealt to them; each sees its ow
 
 import multiprocessing
 import os
-import threading
 import time
 import traceback
 from collections.abc import Callable, Generator
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from osdn.data.processes import end_with_parent
 from osdn.errors import UserError
 from osdn.study.plan import Run
 
@@ -41,7 +41,7 @@ def _serve(
     connection: Connection, device: str, work: Path, threads: int, visible: str | None
 ) -> None:
     """A worker: (kind, spec) in, (outcome or None, error) out, until the other side is gone."""
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    end_with_parent()
     if visible is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible  # read when this process first uses CUDA
     torch.set_num_threads(threads)
@@ -62,14 +62,6 @@ def _serve(
             connection.send(reply)
         except BrokenPipeError:
             return
-
-
-def _leave_with_parent() -> None:
-    """End this process when the one that started it is gone, kill -9 included."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
 
 
 def visible_gpus() -> list[str]:
