@@ -220,29 +220,41 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         )
         hidden_states = outputs.last_hidden_state
         loss = logits = None
-        head, kept = self.lm_head, logits_to_keep
-        plain = type(head) is nn.Linear and head.bias is None  # no adapter, wrapper, shards
-        if labels is None or not (self.training and plain):
+        kept = logits_to_keep
+        if labels is None or not (self.training and self._head_is_plain()):
             at = kept if isinstance(kept, Tensor) else slice(-kept, None)
-            logits = head(hidden_states[:, at])
+            logits = self.lm_head(hidden_states[:, at])
         if labels is not None:
             device = hidden_states.device if logits is None else logits.device
             targets = next_token_labels(labels, cu_seqlens).flatten().to(device)
             if isinstance(num_items_in_batch, Tensor):
                 num_items_in_batch = num_items_in_batch.to(device)
-            scored = logits if isinstance(kept, int) and kept == 0 else None
-            if scored is None and plain:
-                hidden = hidden_states.flatten(0, 1)
-                loss = linear_cross_entropy(hidden, head.weight, targets, num_items_in_batch)
-            else:
-                scored = head(hidden_states) if scored is None else scored
-                loss = cross_entropy(scored.flatten(0, 1), targets, num_items_in_batch)
+            whole = logits if isinstance(kept, int) and kept == 0 else None
+            loss = self._loss(hidden_states, whole, targets, num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    def _head_is_plain(self) -> bool:
+        """Whether the output layer is its weight alone: no bias, adapter, wrapper or shards."""
+        return type(self.lm_head) is nn.Linear and self.lm_head.bias is None
+
+    def _loss(
+        self,
+        hidden_states: Tensor,
+        logits: Tensor | None,
+        targets: Tensor,
+        count: Tensor | int | None,
+    ) -> Tensor:
+        """From logits of all positions; where there are none, in chunks, if the head allows it."""
+        if logits is None and self._head_is_plain():
+            hidden = hidden_states.flatten(0, 1)
+            return linear_cross_entropy(hidden, self.lm_head.weight, targets, count)
+        logits = self.lm_head(hidden_states) if logits is None else logits
+        return cross_entropy(logits.flatten(0, 1), targets, count)
 
 
 AutoConfig.register(OSDNConfig.model_type, OSDNConfig)
