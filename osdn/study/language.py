@@ -120,15 +120,16 @@ def check_data(todo: Iterable[StudyRun], records: Iterable[Record]) -> None:
     Raises:
         UserError: the files have changed since, so that equal seeds are no pairs.
     """
-    made: dict[str, str] = {}  # what specs name -> the digest of what was there
+    made: dict[str, set[str]] = {}  # what specs name -> the digests of what was there
     for record in records:
         if record["kind"] == "language" and (digest := record["outcome"].get("data")):
-            made[_named(record["spec"])] = digest
+            made.setdefault(_named(record["spec"]), set()).add(digest)
     for run in {_named(one.spec): one for one in todo if one.kind == "language"}.values():
         then = made.get(_named(run.spec))
-        if then is not None and (now := data_digest(run.spec)) != then:
+        if then is not None and then != {now := data_digest(run.spec)}:
             raise UserError(
-                f"{run.experiment}: the records are of another corpus or tokenizer (data {then}) "
+                f"{run.experiment}: records are of another corpus or tokenizer (data "
+                f"{', '.join(sorted(then - {now}))}) "
                 f"than {run.spec['phases'][0]['data']['corpus']} is now (data {now}), so that "
                 "equal seeds would be no pairs; give a new --out and no --merge, or the old files"
             )
@@ -136,6 +137,18 @@ def check_data(todo: Iterable[StudyRun], records: Iterable[Record]) -> None:
 
 def _named(spec: dict[str, Any]) -> str:
     return json.dumps([phase["data"] for phase in spec["phases"]], sort_keys=True)
+
+
+def _note_data(directory: Path, digest: str) -> None:
+    """Write down what a training reads, or see that it is what it read: its weights stay there."""
+    path = directory / "data"
+    if not path.exists():
+        path.write_text(digest)
+    elif (before := path.read_text()) != digest:
+        raise UserError(
+            f"{directory}: trained on another corpus or tokenizer (data {before}, now {digest}); "
+            "delete it, or give another --work"
+        )
 
 
 def perform(spec: dict[str, Any], *, device: str, work: Path) -> dict[str, Any]:
@@ -148,13 +161,14 @@ def perform(spec: dict[str, Any], *, device: str, work: Path) -> dict[str, Any]:
         "seconds": {"train", "evaluations"}}.
     """
     start: Path | None = None
-    began, phases = time.monotonic(), spec["phases"]
+    began, phases, data = time.monotonic(), spec["phases"], data_digest(spec)
     trained_steps = steps_left(spec, work)
     for i, phase in enumerate(phases):
         directory = directory_of(spec, i, work)
         recipe = make_recipe(phase, device)
         make_run = Run if start is None else partial(ContinuedRun, start=start)
         with alone(directory):
+            _note_data(directory, data_digest({"phases": phases[: i + 1]}))
             result = train(recipe, directory, make_run=make_run)
         start = directory / "model"
     assert start is not None
@@ -183,7 +197,7 @@ def perform(spec: dict[str, Any], *, device: str, work: Path) -> dict[str, Any]:
             "nonfinite": result.nonfinite,
         },
         "evaluations": found,
-        "data": data_digest(spec),
+        "data": data,
         "steps": sum(phase["train"]["steps"] for phase in phases),
         "trained": trained_steps,
         "evaluated": left,

@@ -41,7 +41,7 @@ def language_result(study: Study, records: Records, name: str) -> Result | None:
     shapes: dict[str, dict[str, Any]] = {}
     for label, seeds in found.items():
         for seed, record in seeds.items():
-            for measure, value in _measures(record["outcome"]).items():
+            for measure, value in _measures(record).items():
                 measures.setdefault(measure, {}).setdefault(label, {})[seed] = value
             for title, shape, points in _curves(record["outcome"]):
                 curves.setdefault(title, {}).setdefault(label, []).append(points)
@@ -102,7 +102,7 @@ def pooled_result(study: Study, records: Records) -> Result | None:
     several = {k: list(v.values()) for k, v in pairs.items() if len(places[k]) > 1}
     if not several:
         return None
-    measures = dict.fromkeys(m for v in several.values() for own, _ in v for m in _of(own))
+    measures = dict.fromkeys(m for v in several.values() for own, _ in v for m in _measures(own))
     counts = ["pairs", *(len(some) for some in several.values())]
     table = {
         "title": f"all experiments: less {first}, 95%; in how many pairs lower",
@@ -131,11 +131,11 @@ def _differences(
     measures: list[str], columns: list[list[Pair]], *, lower: bool = False
 ) -> list[list[Any]]:
     """A row a measure: a column's mean difference with its interval, as _gain."""
+    measured = [[(_measures(own), _measures(other)) for own, other in some] for some in columns]
     rows = []
     for measure in measures:
         row = [measure]
-        for some in columns:
-            both = [(_of(own), _of(other)) for own, other in some]
+        for both in measured:
             values = [a[measure] - b[measure] for a, b in both if measure in a and measure in b]
             text = _gain(values)
             count = sum(value < 0 for value in values)
@@ -166,10 +166,6 @@ def _by_position(record: Record) -> list[list[float]]:
     return []
 
 
-def _of(record: Record) -> dict[str, float]:
-    return _measures(record["outcome"])
-
-
 def _cell(seeds: dict[int, float]) -> str:
     """Mean and range; how many seeds are not finite, if any."""
     values = [value for value in seeds.values() if isfinite(value)]
@@ -187,8 +183,9 @@ def _gain(values: list[float]) -> str:
     return signed(values, ".4f") if values and all(map(isfinite, values)) else "–"
 
 
-def _measures(outcome: dict[str, Any]) -> dict[str, float]:
+def _measures(record: Record) -> dict[str, float]:
     """Everything one run was measured at."""
+    outcome = record["outcome"]
     trained = outcome["train"]
     names = {
         "loss": "loss, mean of the last 50 steps",

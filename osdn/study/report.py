@@ -6,12 +6,10 @@ from typing import Any
 from osdn.evals.plots import save
 from osdn.evals.report import as_html, as_markdown, group
 from osdn.evals.results import RESULT, make_result, write_json
-from osdn.study.language_report import language_result, pooled_result
+from osdn.study.language_report import Result, language_result, pooled_result
 from osdn.study.plan import Study, mqar_spec
 from osdn.study.records import Records
 from osdn.study.statistics import Points, best_rate, edge, gains, mean_course, row, spread
-
-Result = dict[str, Any]
 
 
 def write_report(study: Study, records: Records, out: Path) -> Path:

@@ -73,6 +73,11 @@ def test_runs_of_two_corpora_are_no_pairs(tmp_path, capsys):
     ours.write_text(json.dumps(record))
     assert main([*words, "--list"]) == 0
     assert f"{less} – |" in (out / "report.md").read_text()
+    # Weights that are kept in the working directory are of the files before the change, too.
+    again = ["study", str(path), "--out", str(tmp_path / "new"), "--work", str(out / "work")]
+    assert main([*again, "--device", "cpu"]) == 1
+    said = capsys.readouterr()
+    assert "trained on another corpus or tokenizer" in said.out + said.err
 
 
 def test_a_seed_that_is_not_finite_is_said_and_not_averaged():

@@ -106,6 +106,17 @@ def test_the_language_figures_of_the_pages_are_those_of_the_records(tmp_path):
         gain = row[less["columns"].index(label)].partition(";")[0]
         for page, wanted in zip(pages, there):
             assert gain in page or not wanted, (label, measure, gain)
+    (curve,) = pooled_result(study, records)["curves"]
+    seen = 0
+    for label, points in curve["series"].items():
+        column = 2 + list(curve["series"]).index(label)
+        for tokens, *ratios in points:
+            percent = "{:+.1f}% [{:+.1f}, {:+.1f}]".format(*(100 * (x - 1) for x in ratios))
+            row = rf"^\| (perplexity )?at [\d,]+ to {tokens:,.0f}( tokens)? \| .*%.*\]"
+            if found := re.search(row, pages[0], re.MULTILINE):
+                assert percent in found[0].split("|")[column], (label, tokens, percent)
+                seen += 1
+    assert seen == 8  # four rows of the page, two variants
 
 
 def test_the_pairs_of_two_corpora_are_those_of_the_page(tmp_path):
@@ -116,12 +127,26 @@ def test_the_pairs_of_two_corpora_are_those_of_the_page(tmp_path):
         merge(records, [STUDY / "records" / f"{name}.jsonl.xz"])
         pairs += paired(finished(study, records, "longer"), "OSDN", "DeltaNet")
     assert len(pairs) == 5
-    ((_, residual), (_, recall)) = _differences(
-        ["residual ratio, all layers, own", "recall, once, contains"], [pairs]
-    )
-    assert residual == "-0.0139 [-0.0279, +0.0000]" and residual in page
-    shorter = re.sub(r"[+-]\d\.\d{4}", lambda found: f"{float(found[0]):+.3f}", recall)
-    assert shorter in page
+
+    def said(pairs, measure, digits):
+        ((_, gain),) = _differences([measure], [pairs])
+        gain = re.sub(r"[+-]\d\.\d{4}", lambda found: f"{float(found[0]):+.{digits}f}", gain)
+        assert gain in page, (measure, gain)
+        return gain
+
+    assert said(pairs, "residual ratio, all layers, own", 4) == "-0.0139 [-0.0279, +0.0000]"
+    said(pairs, "bits per byte, validation", 4)
+    said(pairs, "recall, once, contains", 3)
+    said(pairs, "recall, once, bits per byte of the value", 3)
+    records = Records(tmp_path / "language")
+    forgetting = [
+        pair
+        for name in ("models", "longer")
+        for pair in paired(finished(study, records, name), "OSDN, APF", "OSDN")
+    ]
+    assert len(forgetting) == 5
+    assert said(forgetting, "perplexity, bits per byte", 4) == "-0.0182 [-0.0213, -0.0150]"
+    said(forgetting, "recall, once, contains", 3)
 
 
 def test_language_models_are_matched_and_their_evaluations_parse():
