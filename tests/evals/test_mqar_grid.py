@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from osdn.cli import main
+from osdn.errors import UserError
 from osdn.evals.mqar_grid import CELLS, compare
 from osdn.evals.mqar_recipe import MQARRecipe
+from tests.train.tiny import children
 
 SMALL = {
     "mixers": {
@@ -86,6 +89,16 @@ def test_cells_of_another_recipe_are_not_mixed_in(tmp_path, capsys):
     assert "another recipe" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", "{", "[" * 100_000])
+def test_a_damaged_cell_is_one_line(tmp_path, content):
+    recipe = MQARRecipe.model_validate(SMALL)
+    path = tmp_path / CELLS / recipe.cells()[0].file
+    path.parent.mkdir()
+    path.write_text(content)
+    with pytest.raises(UserError, match=rf"{re.escape(path.name)}: damaged; delete it"):
+        compare(recipe, tmp_path)
+
+
 @pytest.mark.parametrize("name", ["mqar_small", "mqar_published"])
 def test_the_recipes_load(name):
     from osdn.train.config import load_sections
@@ -117,19 +130,6 @@ def test_the_demos_comparison_is_eight_models_with_table_and_plot(tmp_path, monk
 SLOW = {**SMALL["train"], "examples": 1_000, "epochs": 10_000, "stop_at": 1, "processes": 2}
 
 
-def descendants(parent: int) -> list[int]:
-    """The processes below one, of /proc."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == parent and fields[0] != "Z":
-            found += [int(stat.parent.name), *descendants(int(stat.parent.name))]
-    return found
-
-
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -152,9 +152,9 @@ def test_a_process_that_is_killed_leaves_none_behind(tmp_path, victim):
     words = [sys.executable, "-m", "osdn", "mqar", str(recipe), "--out", str(tmp_path / "out")]
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as grid:
         # Two workers, and multiprocessing's resource tracker.
-        assert wait_for(lambda: len(descendants(grid.pid)) >= 3, 60)
+        assert wait_for(lambda: len(children(grid.pid)) >= 3, 60)
         time.sleep(5)  # they have imported torch, and work
-        below = descendants(grid.pid)
+        below = children(grid.pid)
         workers = [
             pid for pid in below if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
         ]

@@ -147,3 +147,8 @@ def curve(out: Path) -> list[dict[str, Any]]:
     """The lines of log.jsonl without the timings: what must repeat bit for bit."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
+
+
+def children(pid: int) -> list[int]:
+    """The processes that it started."""
+    return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
