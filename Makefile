@@ -13,11 +13,11 @@ demo: $(READY)
 
 # What it is and how long it takes is said first; ARGS="--minutes 9" does a piece of it.
 study: $(READY) runs/corpus/manifest.json
-	$(BIN)/osdn study recipes/study/mqar.yaml $(ARGS)
-	$(BIN)/osdn study recipes/study/language.yaml $(ARGS)
+	$(BIN)/python -m study run study/recipes/mqar.yaml $(ARGS)
+	$(BIN)/python -m study run study/recipes/language.yaml $(ARGS)
 
 runs/corpus/manifest.json:
-	$(BIN)/osdn corpus recipes/study/corpus.yaml --out runs/corpus
+	$(BIN)/python -m study corpus study/recipes/corpus.yaml --out runs/corpus
 
 test: $(READY)
 	$(QUIET) $(BIN)/pytest -n 2 $(ARGS)

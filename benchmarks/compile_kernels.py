@@ -27,7 +27,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from osdn.ops import triton as kernels
-from osdn.ops.rule import Rule
+from osdn.ops.operands import Rule
 
 BOX = {"beta_aware": True, "precond_min": 0.0, "precond_max": 2.0}
 Row = tuple[str, str, str]

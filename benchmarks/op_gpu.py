@@ -15,7 +15,7 @@ import sys
 import torch
 from torch.nn.functional import normalize
 
-from osdn.ops.rule import Rule
+from osdn.ops.operands import Rule
 from osdn.ops.triton import (
     chunk_scan,
     chunk_scan_reverse,
@@ -30,9 +30,9 @@ from osdn.ops.triton import (
     write_keys,
 )
 from osdn.ops.triton.config import CONFIG
-from osdn.ops.triton.decode import decode
 from osdn.ops.triton.precond_forward import chunk_inverse
 from osdn.ops.triton.precond_segments import transfers
+from osdn.ops.triton.step import decode
 
 SHAPES = ((16, 4096, 16), (1, 65536, 16))
 K = 128

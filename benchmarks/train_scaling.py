@@ -32,10 +32,10 @@ import torch
 from osdn.plan.hardware import GIB, GPUS
 from osdn.plan.predict import model_config, predict
 from osdn.train import load_recipe
-from osdn.train.config import Recipe
+from osdn.train.log.speed import peak_memory
 from osdn.train.loop import train
-from osdn.train.run import Run
-from osdn.train.speed import peak_memory
+from osdn.train.recipe import Recipe
+from osdn.train.trainer import Run
 
 SETTLED = 10  # the first steps, which compile and fill caches, are not timed
 Span = tuple[float, float]

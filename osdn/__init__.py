@@ -1,6 +1,6 @@
 """Online Scaled DeltaNet (arXiv 2605.13473): operator, layer, model, training, measurement."""
 
-from osdn.layers import OSDN
+from osdn.layers.osdn import OSDN
 from osdn.model.cache import OSDNCache
 from osdn.model.configuration import OSDNConfig
 from osdn.model.modeling import OSDNForCausalLM, OSDNModel

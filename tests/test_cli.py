@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import GenerationMixin
 
 from osdn import OSDNConfig, OSDNForCausalLM
-from osdn.cli import COMMANDS, main
+from osdn.cli.generate import load
+from osdn.cli.main import COMMANDS, main
 from osdn.data import byte_tokenizer
-from osdn.evals import mqar_demo
-from osdn.generate import load
+from osdn.evals.mqar import demo as mqar_demo
 from tests.numerics import assert_close
 
 TINY = [
@@ -70,9 +70,7 @@ def test_unknown_command_is_refused(capsys):
 @pytest.fixture
 def overrides_seen(monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        "osdn.train.command.run", lambda args: seen.append((args.overrides, args.out))
-    )
+    monkeypatch.setattr("osdn.cli.train.run", lambda args: seen.append((args.overrides, args.out)))
     return seen
 
 
@@ -116,7 +114,7 @@ def test_an_interrupt_while_a_command_is_imported_is_one_line(capsys, monkeypatc
     def stop(name):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("osdn.cli.import_module", stop)
+    monkeypatch.setattr("osdn.cli.main.import_module", stop)
     assert run(capsys, "train", "r.yaml") == (130, "", "osdn train: interrupted\n")
 
 
@@ -124,7 +122,7 @@ def test_start_token_zero_is_a_start_token(capsys, checkpoint, monkeypatch):
     model, tokenizer = load(checkpoint)
     tokenizer.bos_token = tokenizer.convert_ids_to_tokens(0)
     tokenizer.eos_token = None
-    monkeypatch.setattr("osdn.generate.load", lambda _: (model, tokenizer))
+    monkeypatch.setattr("osdn.cli.generate.load", lambda _: (model, tokenizer))
     given = []
     monkeypatch.setattr(model, "generate", lambda ids, **_: given.append(ids.tolist()))
     assert run(capsys, "generate", checkpoint)[0] == 0 and given == [[[0]]]
@@ -150,7 +148,7 @@ def test_temperature_one_samples_from_the_models_own_distribution(
     steered = {"do_sample": True, "top_k": 1, "top_p": 0.1, "repetition_penalty": 3.0}
     path.write_text(json.dumps(json.loads(path.read_text()) | steered))
     model, tokenizer = load(tmp_path / "steered")
-    monkeypatch.setattr("osdn.generate.load", lambda _: (model, tokenizer))
+    monkeypatch.setattr("osdn.cli.generate.load", lambda _: (model, tokenizer))
     made, generate = [], model.generate
     monkeypatch.setattr(model, "generate", lambda *x, **y: made.append(generate(*x, **y)))
     options = ("--prompt", "a", "--temperature", 1, "--max-new-tokens", 40, "--seed", 5)
@@ -245,7 +243,7 @@ def test_demo_trains_both_and_draws(capsys, tmp_path, monkeypatch):
 
 def test_demo_shows_the_preconditioner_of_the_model(checkpoint):
     """What is drawn is d after the text, as the recurrence gives it."""
-    from osdn.demo import final_preconds
+    from osdn.cli.demo import final_preconds
 
     model, _ = load(checkpoint)
     ids = torch.arange(40)[None]

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from osdn.data import byte_tokenizer
-from osdn.evals.mqar import Outcome
-from osdn.layers import OSDN
+from osdn.evals.mqar.task import Outcome
+from osdn.layers.osdn import OSDN
 
 TEXT = "the delta rule writes what memory does not know yet. "
 

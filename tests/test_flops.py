@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from osdn import OSDNConfig, OSDNForCausalLM
-from osdn.flops import flops_per_token, forward_flops, peak_flops
+from osdn.model.flops import flops_per_token, forward_flops, peak_flops
 
 SIZES = {
     "vocab_size": 50,

@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from osdn import OSDNConfig, OSDNForCausalLM
-from osdn.cli import main
+from osdn.cli.main import main
 from osdn.errors import UserError
 from osdn.model.block import OSDNBlock
-from osdn.ops.rule import Rule
+from osdn.ops.operands import Rule
 from osdn.plan.hardware import GIB, GPUS, find_gpu
 from osdn.plan.memory import count_model, kept_by_block, kernel_bytes, memory
 from osdn.plan.predict import model_config, predict, smaller
 from osdn.plan.speed import ring_seconds
 from osdn.train.blocks import prepare_blocks
-from osdn.train.config import load_recipe
 from osdn.train.optim import fill_state, make_optimizer
+from osdn.train.recipe import load_recipe
 
 H100 = GPUS["H100"]
 LARGE = ["train.batch_rows=16384", "train.rows=4"]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from osdn import OSDNConfig, OSDNForCausalLM
-from osdn.evals.mqar_recipe import MQARRecipe
-from osdn.train.config import Recipe, load_recipe, load_sections
+from osdn.evals.mqar.recipe import MQARRecipe
+from osdn.train.recipe import Recipe, load_recipe, load_sections
 
 RECIPES = sorted(Path("recipes").glob("*.yaml"))
 REFERENCE = [path for path in RECIPES if path.stem in ("340m", "1.3b")]

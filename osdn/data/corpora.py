@@ -22,10 +22,10 @@ from random import Random
 from sysconfig import get_path
 from typing import Any, NamedTuple, Protocol
 
-from osdn.data.files import READERS, Found, read_text
-from osdn.data.hub import hub_is_reachable
-from osdn.data.retry import persevere
+from osdn.data.readers import READERS, Found, read_text
 from osdn.errors import UserError
+from osdn.system.hub import hub_is_reachable
+from osdn.system.retry import persevere
 
 HUB = "hf:"
 

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from osdn.data.corpora import WHOLE, Document, Share
-from osdn.data.retry import persevere
 from osdn.data.split import EMPTY
 from osdn.errors import UserError
+from osdn.system.retry import persevere
 
 MANIFEST, JOB = "manifest.json", "shards_job.json"
 KIND = "osdn-shards-1"

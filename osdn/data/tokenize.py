@@ -24,11 +24,11 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from osdn.data.corpora import Corpus, Document
-from osdn.data.processes import follow_parent, process_context
 from osdn.data.repair import finished_shard
 from osdn.data.shards import ENTRY, JOB, KIND, MANIFEST, Shard, tokenizer_fingerprint
 from osdn.data.tokenizers import encode_document, vocabulary_size
 from osdn.errors import UserError
+from osdn.system.processes import follow_parent, process_context
 
 BATCH = 1 << 20  # UTF-8 bytes that are sent to a process at a time
 WRITING = ".writing-"

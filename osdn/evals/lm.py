@@ -3,7 +3,7 @@
     osdn eval lm DIR --tasks lambada_openai,wikitext,piqa
 
 The harness's own command line works on our checkpoints once osdn is imported, which
-`python -m osdn.evals.harness run --model hf --model_args pretrained=DIR --tasks ...` does.
+`python -m osdn.integrations.lm_eval run --model hf --model_args pretrained=DIR --tasks ...` does.
 """
 
 import argparse
@@ -12,11 +12,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from osdn.data.hub import hub_is_reachable
 from osdn.errors import UserError
 from osdn.evals.models import LanguageModel
 from osdn.evals.results import make_result, score
 from osdn.evals.runner import SAMPLES, fingerprint
+from osdn.system.hub import hub_is_reachable
 
 LN2 = math.log(2)
 

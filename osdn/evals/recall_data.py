@@ -16,8 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from osdn.data.hub import hub_is_reachable
 from osdn.errors import UserError
+from osdn.system.hub import hub_is_reachable
 
 HUB_SETS = {
     "fda": "hazyresearch/based-fda",

@@ -21,9 +21,9 @@ from osdn.errors import UserError
 from osdn.evals.models import LanguageModel
 from osdn.evals.recall_data import read_prompts
 from osdn.evals.results import make_result, score
-from osdn.layers import OSDN
+from osdn.layers.osdn import OSDN
 from osdn.ops import reference
-from osdn.ops.rule import Rule
+from osdn.ops.operands import Rule
 
 POSITIONS = 10  # bins of relative position
 SMALLEST = 1e-12  # what a ratio below it counts as in the geometric mean

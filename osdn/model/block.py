@@ -4,8 +4,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from osdn.attention import Attention
-from osdn.layers import OSDN, SwiGLU
+from osdn.layers.attention import Attention
+from osdn.layers.mlp import SwiGLU
+from osdn.layers.osdn import OSDN
 from osdn.model.configuration import OSDNConfig
 
 

@@ -6,7 +6,7 @@ from typing import ClassVar, get_args
 
 from transformers import PretrainedConfig
 
-from osdn.layers import Forgetting
+from osdn.layers.osdn import Forgetting
 from osdn.ops.validation import check_box_holds_one, check_rule, check_sizes
 
 MIXERS = ("osdn", "delta_net", "attention")

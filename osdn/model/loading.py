@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 import osdn.model.modeling  # noqa: F401  registers the model class
-from osdn.data.hub import hub_is_reachable
 from osdn.errors import UserError
+from osdn.system.hub import hub_is_reachable
 
 # What from_pretrained raises for files that are missing, damaged, or of another model.
 PROBLEMS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from osdn.ops import reference
+from osdn.ops.operands import Rule
 from osdn.ops.registration import dispatched, register
-from osdn.ops.rule import Rule
 from osdn.ops.validation import (
     check_kinds,
     check_reverse_mode,
@@ -22,7 +22,7 @@ from osdn.ops.validation import (
 
 BACKENDS = {
     "chunkwise": register("chunkwise", "osdn.ops.chunkwise"),
-    "numba": register("numba", "osdn.ops.compiled"),
+    "numba": register("numba", "osdn.ops.numba"),
     "triton": register("triton", "osdn.ops.triton"),
 }
 HAS_NUMBA = find_spec("numba") is not None

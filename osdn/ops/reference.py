@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from osdn.ops.rule import Rule
+from osdn.ops.operands import Rule
 
 
 def write(S: Tensor, d: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:

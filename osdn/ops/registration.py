@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.library import CustomOpDef
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from osdn.ops.rule import Rule
+from osdn.ops.operands import Rule
 
 
 class Backend(NamedTuple):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from osdn.errors import UserError
-from osdn.flops import peak_flops
+from osdn.model.flops import peak_flops
 
 
 class Figure(NamedTuple):

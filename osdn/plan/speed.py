@@ -13,12 +13,12 @@ each (n − 1)/n of its volume over the slowest link of a ring of n GPUs, twice 
 
 from typing import NamedTuple
 
-from osdn.flops import forward_flops
 from osdn.model.configuration import OSDNConfig
+from osdn.model.flops import forward_flops
 from osdn.plan import hardware
 from osdn.plan.hardware import H100, Gpu
 from osdn.plan.memory import Model, heads
-from osdn.train.config import Train
+from osdn.train.recipe import Train
 
 
 class Step(NamedTuple):

@@ -4,14 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from osdn.errors import UserError
-from osdn.train import checkpoint
-from osdn.train.config import Recipe
-from osdn.train.lock import Lock
-from osdn.train.logs import TrainResult, read_result, tell
-from osdn.train.parallel import Parallel
-from osdn.train.run import Run
+from osdn.system.locks import Lock
+from osdn.system.signals import Signals
+from osdn.train.checkpoint import reading as checkpoint
+from osdn.train.distributed.parallel import Parallel
+from osdn.train.log.run_log import TrainResult, read_result, tell
+from osdn.train.recipe import Recipe
 from osdn.train.setup import make_device
-from osdn.train.signals import Signals
+from osdn.train.trainer import Run
 
 
 def train(recipe: Recipe, out: str | Path, *, make_run: Callable[..., Run] = Run) -> TrainResult:

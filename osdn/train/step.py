@@ -14,20 +14,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from osdn.data import Batch, Row, collate
-from osdn.train.config import Train
+from osdn.train.distributed.parallel import Parallel
+from osdn.train.distributed.sharding import Sharded
+from osdn.train.log.precond import Measured, measured
+from osdn.train.log.speed import Moment
 from osdn.train.objective import inputs
 from osdn.train.optim import learning_rate
-from osdn.train.parallel import Parallel
-from osdn.train.precond import Measured, measured
-from osdn.train.sharding import Sharded
-from osdn.train.speed import Moment
+from osdn.train.recipe import Train
 
 
 class Outcome(NamedTuple):
     """Of one step, the same in every process.
 
     loss: nats per token, the z-loss included.  norm: of the gradient before clipping.
-    precond: see osdn.train.precond; None where it was not asked for.
+    precond: see osdn.train.log.precond; None where it was not asked for.
     """
 
     loss: float

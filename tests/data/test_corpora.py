@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osdn.data import files, open_corpus
+from osdn.data import open_corpus
+from osdn.data import readers as files
 from osdn.data.corpora import content_key, standard_library
 from osdn.errors import UserError
 

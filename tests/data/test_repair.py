@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from osdn.cli import main
+from osdn.cli.main import main
 
 
 def tokenize(text, out):

@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from datasets.packaged_modules.parquet.parquet import Parquet
 
-from osdn.data import RowSource, byte_tokenizer, open_corpus, retry
+from osdn.data import RowSource, byte_tokenizer, open_corpus
 from osdn.errors import UserError
+from osdn.system import retry
 from tests.data.test_rows import deal, ranks
 
 TEXTS = [f"Dokument {i}: größer, 日本語\n" * (i % 7 + 1) for i in range(400)]
@@ -90,7 +91,7 @@ def write(directory, kind):
 @pytest.mark.parametrize("kind", ["file", "jsonl", "parquet", "hub"])
 def test_every_tenth_read_fails_and_no_row_changes(kind, lanes, tmp_path, monkeypatch, capsys):
     name = write(tmp_path, kind)
-    monkeypatch.setattr("osdn.data.files.PIECE", 256)  # so that a text file is many reads
+    monkeypatch.setattr("osdn.data.readers.PIECE", 256)  # so that a text file is many reads
     monkeypatch.setattr(retry, "FIRST_WAIT", 0.0)
 
     def rows():

@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from osdn.cli import main
+from osdn.cli.main import main
 from osdn.data import (
     RowSource,
     byte_tokenizer,

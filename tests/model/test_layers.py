@@ -7,9 +7,10 @@ import torch
 from torch.nn.functional import conv1d, pad, rms_norm, scaled_dot_product_attention, silu
 from transformers import DynamicCache
 
-from osdn import OSDN, OSDNConfig, attention, online_scaled_delta_rule
-from osdn.attention import Attention
-from osdn.layers import ShortConvolution
+from osdn import OSDN, OSDNConfig, online_scaled_delta_rule
+from osdn.layers import attention
+from osdn.layers.attention import Attention
+from osdn.layers.convolution import ShortConvolution
 from tests.numerics import assert_close
 
 D, H, T = 32, 2, 19

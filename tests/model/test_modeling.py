@@ -16,7 +16,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from osdn import OSDNConfig, OSDNForCausalLM, OSDNModel, attention
+from osdn import OSDNConfig, OSDNForCausalLM, OSDNModel
+from osdn.layers import attention
 from tests.model.tiny import MIXERS, SIZES, build, plain_loss, tokens
 from tests.numerics import assert_close
 

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from osdn.ops import chunkwise, reference
-from osdn.ops.rule import Rule
+from osdn.ops.operands import Rule
 from tests.numerics import assert_close, make_inputs
 from tests.ops.running import assert_all_close, detached, everything
 

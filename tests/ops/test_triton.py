@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton cannot be installed here")
 
 from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step
 from osdn.ops.interface import BACKENDS
-from osdn.ops.rule import Rule
+from osdn.ops.operands import Rule
 from osdn.ops.triton import forward as backend_forward
 from osdn.ops.triton import step as backend_step
 from osdn.ops.triton.chunks import CHUNK, count_segments, cut

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from osdn.ops import reference
-from osdn.ops.rule import Rule
-from osdn.theory.bounds import forgetting_bound, moving_comparator_bound, precond_path
+from osdn.ops.operands import Rule
 from tests.numerics import assert_close
 from tests.theory.instances import BATCH, PROPERTY, Draw, families, holds, seeds, shapes
+from theory.bounds import forgetting_bound, moving_comparator_bound, precond_path
 
 
 @PROPERTY

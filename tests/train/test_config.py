@@ -5,8 +5,8 @@ import pytest
 from osdn.data import byte_tokenizer
 from osdn.errors import UserError
 from osdn.train import load_recipe
-from osdn.train.config import Data, Logging, Optimizer, Parallel, Recipe, Schedule, Train
 from osdn.train.plain_yaml import plain_yaml
+from osdn.train.recipe import Data, Logging, Optimizer, Parallel, Recipe, Schedule, Train
 from osdn.train.setup import make_rows
 
 TEXT = """

@@ -14,8 +14,8 @@ from random import Random
 import pytest
 
 from osdn.errors import UserError
+from osdn.system.locks import Lock
 from osdn.train import load_recipe, train
-from osdn.train.lock import Lock
 from tests.train.tiny import curve, fields, start, wait_for_lines, write_texts
 
 STEPS = 40

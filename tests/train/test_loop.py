@@ -16,8 +16,8 @@ from osdn.data import encode_document, held_out_texts, open_corpus
 from osdn.data.tokenizers import byte_tokenizer
 from osdn.errors import UserError
 from osdn.train import Recipe, loop, train
-from osdn.train.sharding import Sharded
-from osdn.train.speed import Moment
+from osdn.train.distributed.sharding import Sharded
+from osdn.train.log.speed import Moment
 from osdn.train.step import Stepper
 from tests.train.tiny import curve, fields, recipe, write_texts
 

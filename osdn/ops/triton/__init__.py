@@ -9,9 +9,8 @@ turns it into the operands of phase 2, which walks the memory (`memory_forward`,
 import torch
 from torch import Tensor
 
-from osdn.ops.rule import Rule
+from osdn.ops.operands import Rule
 from osdn.ops.triton.chunks import CHUNK, Chunks, chunk_bound, cut, on_device
-from osdn.ops.triton.decode import decode
 from osdn.ops.triton.memory_backward import gradients, memory_reverse, states
 from osdn.ops.triton.memory_forward import memory, segments_like
 from osdn.ops.triton.precond_backward import chunk_scan_reverse
@@ -19,6 +18,7 @@ from osdn.ops.triton.precond_forward import chunk_scan
 from osdn.ops.triton.precond_segments import transfers_like
 from osdn.ops.triton.precond_tokens import token_scan
 from osdn.ops.triton.precond_tokens_backward import token_scan_reverse
+from osdn.ops.triton.step import decode
 from osdn.ops.triton.write_keys import write_keys
 
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from osdn.ops.rule import Rule
+from osdn.ops.operands import Rule
 from osdn.ops.triton.chunks import CHUNK, Chunks, load_tile, locate_chunk, locate_sequence, tile
 from osdn.ops.triton.config import launch
 from osdn.ops.triton.precond_gates import (
