@@ -12,11 +12,17 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     GenerationMixin,
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import can_return_tuple
@@ -50,6 +56,10 @@ class OSDNPreTrainedModel(PreTrainedModel):
     def __init__(self, config: OSDNConfig):
         config._validate()  # they may have been changed since it was made
         super().__init__(config)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing: see OSDNConfig.save_pretrained for what stands beside a checkpoint."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -192,6 +202,12 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *rest: Any, **given: Any) -> Any:
+        """As transformers does, less the tokenizer that `generate` hands on with stop_strings."""
+        for name in ("tokenizer", "assistant_tokenizer"):
+            given.pop(name, None)
+        return super().prepare_inputs_for_generation(input_ids, *rest, **given)
+
     def _prepare_position_ids_for_generation(self, *_: Any) -> None:
         """None: the layers count tokens themselves, and positions would be checked at each step."""
 
@@ -325,8 +341,18 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         return cross_entropy(logits.flatten(0, 1), targets, count)
 
 
+class OSDNForSequenceClassification(GenericForSequenceClassification, OSDNPreTrainedModel):
+    """OSDNModel and a linear score of each row's last token that is no padding."""
+
+
+class OSDNForTokenClassification(GenericForTokenClassification, OSDNPreTrainedModel):
+    """OSDNModel and a linear score of every token."""
+
+
 AutoConfig.register(OSDNConfig.model_type, OSDNConfig)
 AutoModel.register(OSDNConfig, OSDNModel)
 AutoModelForCausalLM.register(OSDNConfig, OSDNForCausalLM)
+AutoModelForSequenceClassification.register(OSDNConfig, OSDNForSequenceClassification)
+AutoModelForTokenClassification.register(OSDNConfig, OSDNForTokenClassification)
 # transformers' Trainer shifts the labels that it smooths for the classes named here alone.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[OSDNConfig.model_type] = OSDNForCausalLM.__name__

@@ -1,5 +1,7 @@
 """Padding anywhere in a row: every real token's logits are those of the row without padding."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -99,7 +101,7 @@ def test_padding_within_packed_documents(mixer):
     for i, mask in enumerate(random_masks(6, B=1)):
         mask[0, offsets[:-1]] = 1
         logits = model(ids, attention_mask=mask, cu_seqlens=torch.tensor(offsets)).logits
-        for start, end in zip(offsets, offsets[1:]):
+        for start, end in pairwise(offsets):
             kept = mask[0, start:end].bool()
             expected = model(ids[:, start:end][:, kept]).logits[0]
             assert_close(logits[0, start:end][kept], expected, 1e-9, f"mask {i}, {start}:{end}")
