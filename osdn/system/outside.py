@@ -56,7 +56,8 @@ def read_json(path: Path, schema: type[T], advice: str = "") -> T:
 def parse_json(text: str | bytes, schema: type[T], source: str, advice: str = "") -> T:
     """As read_json, of a text; `source` names it in the message."""
     try:
-        return _adapter(schema).validate_json(text, strict=True)
+        found: T = _adapter(schema).validate_json(text, strict=True)  # type: ignore[arg-type]
+        return found
     except ValidationError as error:
         raise Malformed(source, _reason(error), advice) from None
 
