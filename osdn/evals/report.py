@@ -13,6 +13,7 @@ from typing import Any
 from osdn.errors import UserError
 from osdn.evals.plots import png
 from osdn.evals.results import markdown, read_result
+from osdn.system.files import write_whole
 
 Result = dict[str, Any]
 STYLE = """
@@ -55,8 +56,8 @@ def run(args: argparse.Namespace) -> None:
     twin = args.out.with_suffix(".md")
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(as_html(groups), encoding="utf-8")
-        twin.write_text(as_markdown(groups), encoding="utf-8")
+        write_whole(args.out, as_html(groups))
+        write_whole(twin, as_markdown(groups))
     except OSError as error:
         raise UserError(f"{args.out}: cannot write: {error.strerror or error}") from error
     size = args.out.stat().st_size / 1024
