@@ -18,12 +18,12 @@ COMMANDS = {
     "plan": ("osdn.cli.plan", "predict a recipe's memory, time and cost on many GPUs"),
     "tokenize": ("osdn.cli.tokenize", "turn text into shards of tokens that a recipe can name"),
     "generate": ("osdn.cli.generate", "continue a prompt with a trained model"),
-    "convert": ("osdn.model.convert", "turn a DeltaNet checkpoint into an OSDN one"),
+    "convert": ("osdn.cli.convert", "turn a DeltaNet checkpoint into an OSDN one"),
     "bench": ("osdn.cli.bench", "time the operator and decoding on this GPU against their peers"),
     "selfcheck": ("osdn.cli.selfcheck", "compare this machine's GPU kernels with the definition"),
     "eval": ("osdn.cli.eval", "measure models: recall, needle, perplexity, and more"),
-    "report": ("osdn.evals.report", "put results side by side on one page"),
-    "mqar": ("osdn.evals.mqar.grid", "compare mixers on multi-query associative recall"),
+    "report": ("osdn.cli.report", "put results side by side on one page"),
+    "mqar": ("osdn.cli.mqar", "compare mixers on multi-query associative recall"),
 }
 
 
