@@ -136,7 +136,8 @@ def check(root: Path) -> list[tuple[str, str]]:
 
 def find_circles(edges: dict[str, set[str]]) -> list[str]:
     """Circles of a graph as "a -> b -> a"; each is opened before the next is looked for."""
-    edges, found = {name: set(others) for name, others in edges.items()}, []
+    edges = {name: set(others) for name, others in edges.items()}
+    found: list[str] = []
     while True:
         try:
             TopologicalSorter(edges).prepare()

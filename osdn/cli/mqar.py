@@ -3,10 +3,13 @@
 import argparse
 from pathlib import Path
 
+from osdn.cli import recipes
 from osdn.evals.mqar.grid import PLOT, compare
 from osdn.evals.mqar.recipe import MQARRecipe
 from osdn.evals.results import RESULT, markdown
 from osdn.train.recipe import load_sections
+
+FIELDS = recipes.fields(MQARRecipe)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train what is left of the grid, write result.json and the plot, print the table."""
-    recipe = load_sections(MQARRecipe, args.recipe, args.overrides)
+    recipe = load_sections(MQARRecipe, recipes.find(args.recipe), args.overrides)
     out = args.out or Path("runs") / args.recipe.stem
     result = compare(recipe, out)
     print(markdown(result["tables"][0]))

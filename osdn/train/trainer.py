@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,8 @@ class Run:
 
     def _trackers(self) -> list[Tracker]:
         logging, trackers = self.recipe.logging, list[Tracker]()
-        if logging.tensorboard:
+        installed = find_spec("tensorboard") is not None
+        if installed if logging.tensorboard is None else logging.tensorboard:
             trackers.append(TensorBoard(self.out, self.step))
         if logging.wandb is not None:
             trackers.append(WeightsAndBiases(self.out, logging.wandb, self.recipe.resolved()))

@@ -32,13 +32,22 @@ def flat(kind: str, values: dict[str, Value]) -> Iterator[tuple[str, float]]:
 
 
 class TensorBoard:
-    """Events in out/tensorboard; those after `step` are hidden, as the log's lines are cut off."""
+    """Events in out/tensorboard; those after `step` are hidden, as the log's lines are cut off.
+
+    Raises:
+        UserError: the package is not installed.
+    """
 
     name = "TensorBoard"
 
     def __init__(self, out: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError(
+                "logging.tensorboard: needs the package tensorboard: pip install 'osdn[log]'; or "
+                "set it to false"
+            ) from error
         self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 
     def write(self, kind: str, step: int, values: dict[str, Value]) -> None:
