@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from osdn.layers.osdn import OSDN
     from osdn.model.cache import OSDNCache
     from osdn.model.configuration import OSDNConfig
-    from osdn.model.modeling import OSDNForCausalLM, OSDNModel
+    from osdn.model.modeling import (
+        OSDNForCausalLM,
+        OSDNForSequenceClassification,
+        OSDNForTokenClassification,
+        OSDNModel,
+    )
     from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step
 
 __version__ = "0.1.0"
@@ -26,6 +31,8 @@ __all__ = [
     "OSDNCache",
     "OSDNConfig",
     "OSDNForCausalLM",
+    "OSDNForSequenceClassification",
+    "OSDNForTokenClassification",
     "OSDNModel",
     "online_scaled_delta_rule",
     "online_scaled_delta_step",
@@ -36,6 +43,8 @@ _HOMES = {
     "OSDNCache": "osdn.model.cache",
     "OSDNConfig": "osdn.model.configuration",
     "OSDNForCausalLM": "osdn.model.modeling",
+    "OSDNForSequenceClassification": "osdn.model.modeling",
+    "OSDNForTokenClassification": "osdn.model.modeling",
     "OSDNModel": "osdn.model.modeling",
     "online_scaled_delta_rule": "osdn.ops",
     "online_scaled_delta_step": "osdn.ops",

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from osdn.errors import UserError
 from osdn.layers.osdn import Forgetting
 from osdn.model.configuration import OSDNConfig
-from osdn.model.loading import PROBLEMS, fetch, let_read, without_bars
+from osdn.model.loading import PROBLEMS, GuardedModel, fetch, let_read, without_bars
 from osdn.model.modeling import OSDNForCausalLM
 from osdn.ops.validation import check_sizes
 
@@ -115,11 +115,11 @@ def convert(
     config = convert_config(_read(source / "config.json"), forgetting)
     with _silence():
         model, info = fetch(
-            OSDNForCausalLM,
+            GuardedModel,
             str(source),
             "model",
+            of=OSDNForCausalLM,
             config=config,
-            use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, in a line
         )
