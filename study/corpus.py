@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     """Download, extract, split, train the tokenizer, count."""
     recipe = load_sections(CorpusRecipe, args.recipe, args.overrides)
     debs = args.debs or args.out / "debs"
-    index = recall_data._index(args.index)
+    index = recall_data.read_index(args.index)
     files = download(recipe.packages, debs)
     manifest = build(recipe, index, files, args.out, processes=args.processes)
     for name, sizes in manifest["counts"].items():
@@ -119,7 +119,7 @@ def download(packages: list[str], directory: Path) -> list[Path]:
 
 def is_held_out(source: str, share: float) -> bool:
     """Whether a source package is on the held-out side; the hash of the recall sets."""
-    return recall_data._hash(source) < share
+    return recall_data.share_of(source) < share
 
 
 def read_package(file: Path) -> tuple[str, str, list[tuple[str, str]]]:
