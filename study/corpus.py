@@ -202,8 +202,11 @@ def build(
         ("train", train), ("validation", held), ("recall", questions["test"])
     ):  # fmt: skip
         records.sort(key=lambda one: blake2b(one["text"].encode(), digest_size=8).digest())
-        _write(out / f"{name}.jsonl", records)
-    train_tokenizer(recipe, (one["text"] for one in train), out / "tokenizer")
+        write_records(out / f"{name}.jsonl", records)
+    texts = (one["text"] for one in train)
+    train_tokenizer(
+        texts, out / "tokenizer", vocabulary=recipe.vocabulary, limit=recipe.tokenizer_bytes
+    )
     manifest = {
         "recipe": recipe.model_dump(mode="json", exclude={"packages"}),
         "packages": versions,
@@ -232,13 +235,13 @@ def counts(train: list[Record], held: list[Record], asked: list[Record]) -> dict
     }
 
 
-def train_tokenizer(recipe: CorpusRecipe, texts: Iterable[str], out: Path) -> None:
-    """Byte-level BPE on the first tokenizer_bytes of the training text, saved for AutoTokenizer."""
+def train_tokenizer(texts: Iterable[str], out: Path, *, vocabulary: int, limit: int) -> None:
+    """Byte-level BPE on the first `limit` UTF-8 bytes of the texts, saved for AutoTokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     def some() -> Iterator[str]:
-        left = recipe.tokenizer_bytes
+        left = limit
         for text in texts:
             yield text
             left -= len(text.encode())
@@ -254,7 +257,7 @@ def train_tokenizer(recipe: CorpusRecipe, texts: Iterable[str], out: Path) -> No
     )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=recipe.vocabulary,
+        vocab_size=vocabulary,
         special_tokens=[END_OF_TEXT, PAD],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -269,7 +272,8 @@ def train_tokenizer(recipe: CorpusRecipe, texts: Iterable[str], out: Path) -> No
     ).save_pretrained(out)
 
 
-def _write(path: Path, records: list[Record]) -> None:
+def write_records(path: Path, records: list[Record]) -> None:
+    """One JSON object a line."""
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 

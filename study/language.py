@@ -37,11 +37,15 @@ from study.records import Record
 ONLY_OSDN = ("attn.initial_precond", "attn.a_proj.weight", "attn.a_proj.bias")
 
 
-class ContinuedRun(Run):
-    """A training that starts from another model's weights.
+class StartedRun(Run):
+    """A training that starts from another model's weights, or from other initial values.
 
     Parameters that the other model lacks keep their initial values, which leave its function as it
-    is (d_1 = 1; γ ≈ 0.999 with forgetting). Optimiser and schedule start afresh.
+    is (d_1 = 1; γ ≈ 0.999 with forgetting). Optimizer and schedule start afresh.
+
+    Args:
+        start: the other model's directory; None: none.
+        fill: see study.plan.Variant.
     """
 
     def __init__(
@@ -51,11 +55,14 @@ class ContinuedRun(Run):
         found: checkpoint.Checkpoint | None,
         parallel: Parallel,
         *,
-        start: Path,
+        start: Path | None,
+        fill: dict[str, float],
     ) -> None:
         super().__init__(recipe, out, found, parallel)
-        if found is None:
+        if found is None and start is not None:
             load_weights(self.sharded.model, start)
+        if found is None:
+            fill_parameters(self.sharded.model, fill)
 
 
 def load_weights(model: torch.nn.Module, start: Path) -> None:
@@ -69,6 +76,21 @@ def load_weights(model: torch.nn.Module, start: Path) -> None:
     wrong = [*(name for name in missing if not name.endswith(ONLY_OSDN)), *unexpected]
     if wrong:
         raise UserError(f"start_from: {start} does not fit this model: {', '.join(wrong[:3])}")
+
+
+@torch.no_grad()
+def fill_parameters(model: torch.nn.Module, fill: dict[str, float]) -> None:
+    """Set every parameter whose name ends with a key of `fill` to its value.
+
+    Raises:
+        UserError: a key that ends no parameter's name.
+    """
+    for end, value in fill.items():
+        named = [p for name, p in model.named_parameters() if f".{name}".endswith(f".{end}")]
+        if not named:
+            raise UserError(f"fill: this model has no parameter whose name ends with {end!r}")
+        for parameter in named:
+            parameter.fill_(value)
 
 
 def make_recipe(phase: dict[str, Any], device: str) -> Recipe:
@@ -166,7 +188,9 @@ def perform(spec: dict[str, Any], *, device: str, work: Path) -> dict[str, Any]:
     for i, phase in enumerate(phases):
         directory = directory_of(spec, i, work)
         recipe = make_recipe(phase, device)
-        make_run = Run if start is None else partial(ContinuedRun, start=start)
+        # A worker trains many models, and PyTorch compiles one function for eight of them at most.
+        torch._dynamo.reset()
+        make_run = partial(StartedRun, start=start, fill=phase.get("fill", {}))
         with alone(directory):
             _note_data(directory, data_digest({"phases": phases[: i + 1]}))
             result = train(recipe, directory, make_run=make_run)

@@ -26,10 +26,13 @@ class Variant(Section):
 
     overrides: of the recipe, such as model.mixer=delta_net.
     start_from: the variant whose trained weights it starts from, of the same seed; null: none.
+    fill: initial values in place of the model's own, such as initial_precond: 0; every parameter
+        whose name ends so.
     """
 
     overrides: list[str] = Field(default=[])
     start_from: str | None = None
+    fill: dict[str, float] = Field(default={})
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,6 +67,7 @@ class LanguageExperiment(Section):
     measured: variants that are evaluated and reported; null: all. The others only lend weights.
     seconds: what one run takes, until one has been measured; the study's own assumption.
     question: what it is to answer.
+    headline: the measure whose differences to the first variant are drawn, as the tables name it.
     """
 
     recipe: str
@@ -74,6 +78,7 @@ class LanguageExperiment(Section):
     measured: list[str] | None = None
     seconds: float = Field(default=300, gt=0)
     question: str = ""
+    headline: str | None = None
 
     @model_validator(mode="after")
     def _known(self) -> "LanguageExperiment":
@@ -231,9 +236,12 @@ def language_runs(name: str, experiment: LanguageExperiment) -> list[Run]:
     for seed in experiment.seeds:
         for label in experiment.labels():
             phases = []
-            for recipe in experiment.phases(label, seed):
+            chain = experiment.chain(label)
+            for one, recipe in zip(chain, experiment.phases(label, seed), strict=True):
                 resolved = recipe.resolved()
                 phases.append({k: v for k, v in resolved.items() if k not in UNIMPORTANT})
+                if fill := experiment.variants[one].fill:
+                    phases[-1]["fill"] = fill
             spec = {"phases": phases, "evaluations": experiment.evaluations}
             spec = json.loads(json.dumps(spec))
             steps = sum(phase["train"]["steps"] for phase in spec["phases"])

@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from osdn.errors import UserError
-from osdn.evals import lm, needle, perplexity, recall, recall_data, residual_ratio
+from osdn.evals import lm, needle, perplexity, recall, recall_data, repeats, residual_ratio
 from osdn.evals.models import load_model
 from osdn.evals.plots import save
 from osdn.evals.results import RESULT, write_json
@@ -18,11 +18,12 @@ TASKS: dict[str, tuple[ModuleType, str]] = {
     "recall": (recall, "copy values out of real documents, given once and twice"),
     "needle": (needle, "find a number in 1k to 32k tokens of noise"),
     "perplexity": (perplexity, "by position, past the trained length, and by document"),
+    "repeats": (repeats, "loss on in-context repeats (AR hits), the precise measure of recall"),
     "residual-ratio": (residual_ratio, "what a write leaves of the error, and shadow ablations"),
     "lm": (lm, "tasks of the lm-evaluation-harness"),
 }
-COUNTS = ("batch", "limit", "length", "lengths", "bucket", "window", "answer", "samples", "context")
-BATCH = {"recall": 8, "needle": 4, "perplexity": 1, "residual-ratio": 1, "lm": 8}
+COUNTS = ("batch", "limit", "length", "lengths", "bucket", "window", "answer", "samples", "context", "rare")
+BATCH = {"recall": 8, "needle": 4, "perplexity": 1, "repeats": 4, "residual-ratio": 1, "lm": 8}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,8 +18,8 @@ PIECE = 1024  # tokens of a forward pass; the cache carries the rest
 LN2 = math.log(2)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which text, and how far."""
+def add_text(parser: argparse.ArgumentParser) -> None:
+    """Which text, as documents; and into how many rows of how many tokens it is cut."""
     parser.add_argument(
         "--data",
         nargs="+",
@@ -47,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bucket", type=int, help="tokens in a position bucket (default: the trained length)"
     )
     parser.add_argument("--limit", type=int, default=16, help="rows at most (default 16)")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which text, and how far."""
+    add_text(parser)
     parser.add_argument(
         "--join",
         action="store_true",
@@ -66,7 +71,7 @@ def plan(args: argparse.Namespace, model: LanguageModel) -> tuple[dict[str, Any]
         )
     model.check_length(length, "--length")
     items: list[dict[str, Any]] = []
-    for text, tokens in _rows(args, model, length):
+    for text, tokens in text_rows(args, model, length, join=args.join):
         items.append({"id": str(len(items)), "tokens": tokens, "bytes": len(text.encode())})
         if len(items) == args.limit:
             break
@@ -78,10 +83,13 @@ def plan(args: argparse.Namespace, model: LanguageModel) -> tuple[dict[str, Any]
     return protocol | {"length": length, "bucket": bucket}, items
 
 
-def _rows(
-    args: argparse.Namespace, model: LanguageModel, length: int
+def text_rows(
+    args: argparse.Namespace, model: LanguageModel, length: int, *, join: bool
 ) -> Iterator[tuple[str, list[int]]]:
-    """(text, tokens) of every row; a document longer than `length` is cut there."""
+    """(text, tokens) of every row; a document longer than `length` is cut there.
+
+    join: documents end to end, cut into rows of exactly `length` tokens.
+    """
     names = args.data[0] if len(args.data) == 1 else args.data
     corpus = open_corpus(
         names, text_field=args.text_field, separator=args.separator, split=args.split
@@ -91,7 +99,7 @@ def _rows(
         if not is_held_out(document, args.held_out):
             continue
         tokens = encode_document(model.tokenizer, document.text)
-        if not args.join:
+        if not join:
             kept = tokens[:length]
             whole = len(kept) == len(tokens)
             yield document.text if whole else model.decode(kept), kept
@@ -103,17 +111,22 @@ def _rows(
 
 
 @torch.inference_mode()
-def negative_log_likelihood(model: LanguageModel, tokens: list[int]) -> torch.Tensor:
-    """−log p(token t | those before), nats, for t = 1..T−1, [T − 1] float32 on the CPU."""
-    ids = torch.tensor([tokens], device=model.model.device)
+def negative_log_likelihood(model: LanguageModel, rows: list[list[int]]) -> torch.Tensor:
+    """−log p(token t | those before), nats, for t = 1..T−1: [B, T − 1] float32 on the CPU.
+
+    rows: B of one length T.
+    """
+    ids = torch.tensor(rows, device=model.model.device)
+    last = ids.shape[1] - 1
     cache, found = None, []
-    for start in range(0, len(tokens) - 1, PIECE):
-        end = min(start + PIECE, len(tokens) - 1)
+    for start in range(0, last, PIECE):
+        end = min(start + PIECE, last)
         output = model.model(ids[:, start:end], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
-        target = ids[0, start + 1 : end + 1]
-        found.append(F.cross_entropy(output.logits[0].float(), target, reduction="none").cpu())
-    return torch.cat(found)
+        logits = output.logits.float().transpose(1, 2)  # [B, vocabulary, tokens]
+        target = ids[:, start + 1 : end + 1]
+        found.append(F.cross_entropy(logits, target, reduction="none").cpu())
+    return torch.cat(found, 1)
 
 
 def answer(
@@ -122,7 +135,7 @@ def answer(
     """Measure rows one after another: nats and tokens in every bucket."""
     records = []
     for item in items:
-        parts = negative_log_likelihood(model, item["tokens"]).double().split(protocol["bucket"])
+        parts = negative_log_likelihood(model, [item["tokens"]])[0].double().split(protocol["bucket"])
         records.append(
             {
                 "nats": [part.sum().item() for part in parts],

@@ -22,7 +22,8 @@ def test_pieces_give_what_one_forward_gives(which, request, monkeypatch):
     expected = -logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
     for piece in (1, 7, 89, 1024):
         monkeypatch.setattr(perplexity, "PIECE", piece)
-        found = perplexity.negative_log_likelihood(model, tokens)
+        found, again = perplexity.negative_log_likelihood(model, [tokens, tokens[::-1]])
+        assert not torch.equal(found, again)
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
 
