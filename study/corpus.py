@@ -5,7 +5,7 @@ lists. What is held out is decided by source package, by the same hash for both,
 document has a sibling in training. The result, OUT/:
 
 train.jsonl, validation.jsonl    {"text", "source", "path"}; path is "index" for index records
-recall.jsonl                     questions on held-out index records (osdn.evals.recall_data)
+recall.jsonl                     questions on held-out index records (study.recall_sets)
 tokenizer/                       byte-level BPE, trained on train.jsonl
 manifest.json                    versions of the packages, counts of documents and bytes
 """
@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 from osdn.data.tokenizers import END_OF_TEXT, PAD
 from osdn.errors import UserError
-from osdn.evals import recall_data
 from osdn.system.processes import end_with_parent
 from osdn.train.recipe import Section, load_sections
+from study import recall_sets
 from study.text import documents
 
 STOPWORDS = frozenset(
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
     """Download, extract, split, train the tokenizer, count."""
     recipe = load_sections(CorpusRecipe, args.recipe, args.overrides)
     debs = args.debs or args.out / "debs"
-    index = recall_data._index(args.index)
+    index = recall_sets.read_index(args.index)
     files = download(recipe.packages, debs)
     manifest = build(recipe, index, files, args.out, processes=args.processes)
     for name, sizes in manifest["counts"].items():
@@ -118,7 +118,7 @@ def download(packages: list[str], directory: Path) -> list[Path]:
 
 def is_held_out(source: str, share: float) -> bool:
     """Whether a source package is on the held-out side; the hash of the recall sets."""
-    return recall_data._hash(source) < share
+    return recall_sets.share_of(source) < share
 
 
 def read_package(file: Path) -> tuple[str, str, list[tuple[str, str]]]:
@@ -176,8 +176,8 @@ def build(
     recipe: CorpusRecipe, index: list[str], files: list[Path], out: Path, *, processes: int
 ) -> dict[str, Any]:
     """Write the corpus to `out`; returns the manifest."""
-    questions = recall_data.build(
-        recall_data.debian(index), test_share=recipe.held_out, limit=recipe.questions
+    questions = recall_sets.build(
+        recall_sets.debian(index), test_share=recipe.held_out, limit=recipe.questions
     )
     train = [{**one, "path": "index"} for one in questions["train"]]
     held: list[Record] = [
