@@ -19,19 +19,19 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import osdn.model.modeling  # noqa: F401  registers the model class
-from osdn.cli import eval as command
 from osdn.data import load_tokenizer
 from osdn.data.shards import tokenizer_fingerprint
 from osdn.errors import UserError
-from osdn.evals.results import RESULT, write_json
+from osdn.evals.results import RESULT
+from osdn.evals.tasks import evaluate
 from osdn.train.checkpoint import reading as checkpoint
 from osdn.train.distributed.parallel import Parallel
 from osdn.train.loop import train
 from osdn.train.recipe import Data, Recipe
 from osdn.train.setup import open_data
 from osdn.train.trainer import Run
+from study.plan import Measure, run_name
 from study.plan import Run as StudyRun
-from study.plan import evaluation, run_name
 from study.records import Record
 
 ONLY_OSDN = ("attn.initial_precond", "attn.a_proj.weight", "attn.a_proj.bias")
@@ -203,8 +203,9 @@ def perform(spec: dict[str, Any], *, device: str, work: Path) -> dict[str, Any]:
         if trained_steps or not (results / name / RESULT).exists()
     ]
     for name in left:
-        words = evaluation(spec["evaluations"][name], str(start), device)
-        write_json(results / name / RESULT, command.evaluate(words, str(start), results / name))
+        measure = Measure.model_validate(spec["evaluations"][name])
+        where, batch = results / name, measure.batch
+        evaluate(str(start), measure.evaluation(), where, batch=batch, device=device)
     found = {
         name: json.loads((results / name / RESULT).read_text()) for name in spec["evaluations"]
     }

@@ -86,8 +86,8 @@ def write_language(directory: Path) -> Path:
         "seeds": [0],
         "seconds": 1,
         "evaluations": {
-            "recall": ["recall", "--data", str(directory / "held.jsonl"), "--limit", "3"],
-            "perplexity": ["perplexity", "--data", str(directory / "held.jsonl"), "--limit", "3"],
+            task: {"task": task, "options": {"data": str(directory / "held.jsonl"), "limit": 3}}
+            for task in ("recall", "perplexity")
         },
     }
     path = directory / "language.yaml"
