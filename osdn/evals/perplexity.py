@@ -39,7 +39,7 @@ class TextEvaluation(Evaluation):
         "tokens of a row at most (default: 10 times the trained length, as far as the model can "
         "take)",
         default=None,
-        least=3,
+        least=2,
     )
     bucket: int | None = option(
         "tokens in a position bucket (default: the trained length)", default=None, least=1

@@ -7,6 +7,7 @@ print(result["scores"])
 """
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,9 @@ def make(task: str, options: Mapping[str, Any]) -> Evaluation:
     if task not in TASKS:
         raise UserError(f"expected one of the tasks {', '.join(TASKS)}, got {task!r}")
     kind = TASKS[task]
-    known = kind.__dataclass_fields__
+    known = [one.name for one in fields(kind)]
     for name in options:
-        if name not in known or name in ("task", "about", "batch"):
+        if name not in known:
             raise UserError(f"{task}: no option {name!r}; there are {', '.join(known)}")
     try:
         return TypeAdapter(kind).validate_python(dict(options))

@@ -1,17 +1,19 @@
-"""AR hits are what a slow count by the definition finds; a model that copies loses little on them."""
+"""AR hits are what a slow count by the definition finds; a model that copies loses few nats."""
 
+import itertools
 import json
+import math
 from random import Random
 
 import numpy as np
 import pytest
 import torch
 
+from osdn import OSDNConfig, OSDNForCausalLM
 from osdn.cli.main import main
 from osdn.data import byte_tokenizer
 from osdn.evals import repeats
-from osdn.model.configuration import OSDNConfig
-from osdn.model.modeling import OSDNForCausalLM
+from osdn.evals.tasks import LanguageModel, Repeats, evaluate
 
 
 def by_the_definition(row, reference, rare):
@@ -19,7 +21,7 @@ def by_the_definition(row, reference, rare):
     found = {}
     for t in range(1, len(row)):
         pair = (row[t - 1], row[t])
-        times = sum(pair == both for text in reference for both in zip(text, text[1:]))
+        times = sum(pair == both for text in reference for both in itertools.pairwise(text))
         tokens = sum(len(text) for text in reference)
         for first in range(1, t):
             if (row[first - 1], row[first]) == pair:
@@ -95,3 +97,62 @@ def test_the_command_measures_what_the_models_own_loss_says(loaded, tmp_path):
         assert values["100 tokens", name] == pytest.approx(np.mean(all_of_it), rel=1e-4)
     share = len(nats[True, True] + nats[True, False]) / 594
     assert values["100 tokens", "share of AR hits"] == pytest.approx(share)
+
+
+def trained(*, mixing):
+    """Two attention layers that have learned to copy what a row repeats; or, without mixing, not.
+
+    Their outputs are fixed at 0 then: each token is predicted from the one before it alone.
+    """
+    torch.manual_seed(0)
+    config = OSDNConfig(
+        vocab_size=258,
+        hidden_size=32,
+        num_heads=2,
+        num_hidden_layers=2,
+        intermediate_size=48,
+        mixer="attention",
+        max_position_embeddings=48,
+        eos_token_id=256,
+        bos_token_id=256,
+        pad_token_id=257,
+    )
+    model = OSDNForCausalLM(config).train()
+    if not mixing:
+        for block in model.model.layers:
+            torch.nn.init.zeros_(block.attn.o_proj.weight).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(170 if mixing else 60):
+        half = torch.randint(97, 123, (24, 24), generator=generator)  # random letters, twice
+        ids = torch.nn.functional.pad(torch.cat([half, half], 1), (1, 1), value=256)
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def test_a_model_that_copies_is_told_from_one_that_cannot(tmp_path):
+    random = Random(5)
+    halves = [
+        "".join(random.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(24)) for _ in "xyz"
+    ]
+    for i, half in enumerate(halves):
+        (tmp_path / f"{i}.txt").write_text(half + half)  # with its begin and end: 50 tokens
+    (tmp_path / "reference.txt").write_text("0123456789" * 9)  # every pair of letters is rare
+    found = {}
+    for mixing in (True, False):
+        model = LanguageModel("model", trained(mixing=mixing), byte_tokenizer())
+        evaluation = Repeats(
+            data=tuple(str(tmp_path / f"{i}.txt") for i in range(3)),
+            reference=str(tmp_path / "reference.txt"),
+            length=50,
+            bucket=50,
+        )
+        result = evaluate(model, evaluation, tmp_path / str(mixing))
+        assert result["samples"] == 3 and (tmp_path / str(mixing) / "plot.png").exists()
+        found[mixing] = {one["name"]: one["value"] for one in result["scores"]}
+    letters = math.log(26)
+    assert 0.4 < found[True]["share of AR hits"] < 0.6
+    assert found[True]["loss on AR hits"] < 0.5 * letters < found[True]["loss on the rest"]
+    assert found[False]["loss on AR hits"] > 0.9 * letters

@@ -6,6 +6,7 @@ from random import Random
 
 import yaml
 
+HANG = 1500  # seconds, many times what a slow machine needs: only to end a test that hangs
 WORDS = ("stone", "river", "copper", "lantern", "meadow", "signal", "harbour", "winter", "engine")
 MQAR = {
     "mixers": {
