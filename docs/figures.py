@@ -8,6 +8,7 @@
 A number stands in a figure only if it is computed here. Titles say the finding.
 """
 
+import re
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -101,10 +102,10 @@ def step_per_feature() -> None:
     d = own_path(k, beta)
     own, shared = left(d, k, beta), left(one_number(k, beta), k, beta)
     plain = left(torch.ones_like(d), k, beta)
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(7.4, 3.1), layout="constrained")
     map_axes, axes = figure.subplots(1, 2, width_ratios=(1, 1.15))
-    shown = map_axes.imshow(d.T, aspect="auto", cmap="viridis", vmin=1, vmax=1 / WEAK, origin="lower",
-                            extent=(1, TOKENS, 0.5, FEATURES + 0.5))  # fmt: skip
+    shown = map_axes.imshow(d.T, aspect="auto", cmap="viridis", vmin=1, vmax=1 / WEAK,
+                            origin="lower", extent=(1, TOKENS, 0.5, FEATURES + 0.5))  # fmt: skip
     map_axes.set(xlabel="token", ylabel="key feature")
     map_axes.set_title("OSDN learns a step for every feature", loc="left")
     map_axes.axhline(FEATURES / 2 + 0.5, color="white", linewidth=0.8)
@@ -160,8 +161,8 @@ def name(label: str) -> str:
 
 
 MEASURES = {
-    "bits per byte, validation": "bits per byte,\ntrained length",
-    "perplexity, bits per byte": "bits per byte,\n10× as long",
+    "bits per byte, validation": "bits per byte, trained length",
+    "perplexity, bits per byte": "bits per byte, 10× as long",
     "recall, once, contains": "recall in text",
     "residual ratio, all layers, own": "residual ratio",
 }
@@ -170,11 +171,12 @@ MEASURES = {
 def differences() -> None:
     (table,) = pooled()["tables"]
     by_name = {row[0]: row for row in table["rows"]}
-    figure = Figure(figsize=(9, 2.5), layout="constrained")
-    for axes, (measure, shown) in zip(figure.subplots(1, 4, sharey=True), MEASURES.items()):
+    figure = Figure(figsize=(6.4, 3.9), layout="constrained")
+    panels = figure.subplots(2, 2, sharey=True).flat
+    for axes, (measure, shown) in zip(panels, MEASURES.items()):
         for i, (label, color) in enumerate((("OSDN", ORANGE), ("OSDN, APF", BLUE))):
             text = by_name[measure][table["columns"].index(label)].partition(";")[0]
-            value, low, high = map(float, text.replace("[", "").replace("]", "").replace(",", " ").split())
+            value, low, high = map(float, re.findall(r"[+-][\d.]+", text))
             axes.plot([low, high], [i, i], color=color, linewidth=2)
             axes.plot(value, i, "o", color=color, markersize=6)
         axes.axvline(0, color=GREY, linewidth=1)
@@ -184,7 +186,7 @@ def differences() -> None:
         axes.margins(x=0.15)
         axes.ticklabel_format(axis="x", style="plain")
         axes.locator_params(axis="x", nbins=4)
-    figure.suptitle("Difference to DeltaNet: the bar is the 95% interval over pairs of seeds",
+    figure.suptitle("Less DeltaNet, with 95% intervals over pairs of seeds",
                     fontsize=11, x=0.01, ha="left")  # fmt: skip
     save(figure, "differences.svg")
 

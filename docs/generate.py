@@ -4,6 +4,7 @@
     docs/reference/recipe.md        every field of a recipe, from the pydantic models
     docs/reference/study-tables.md  every table of the study, from study/records
     docs/explanation/findings.md    the tables between its markers, from study/records
+    docs/log/index.md               the table between its markers, from the logs' first lines
     docs/tutorial/*.ipynb           the tutorials as notebooks, from their pages
 
 `--check` writes nothing and exits with 1 if a page is out of date.
@@ -92,6 +93,7 @@ def argument_row(action: argparse.Action) -> str:
         name += " ..."
     default = action.default
     given = default not in (None, argparse.SUPPRESS, False, []) and action.nargs != 0
+    given = given and "(default" not in (action.help or "")  # which may be this machine's
     shown_default = f"`{default!s}`" if given else "required" if action.required else ""
     return f"| `{name}` | {shown_default} | {cell(action.help or '')} |"
 
@@ -103,9 +105,9 @@ def recipe_page() -> str:
     """The sections of a training recipe and of an MQAR recipe, field by field."""
     parts = [
         NOTE + "# Recipe fields\n",
-        "A recipe is a YAML file with the sections below. On the command line, `section.field=value`"
-        " changes a field; the value is YAML. An unknown field is an error that names the nearest "
-        "one.\n",
+        "A recipe is a YAML file with the sections below. On the command line, "
+        "`section.field=value` changes a field; the value is YAML. An unknown field is an error "
+        "that names the nearest one.\n",
         "## Training recipe\n",
         "### model\n",
         "The fields of `OSDNConfig`. `vocab_size` defaults to the tokenizer's size, and "
@@ -161,8 +163,8 @@ def field_table(model: type[BaseModel]) -> str:
     for name, field in model.model_fields.items():
         if is_section(field.annotation) or any(map(is_section, get_args(field.annotation))):
             continue
-        required = field.is_required()
-        shown = "required" if required else f"`{yaml_value(field.get_default(call_default_factory=True))}`"
+        default = field.get_default(call_default_factory=True)
+        shown = "required" if field.is_required() else f"`{yaml_value(default)}`"
         rows.append(f"| `{name}` | {shown} | {cell(meanings.get(name, ''))} |")
     return "| field | default | meaning |\n|---|---|---|\n" + "\n".join(rows) + "\n"
 
@@ -171,14 +173,15 @@ def config_table() -> str:
     meanings, rows = described(OSDNConfig)[1], []
     for name in OSDNConfig.__annotations__:
         if name in meanings:
-            rows.append(f"| `{name}` | `{yaml_value(getattr(OSDNConfig, name))}` | {cell(meanings[name])} |")
+            default = yaml_value(getattr(OSDNConfig, name))
+            rows.append(f"| `{name}` | `{default}` | {cell(meanings[name])} |")
     return "| field | default | meaning |\n|---|---|---|\n" + "\n".join(rows) + "\n"
 
 
 def yaml_value(value: Any) -> str:
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if (
-        value is None or isinstance(value, bool | str)
-    ) else str(value)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
 
 
 def cell(text: str) -> str:
@@ -193,9 +196,8 @@ def tables_page(found: dict[str, list[dict[str, Any]]]) -> str:
     parts = [
         NOTE + "# Study tables\n",
         "Every table of the experiments whose records are in `study/records`. Intervals are 95% of "
-        "Student's t over seeds. Differences are paired by seed. The experiments are described in "
-        "[Findings](../explanation/findings.md); "
-        "[Quality](quality.md#mqar-on-a-gpu-records-lost) keeps the tables whose records are lost.\n",
+        "Student's t over seeds. Differences are paired by seed. [Quality](quality.md) describes "
+        "the experiments, and keeps the tables whose records are lost.\n",
     ]
     for title, tables in found.items():
         parts.append(f"## {title}\n")
@@ -264,10 +266,17 @@ def findings_tables(found: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
     names = [str(row[mqar["columns"].index("mixer")]) for row in mqar["rows"]]
     by_mixer = {**mqar, "columns": ["mixer", *mqar["columns"]]}
     by_mixer["rows"] = [[name, *row] for name, row in zip(names, mqar["rows"])]
-    shown = {"delta_net": "DeltaNet", "osdn": "OSDN", "APF": "OSDN with APF", "APF, η 0": "APF, η = 0"}
+    shown = {
+        "delta_net": "DeltaNet",
+        "osdn": "OSDN",
+        "APF": "OSDN with APF",
+        "APF, η 0": "APF, η = 0",
+    }
     columns = {"mean": "mean", "median": "median", "less the first mixer, 95%": "less DeltaNet"}
     return {
-        "language": select(pooled, language, {"OSDN": "OSDN", "OSDN, APF": "OSDN with APF"}, "measure"),
+        "language": select(
+            pooled, language, {"OSDN": "OSDN", "OSDN, APF": "OSDN with APF"}, "measure"
+        ),
         "mqar": select(by_mixer, shown, columns, "mixer"),
     }
 
@@ -278,9 +287,21 @@ def insert(page: str, tables: dict[str, str]) -> str:
         start = f"<!-- table: {name} -->"
         pattern = re.compile(re.escape(start) + r"\n.*?<!-- end -->", re.DOTALL)
         if len(pattern.findall(page)) != 1:
-            raise SystemExit(f"docs/explanation/findings.md: expected one {start} … <!-- end -->")
+            raise SystemExit(f"expected one {start} … <!-- end --> in the page")
         page = pattern.sub(lambda _, t=table, s=start: f"{s}\n\n{t}\n<!-- end -->", page)
     return page
+
+
+def log_table(folder: Path) -> str:
+    """A line for each log: its title and its question."""
+    lines = ["| experiment | question |", "|---|---|"]
+    for path in sorted(folder.glob("2*.md")):
+        text = path.read_text(encoding="utf-8")
+        title = re.search(r"^# (.+)", text, re.MULTILINE)
+        question = re.search(r"\*\*Question\.?\*\*:?\s*(.+?)\n\s*\n", text, re.DOTALL)
+        name = f"{path.stem[:10]}: {title[1] if title else path.stem}"
+        lines.append(f"| [{name}]({path.name}) | {cell(question[1]) if question else ''} |")
+    return "\n".join(lines) + "\n"
 
 
 # --- notebooks ------------------------------------------------------------------------------------
@@ -315,11 +336,12 @@ def lines(text: str) -> list[str]:
 def pages() -> dict[Path, Callable[[], str]]:
     """Path -> what writes its text."""
     docs, found = ROOT / "docs", study_tables()
-    findings = docs / "explanation" / "findings.md"
+    findings, logs = docs / "explanation" / "findings.md", docs / "log" / "index.md"
     made: dict[Path, Callable[[], str]] = {
         docs / "reference" / "cli.md": cli_page,
         docs / "reference" / "recipe.md": recipe_page,
         docs / "reference" / "study-tables.md": lambda: tables_page(found),
+        logs: lambda: insert(logs.read_text("utf-8"), {"log": log_table(docs / "log")}),
         findings: lambda: insert(findings.read_text(encoding="utf-8"), findings_tables(found)),
     }
     for name in TUTORIALS:
@@ -329,7 +351,9 @@ def pages() -> dict[Path, Callable[[], str]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if a page is old")
     check = parser.parse_args().check
     old = []

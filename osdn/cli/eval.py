@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "build a recall set from this machine's Debian index or installed distributions"
     build = tasks.add_parser("build-recall", help=text, description=text[0].upper() + text[1:])
     recall_data.add_arguments(build)
-    parser.epilog = "Protocols, files and examples: docs/evaluation.md"
+    parser.epilog = "Protocols, files and examples: docs/reference/evaluations.md"
 
 
 def check_counts(args: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """The definition: the online scaled delta rule token by token, in float64, under plain autograd.
 
-This file is the paper (arXiv 2605.13473, in the notation of docs/operator.md) and the truth that
-every other backend is tested against. Per batch element and head, with s_t = k_t ⊙ k_t:
+This file is the paper (arXiv 2605.13473, in the notation of docs/explanation/operator.md) and the
+truth that every other backend is tested against. Per batch element and head, with s_t = k_t ⊙ k_t:
 
     e_t     = v_t − S_{t−1}ᵀ k_t                          residual
     S_t     = S_{t−1} + β_t (d_t ⊙ k_t) e_tᵀ              preconditioned gradient step

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from osdn.ops.validation import mark_of
 
-# 32 and not 64: fewer operations a token at K = V = 64, measured in docs/LOG.md.
+# 32 and not 64: fewer operations a token at K = V = 64 (docs/log/2026-11-23-chunkwise.md).
 LARGEST_CHUNK, SMALLEST_CHUNK = 32, 8
 
 _last_ragged: tuple[Tensor, list[int] | int, RaggedLayout] | None = None
