@@ -299,7 +299,8 @@ def log_table(folder: Path) -> str:
         text = path.read_text(encoding="utf-8")
         title = re.search(r"^# (.+)", text, re.MULTILINE)
         question = re.search(r"\*\*Question\.?\*\*:?\s*(.+?)\n\s*\n", text, re.DOTALL)
-        name = f"{path.stem[:10]}: {title[1] if title else path.stem}"
+        words = re.sub(r"^\d{4}-\d\d-\d\d:? *", "", title[1]) if title else path.stem
+        name = f"{path.stem[:10]}: {words}"
         lines.append(f"| [{name}]({path.name}) | {cell(question[1]) if question else ''} |")
     return "\n".join(lines) + "\n"
 
