@@ -1,16 +1,20 @@
 """The pages hold what they say: they are current, their links and paths exist, their code runs."""
 
+import argparse
 import json
 import re
 import shlex
 import sys
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from osdn.cli.main import COMMANDS as OSDN_COMMANDS
 from osdn.cli.main import main
+from study.__main__ import COMMANDS as STUDY_COMMANDS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -91,6 +95,36 @@ def test_tables_fit_a_screen(page):
     for line in without_code(page.read_text()).splitlines():
         if line.startswith("|"):
             assert len(re.split(r"(?<!\\)\|", line)) - 2 <= 6, f"{page.name}: {line}"
+
+
+def command_lines(text: str) -> list[str]:
+    """The command lines of a page's code: `osdn ...` and `python -m study ...`."""
+    text = text.replace("\\\n", " ")
+    lines = re.findall(
+        r"^\s*(?:torchrun [^\n]*?-m )?((?:osdn|python -m study) .+)", text, re.MULTILINE
+    )
+    inline = re.findall(r"`((?:osdn|python -m study) [^`\n]+)`", text)
+    lines += [line for line in inline if len(line.split()) > 3]  # no names in a sentence
+    return [line for line in lines if not re.search(r"COMMAND|NAME DIR|\[", line)]  # patterns
+
+
+@pytest.mark.parametrize("page", written_pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_are_understood(page, capsys):
+    """Every command of a page has arguments that its parser takes; nothing is run."""
+    for line in command_lines(page.read_text()):
+        line = line.removeprefix("python -m ")
+        program, name, *words = shlex.split(line, comments=True)
+        if name.startswith("-"):
+            continue  # --version
+        modules = {"osdn": OSDN_COMMANDS, "study": STUDY_COMMANDS}[program]
+        assert name in modules, f"{page.name}: {line}"
+        parser = argparse.ArgumentParser(prog=f"{program} {name}")
+        import_module(modules[name][0]).add_arguments(parser)
+        try:
+            rest = parser.parse_known_args(words)[1]
+        except SystemExit:
+            pytest.fail(f"{page.name}: {line}: {capsys.readouterr().err}")
+        assert all("=" in word and word[0] != "-" for word in rest), f"{page.name}: {line}"
 
 
 def test_every_log_is_in_the_index():
