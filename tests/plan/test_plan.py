@@ -245,8 +245,8 @@ def test_what_does_not_fit_gets_overrides_that_do():
 def test_the_command_prints_a_plan_a_table_and_its_assumptions(capsys):
     assert main(["plan", "recipes/340m.yaml", "--gpus", "8", "--price", "3"]) == 0
     text = capsys.readouterr().out
-    hours, cost = re.search(r"([\d,]+) GPU hours, cost ([\d,]+) at 3 an hour", text).groups()
-    assert int(cost.replace(",", "")) == pytest.approx(3 * int(hours.replace(",", "")), abs=2)
+    hours, cost = re.search(r"([\d,.]+) GPU hours, cost ([\d,]+) at 3 an hour", text).groups()
+    assert int(cost.replace(",", "")) == pytest.approx(3 * float(hours.replace(",", "")), abs=2)
     assert "374,583,488 parameters on 8 × H100 (DDP)" in text and "bottleneck" in text
     assert "Assumptions:" in text and "docs/reference/speed.md" in text and "assumed" in text
     line = ["plan", "recipes/1.3b.yaml", "parallel.shard=1", "--gpu", "L40S", "--gpus", "1,16,4096"]
