@@ -4,8 +4,8 @@ For every token and head of the osdn and delta_net layers of a model
 
     q_t = (1 − β_t⟨d_t, s_t⟩)² = f_t(S_t) / f_t(S_{t−1}),   s_t = k_t ⊙ k_t
 
-with f_t(S) = ½‖Sᵀk_t − v_t‖² (docs/operator.md). It depends on keys and gates alone, so other
-preconditioners can be tried on the same activations: the shadow ablations.
+with f_t(S) = ½‖Sᵀk_t − v_t‖² (docs/explanation/operator.md). It depends only on keys and gates, so
+other preconditioners can be tried on the same activations: the shadow ablations.
 """
 
 import math

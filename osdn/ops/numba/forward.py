@@ -2,9 +2,9 @@
 
 A job is one head of one sequence. Time goes in blocks, and within one from head to head, since the
 rows of a token's heads lie side by side. In a block of a head the preconditioner comes first, exact
-clip included (docs/operator.md, phase 1). Then the memory S, cut into panels of as many columns as
-a vector has lanes: columns of S never mix, so a panel (K × 128 bytes) stays in the first-level
-cache, and one pass over it serves one token. With w_t = β_t d_t ⊙ k_t,
+clip included (docs/explanation/operator.md, phase 1). Then the memory S, cut into panels of as many
+columns as a vector has lanes: columns of S never mix, so a panel (K × 128 bytes) stays in the
+first-level cache, and one pass over it serves one token. With w_t = β_t d_t ⊙ k_t,
 
     S += w_{t−1} e_{t−1}ᵀ, and in the same pass Sᵀk_t and Sᵀq_{t−1}, whence e_t and o_{t−1}.
 
