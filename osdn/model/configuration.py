@@ -54,7 +54,7 @@ class OSDNConfig(PretrainedConfig):
     """
 
     model_type = "osdn"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads"}
     number_of_conv_states: ClassVar[int] = 2  # slots a cache layer gets: S and d
 

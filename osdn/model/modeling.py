@@ -24,7 +24,7 @@ from transformers.utils.generic import can_return_tuple
 from osdn.layers.cache import token_mask
 from osdn.layers.osdn import OSDN, ForgettingGate
 from osdn.model.block import OSDNBlock
-from osdn.model.cache import OSDNCache
+from osdn.model.cache import CACHE, OSDNCache, one_cache
 from osdn.model.configuration import OSDNConfig
 from osdn.model.loss import cross_entropy, linear_cross_entropy, next_token_labels
 
@@ -37,7 +37,7 @@ class OSDNPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["OSDNBlock"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _is_stateful = True
 
@@ -85,6 +85,7 @@ class OSDNModel(OSDNPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         cu_seqlens: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> BaseModelOutputWithPast:
         """Hidden states after the final norm.
 
@@ -98,7 +99,9 @@ class OSDNModel(OSDNPreTrainedModel):
             output_hidden_states: also return the input of every block and the final result; None
                 means config.output_hidden_states.
             cu_seqlens: [N + 1] offsets of sequences packed along T; B must be 1.
+            cache: the name of past_key_values since transformers 5.24.
         """
+        past_key_values = one_cache(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: expected exactly one of the two")
         hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
@@ -132,10 +135,11 @@ class OSDNModel(OSDNPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         if use_cache and isinstance(past_key_values, OSDNCache):
             past_key_values.tokens_seen += hidden_states.shape[1]
+        named: dict[str, Any] = {CACHE: past_key_values}
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
             hidden_states=(*seen, hidden_states) if output_hidden_states else None,
+            **named,
         )
 
 
@@ -159,10 +163,10 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         Nor can it go on from one without attention layers, which cannot tell its length.
         """
         implementation = generation_config.cache_implementation
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if not isinstance(cache, OSDNCache | None) and "attention" not in self.config.mixers:
             raise ValueError(
-                "past_key_values: expected an OSDNCache for a model without attention layers, got "
+                f"{CACHE}: expected an OSDNCache for a model without attention layers, got "
                 f"{type(cache).__name__}; give generate an osdn.OSDNCache(model.config)"
             )
         if implementation not in (None, "dynamic"):
@@ -171,7 +175,7 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
                 "memory of an osdn or delta_net layer has one constant size"
             )
         if cache is None and generation_config.use_cache:
-            model_kwargs["past_key_values"] = OSDNCache(self.config)
+            model_kwargs[CACHE] = OSDNCache(self.config)
         else:
             prepare: Any = GenerationMixin._prepare_cache_for_generation
             prepare(self, generation_config, model_kwargs, *rest)
@@ -193,6 +197,7 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         max_length_q: int | None = None,
         max_length_k: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        cache: Cache | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, vocabulary] in the weights' dtype and, given labels, the mean loss.
 
@@ -213,7 +218,7 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         outputs = self.model(
             input_ids,
             attention_mask,
-            past_key_values=past_key_values,
+            past_key_values=one_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -235,8 +240,8 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def _head_is_plain(self) -> bool:
