@@ -1,5 +1,6 @@
 """State decay: S̃_t = α_t S_{t−1} before the erase, in the rule and the step, on every backend."""
 
+import inspect
 from itertools import pairwise
 
 import pytest
@@ -134,10 +135,12 @@ def test_nothing_reaches_back_over_a_reset(fast_backend):
     "function", ["torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"]
 )
 def test_is_gated_deltanet_in_transformers(backend, function):
-    """η = 0, d = 1: Qwen3-Next's rule, which takes [B, T, H, ·] and computes in float32."""
-    theirs = getattr(
-        pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next"), function
-    )
+    """η = 0, d = 1: Qwen3-Next's rule, which takes [B, T, H, ·] and computes in float32.
+
+    Unwrapped: as imported it hands its work to flash-linear-attention, where that is installed.
+    """
+    module = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    theirs = inspect.unwrap(getattr(module, function))
     x = detached(decaying(130, "off", dtype=torch.float32))
     x["initial_precond"] = None
     o, state = theirs(

@@ -85,11 +85,15 @@ def step(token: Token, options: Options) -> Tensor:
     """o [B, H, V] for one token; state [P, H, K, V] and precond [P, H, K] change in place."""
     q, k, v, beta, log_gamma, log_alpha, state, precond, *_ = token
     (B, H, V), K, dtype = v.shape, k.shape[-1], state.dtype
-    read, write = token.places()
-    o = v.new_zeros(v.shape, dtype=dtype)  # a row without a place leaves it so
+    if token.slots is None:
+        read = write = np.arange(B)
+        o = v.new_empty(v.shape, dtype=dtype)
+    else:
+        read, write = (places.numpy() for places in token.places())
+        o = v.new_zeros(v.shape, dtype=dtype)  # an empty row leaves it so
     given = _flat(dtype, q, k, v, beta, log_gamma, decay=log_alpha)
     out = *_flat(dtype, o), _pool(state), _pool(precond)
-    places = read.numpy(), write.numpy(), state.stride(0), precond.stride(0)
+    places = read, write, state.stride(0), precond.stride(0)
     arguments = ((H, K, V), _numbers(options, log_gamma), given, out, places)
     _run(compiled_step, B * H, B * H * K * V, arguments)
     torch.autograd.graph.increment_version((state, precond))  # numpy wrote to them, unseen
@@ -128,8 +132,10 @@ def _array(x: Tensor | None, dtype: torch.dtype) -> ndarray:
 
 def _pool(x: Tensor) -> ndarray:
     """A flat view of all that a pool [P, ...] spans, with whatever lies between its places."""
-    row = x[0].numel()
     x = x.detach()
+    if x.is_contiguous():
+        return x.numpy().reshape(-1)
+    row = x[0].numel()
     return x.as_strided(((len(x) - 1) * x.stride(0) + row,), (1,)).numpy()
 
 
