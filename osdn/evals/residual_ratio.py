@@ -23,7 +23,7 @@ from osdn.evals.recall_data import read_prompts
 from osdn.evals.results import make_result, score
 from osdn.layers.osdn import OSDN
 from osdn.ops import reference
-from osdn.ops.operands import Rule
+from osdn.ops.operands import Options
 
 POSITIONS = 10  # bins of relative position
 SMALLEST = 1e-12  # what a ratio below it counts as in the geometric mean
@@ -88,7 +88,7 @@ def activations(layer: OSDN, hidden_states: Tensor) -> Activations:
 def preconditioners(layer: OSDN, k: Tensor, beta: Tensor, log_gamma: Tensor | None) -> Tensor:
     """d_t [T, H, K] for t = 1..T, before token t's own update, by the reference's `adapt`."""
     options = {"beta_aware": False, "precond_min": None, "precond_max": None, **layer.rule}
-    rule = Rule(scale=1.0, **options)
+    rule = Options(scale=1.0, **options)
     start = layer.start_precond()
     d = torch.ones_like(k[0]) if start is None else start.detach().double()
     if rule.constant_precond(log_gamma is not None):

@@ -6,12 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers.cache_utils import Cache, DynamicLayer
 
 from osdn.layers.cache import Mixed
 from osdn.layers.sizes import head_size
-from osdn.ops.validation import check_cu_seqlens, mark_of
+from osdn.ops.packing import check_cu_seqlens, remember
 
 
 class Attention(nn.Module):
@@ -161,24 +160,11 @@ def _causal(T: int, S: int, device: torch.device) -> Tensor:
 
 
 def _packed(cu_seqlens: Tensor, T: int) -> Tensor:
-    """[1, 1, T, T]: causal within each sequence of cu_seqlens.
-
-    Made once for a cu_seqlens tensor, which all layers of a model are handed, and let go with it.
-    """
-    mark = None if torch.compiler.is_compiling() else mark_of(cu_seqlens)
-    if mark is None:
-        return _packed_now(cu_seqlens, T)
-    known, pattern = _patterns.get(cu_seqlens, (None, None))
-    if pattern is None or known != (mark, T):
-        pattern = _packed_now(cu_seqlens, T)
-        _patterns[cu_seqlens] = (mark, T), pattern
-    return pattern
+    """[1, 1, T, T]: causal within each sequence of cu_seqlens; one mask for all layers."""
+    return remember(cu_seqlens, ("attention mask", T), lambda: _packed_now(cu_seqlens, T))
 
 
 def _packed_now(cu_seqlens: Tensor, T: int) -> Tensor:
     time = torch.arange(T, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens[1:], time, right=True)
     return _causal(T, T, cu_seqlens.device) & (document[:, None] == document)
-
-
-_patterns: Any = WeakIdKeyDictionary()

@@ -17,7 +17,8 @@ from osdn.layers.convolution import ShortConvolution
 from osdn.layers.padding import padding_first, reordered
 from osdn.layers.sizes import head_size
 from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step
-from osdn.ops.validation import check_box_holds_one, check_cu_seqlens, check_rule, check_sizes
+from osdn.ops.packing import check_cu_seqlens
+from osdn.ops.validation import check_box_holds_one, check_rule, check_sizes
 
 Forgetting = Literal["none", "data"]
 

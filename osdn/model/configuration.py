@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from osdn.layers.osdn import Forgetting
 from osdn.ops.validation import check_box_holds_one, check_rule, check_sizes
@@ -215,3 +215,6 @@ class OSDNConfig(PretrainedConfig):
         return [
             "full_attention" if name == "attention" else "linear_attention" for name in self.mixers
         ]
+
+
+AutoConfig.register(OSDNConfig.model_type, OSDNConfig)

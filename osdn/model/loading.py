@@ -135,6 +135,11 @@ def fetch(factory: Any, name: str, what: str, advice: str = "", **options: Any) 
     except PROBLEMS as error:
         if local:
             raise UserError(f"{name}: no {what} to load ({_line(error)}){advice}") from error
+    if "/" not in name:  # asking a hub takes half a minute to fail
+        raise UserError(
+            f"{name}: no directory here, and no {what} of that name in the local cache; names on "
+            "the Hugging Face hub are OWNER/NAME"
+        )
     if not hub_is_reachable():
         raise UserError(
             f"{name}: no directory here and no {what} of that name in the local cache, and there "

@@ -1,6 +1,6 @@
 """The OSDN language model, in Hugging Face's form.
 
-Importing this module registers the classes with AutoConfig, AutoModel and AutoModelForCausalLM.
+Importing this module registers the classes with AutoModel and AutoModelForCausalLM.
 Parameter names are those of flash-linear-attention's DeltaNet.
 """
 
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -353,7 +352,6 @@ class OSDNForTokenClassification(GenericForTokenClassification, OSDNPreTrainedMo
     """OSDNModel and a linear score of every token."""
 
 
-AutoConfig.register(OSDNConfig.model_type, OSDNConfig)
 AutoModel.register(OSDNConfig, OSDNModel)
 AutoModelForCausalLM.register(OSDNConfig, OSDNForCausalLM)
 AutoModelForSequenceClassification.register(OSDNConfig, OSDNForSequenceClassification)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from osdn.layers.osdn import OSDN
 from osdn.model.modeling import OSDNForCausalLM
-from osdn.ops.operands import Rule
+from osdn.ops.operands import Options
 from osdn.ops.reference import adapt
 
 TOKENS = 4096  # of the pass that are measured: the definition walks through them one by one
@@ -28,7 +28,7 @@ class Keys(NamedTuple):
     beta: Tensor
     log_gamma: Tensor | None
     start: Tensor
-    rule: Rule
+    rule: Options
     sequences: list[int]
 
 
@@ -77,7 +77,7 @@ def keys(layer: OSDN, hidden_states: Tensor, cu_seqlens: Tensor) -> Keys:
     options = {"beta_aware": False, "precond_min": None, "precond_max": None, **layer.rule}
     start = torch.ones_like(k[0]) if start is None else start.detach().clone().float()
     sequences = [first for first in cu_seqlens[:-1].tolist() if first < TOKENS]
-    return Keys(k, beta, log_gamma, start, Rule(scale=1.0, **options), sequences)
+    return Keys(k, beta, log_gamma, start, Options(scale=1.0, **options), sequences)
 
 
 def _by_name(layers: list[Keys]) -> Measured:
