@@ -109,7 +109,7 @@ main()
 
 
 def test_serve_answers_a_client_library(checkpoint, tmp_path):
-    """transformers' server with our class in it, asked by the openai package, whole and streamed."""
+    """transformers' server with our class in it, asked by a client library, whole and streamed."""
     openai = pytest.importorskip("openai")
     for module in ("fastapi", "uvicorn"):
         pytest.importorskip(module)
