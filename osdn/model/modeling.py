@@ -201,12 +201,15 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *rest: Any, **given: Any) -> Any:
-        """As transformers does, less the tokenizer that `generate` hands on with stop_strings."""
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does, less the tokenizer that `generate` hands on with stop_strings.
+
+        transformers looks for a parameter called kwargs, to check names against those of forward.
+        """
         for name in ("tokenizer", "assistant_tokenizer"):
-            given.pop(name, None)
-        prepare: Any = super().prepare_inputs_for_generation
-        return prepare(input_ids, *rest, **given)
+            kwargs.pop(name, None)
+        prepare: Any = GenerationMixin.prepare_inputs_for_generation
+        return prepare(self, input_ids, *args, **kwargs)
 
     def _prepare_position_ids_for_generation(self, *_: Any) -> None:
         """None: the layers count tokens themselves, and positions would be checked at each step."""
