@@ -201,11 +201,16 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *rest: Any, **given: Any) -> Any:
-        """As transformers does, less the tokenizer that `generate` hands on with stop_strings."""
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *rest: Any, **kwargs: Any) -> Any:
+        """As transformers does, less the tokenizer that `generate` hands on with stop_strings.
+
+        The name `kwargs` is what transformers looks for before it lets `generate` give what
+        forward takes.
+        """
         for name in ("tokenizer", "assistant_tokenizer"):
-            given.pop(name, None)
-        return super().prepare_inputs_for_generation(input_ids, *rest, **given)
+            kwargs.pop(name, None)
+        above: Any = super()
+        return above.prepare_inputs_for_generation(input_ids, *rest, **kwargs)
 
     def _prepare_position_ids_for_generation(self, *_: Any) -> None:
         """None: the layers count tokens themselves, and positions would be checked at each step."""

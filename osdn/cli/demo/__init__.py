@@ -13,7 +13,7 @@ from osdn.cli.hints import advise_numba
 from osdn.errors import UserError
 from osdn.train.recipe import Recipe
 
-FIELDS = recipes.fields(Recipe)
+FIELDS = tuple(recipes.fields(Recipe))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
