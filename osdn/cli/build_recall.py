@@ -7,6 +7,8 @@ from pathlib import Path
 
 from osdn.errors import UserError
 from osdn.evals.recall_data import build, debian, distributions, read_index
+from osdn.evals.results import write_json
+from osdn.system.files import write_whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +41,8 @@ def run(args: argparse.Namespace) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         for name in ("train", "test"):
             lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in found[name])
-            (args.out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-        (args.out / "fields.json").write_text(json.dumps(found["fields"], indent=1) + "\n")
+            write_whole(args.out / f"{name}.jsonl", "".join(lines))
+        write_json(args.out / "fields.json", found["fields"])
     except OSError as error:
         raise UserError(f"{args.out}: cannot write: {error.strerror or error}") from error
     asked = Counter(sample["key"] for sample in found["test"]).most_common()

@@ -6,6 +6,7 @@ from pathlib import Path
 from osdn.errors import UserError
 from osdn.evals.report import as_html, as_markdown, find, group
 from osdn.evals.results import read_result
+from osdn.system.files import write_whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +34,8 @@ def run(args: argparse.Namespace) -> None:
     twin = args.out.with_suffix(".md")
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(as_html(groups), encoding="utf-8")
-        twin.write_text(as_markdown(groups), encoding="utf-8")
+        write_whole(args.out, as_html(groups))
+        write_whole(twin, as_markdown(groups))
     except OSError as error:
         raise UserError(f"{args.out}: cannot write: {error.strerror or error}") from error
     size = args.out.stat().st_size / 1024
