@@ -209,8 +209,8 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         """
         for name in ("tokenizer", "assistant_tokenizer"):
             kwargs.pop(name, None)
-        prepare: Any = super().prepare_inputs_for_generation
-        return prepare(input_ids, *rest, **kwargs)
+        above: Any = super()
+        return above.prepare_inputs_for_generation(input_ids, *rest, **kwargs)
 
     def _prepare_position_ids_for_generation(self, *_: Any) -> None:
         """None: the layers count tokens themselves, and positions would be checked at each step."""
