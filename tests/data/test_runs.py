@@ -32,6 +32,7 @@ def made(tmp_path_factory):
     return recipe, curves
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "number"), [(0, signal.SIGKILL), (1, signal.SIGTERM)])
 def test_interrupted_with_a_worker_the_curve_is_that_of_a_run_without(kind, number, made, tmp_path):
     recipe, curves = made

@@ -36,6 +36,7 @@ def expected(recipe_path, tmp_path_factory):
     return curve(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_killed_at_random_moments_the_curve_is_that_of_an_uninterrupted_run(
     seed, recipe_path, expected, tmp_path
@@ -83,6 +84,7 @@ def test_a_second_run_in_the_same_directory_is_refused(recipe_path, expected, tm
     assert train(load_recipe(recipe_path), out).steps == STEPS  # it is free again
 
 
+@pytest.mark.slow
 def test_the_console_command_killed_and_given_again(recipe_path, expected, tmp_path):
     line = [sys.executable, "-m", "osdn", "train", str(recipe_path), "--out", str(tmp_path)]
     process = subprocess.Popen(line, stderr=subprocess.DEVNULL)
