@@ -1,5 +1,6 @@
 """transformers' DynamicCache, for models that may have no attention layer at all."""
 
+from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
@@ -10,11 +11,16 @@ class OSDNCache(DynamicCache):
     transformers reads a cache's length off its first attention layer and raises where there is
     none (5.17 to 5.23); this one counts, so that `generate` can start and go on from it. It can go
     when DynamicCache(config=...) answers get_seq_length() for linear-attention layers.
+
+    captured: whether tokens may go through a captured step (osdn/model/decoding.py); `generate`
+        sets it. slabs: the buffers that hold all layers' states while they do, sequences second.
     """
 
     def __init__(self, config: PretrainedConfig):
         super().__init__(config=config)
         self.tokens_seen = 0
+        self.captured = False
+        self.slabs: tuple[Tensor, ...] | None = None
 
     @property
     def is_compileable(self) -> bool:
@@ -29,3 +35,17 @@ class OSDNCache(DynamicCache):
     def reset(self) -> None:
         super().reset()
         self.tokens_seen = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence i goes on as sequence beam_idx[i]; in place where a captured step reads it."""
+        if self.slabs is None or not all(
+            held._base is slab
+            for layer in self.layers
+            for held, slab in zip(
+                (*layer.recurrent_states.values(), *layer.conv_states.values()), self.slabs
+            )
+        ):
+            super().reorder_cache(beam_idx)
+            return
+        for slab in self.slabs:
+            slab.copy_(slab.index_select(1, beam_idx.to(slab.device)))

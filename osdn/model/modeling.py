@@ -26,6 +26,7 @@ from osdn.layers.osdn import OSDN, ForgettingGate
 from osdn.model.block import OSDNBlock
 from osdn.model.cache import OSDNCache
 from osdn.model.configuration import OSDNConfig
+from osdn.model.decoding import decode
 from osdn.model.loss import cross_entropy, linear_cross_entropy, next_token_labels
 
 
@@ -175,6 +176,9 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         else:
             prepare: Any = GenerationMixin._prepare_cache_for_generation
             prepare(self, generation_config, model_kwargs, *rest)
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, OSDNCache):
+            cache.captured = not generation_config.disable_compile
 
     @can_return_tuple
     def forward(
@@ -210,6 +214,16 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         """
         if cu_seqlens is None:
             cu_seqlens = cu_seq_lens_q
+        plain = (
+            (labels is None and inputs_embeds is None and cu_seqlens is None)
+            and (use_cache or (use_cache is None and self.config.use_cache))
+            and not (output_hidden_states or self.config.output_hidden_states)
+            and isinstance(logits_to_keep, int)
+        )
+        if plain and isinstance(past_key_values, OSDNCache) and past_key_values.captured:
+            logits = decode(self, input_ids, attention_mask, past_key_values)
+            if logits is not None:
+                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         outputs = self.model(
             input_ids,
             attention_mask,

@@ -1,0 +1,325 @@
+"""Decoding through a captured step: one token of a whole model, replayed as one CUDA graph.
+
+A model without attention layers keeps a memory of constant size, so one graph for each batch size
+serves every position. The graph holds five launches a block (osdn/ops/triton/products.py and
+layer_step.py) and reads the weights where they are. `OSDNForCausalLM.forward` comes here for each
+token of a cache that `generate` has marked; everything around it (sampling, streamers, beams) is
+transformers' own.
+
+The states of a cache move into the graph's buffers at its first token and stay there: the cache's
+layers then hold views of them, so that every other reader and writer of the cache, eager forwards
+included, goes on as before. A second cache moves in by moving the first one out.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import LinearAttentionLayer
+from transformers.utils import logging
+
+from osdn.layers.convolution import ShortConvolution
+from osdn.layers.mlp import SwiGLU
+from osdn.layers.osdn import OSDN, ForgettingGate
+from osdn.model.block import OSDNBlock
+from osdn.model.cache import OSDNCache
+from osdn.ops.interface import HAS_TRITON, TRITON_LARGEST_HEAD
+
+MOST_STEPS = 4  # batch sizes captured at a time for one model; the least recently used one goes
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+PLAIN = (OSDNBlock, OSDN, SwiGLU, ShortConvolution, ForgettingGate, nn.Linear, nn.RMSNorm,
+         nn.Embedding, nn.ModuleList)  # fmt: skip
+
+logger = logging.get_logger(__name__)
+
+
+def decode(
+    model: Any, input_ids: Tensor | None, attention_mask: Tensor | None, cache: OSDNCache
+) -> Tensor | None:
+    """Logits [B, 1, vocabulary] after one token for each sequence; the cache is updated.
+
+    None where the layers must run instead: more than one token, a cache without a past, gradients,
+    autocast, a model that `lacks` names a reason for.
+    """
+    if (
+        not isinstance(input_ids, Tensor)
+        or input_ids.shape[1:] != (1,)
+        or not runs_on(input_ids.device)
+        or torch.is_grad_enabled()
+        or model.training
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled(input_ids.device.type)
+        or not (attention_mask is None or _fits(attention_mask, input_ids))
+    ):
+        return None
+    with _lock:
+        step = _step(model, cache, input_ids)
+        if step is None:
+            return None
+        cache.tokens_seen += 1
+        return step.run(input_ids, attention_mask)
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether a step can be captured there."""
+    return device.type == "cuda" and HAS_TRITON
+
+
+def _fits(attention_mask: Tensor, input_ids: Tensor) -> bool:
+    """Whether the mask is [B, at least 1]; if not, the layers raise."""
+    mask = attention_mask
+    return isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) == len(input_ids)
+
+
+def lacks(model: Any) -> str | None:
+    """Why this model cannot be captured, or None. Asked once for each cache."""
+    backbone = model.model
+    for block in backbone.layers:
+        if not isinstance(block.attn, OSDN):
+            return "attention layers, whose cache grows"
+        if block.attn.backend not in ("auto", "triton"):
+            return f"a layer with backend {block.attn.backend!r}"
+        if max(block.attn.head_dim, block.attn.head_v_dim) > TRITON_LARGEST_HEAD:
+            return f"heads larger than {TRITON_LARGEST_HEAD}"
+    for name, module in model.named_modules():
+        if module is model:
+            continue  # its own hooks run around us
+        if module is not backbone and type(module) not in PLAIN:
+            return f"{name} is a {type(module).__name__}, not a plain layer"
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return f"hooks on {name}"
+        if isinstance(module, nn.Linear) and module.bias is not None and "a_proj" not in name:
+            return f"a bias in {name}"
+    first = model.lm_head.weight
+    for name, p in model.named_parameters():
+        if type(p) is not nn.Parameter or not p.is_contiguous():
+            return f"{name} is not a plain contiguous parameter"
+        if p.dtype not in DTYPES or (p.dtype, p.device) != (first.dtype, first.device):
+            return f"{name} is {p.dtype} on {p.device}"
+    return None
+
+
+class DecodingStep:
+    """One token for `batch` sequences: buffers, and the launches that lead through the model.
+
+    slabs: S [L, B, H, K, V] and d [L, B, H, K] in float32, histories [L, B, 2 H K, W−1] (q and k)
+        and [L, B, H V, W−1], for L layers; the views of them are what a cache's layers hold.
+    """
+
+    def __init__(self, model: Any, batch: int):
+        mixer, config = model.model.layers[0].attn, model.config
+        H, K, V = mixer.num_heads, mixer.head_dim, mixer.head_v_dim
+        gap, layers = mixer.q_conv1d.kernel_size[0] - 1, len(model.model.layers)
+        weight = model.lm_head.weight
+        self.device, self.dtype, self.batch = weight.device, weight.dtype, batch
+        self.eps = config.norm_eps
+        self.embedding, self.head = model.model.embeddings.weight, weight
+        self.norm = model.model.norm.weight
+        self.layers = [_Layer(block) for block in model.model.layers]
+        self.parameters = list(model.parameters())
+        self.addresses = [p.data_ptr() for p in self.parameters]
+
+        float32: dict[str, Any] = {"dtype": torch.float32, "device": self.device}
+        like: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+        self.slabs = (
+            torch.zeros(layers, batch, H, K, V, **float32),
+            torch.zeros(layers, batch, H, K, **float32),
+            torch.zeros(layers, batch, 2 * H * K, gap, **like),
+            torch.zeros(layers, batch, H * V, gap, **like),
+        )
+        self.views = [slab[i] for i in range(layers) for slab in self.slabs]
+        self.owner: ref[OSDNCache] | None = None
+
+        self.ids = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        self.mask = torch.ones(batch, dtype=torch.int8, device=self.device)
+        self.unmasked = True
+        self.hidden = torch.zeros(batch, config.hidden_size, **like)
+        self.projected = torch.zeros(batch, sum(map(len, self.layers[0].projections)), **like)
+        self.mixed = torch.zeros(batch, H * V, **like)
+        self.inner = torch.zeros(batch, config.intermediate_size, **like)
+        self.logits = torch.zeros(batch, config.vocab_size, **like)
+        self.stream = current_stream(self.device)
+        self.replay = capture(self.launch, self.device)
+
+    def launch(self) -> None:
+        """The kernels, in order; nothing is allocated."""
+        from osdn.ops.triton.layer_step import layer_step
+        from osdn.ops.triton.products import add_product, gated_product, project
+
+        hidden, eps = self.hidden, self.eps
+        torch.index_select(self.embedding, 0, self.ids, out=hidden)
+        for i, layer in enumerate(self.layers):
+            S, d, qk_history, v_history = self.views[4 * i : 4 * i + 4]
+            project(hidden, layer.attn_norm, layer.projections, self.projected, eps)
+            layer_step(
+                self.projected, self.mask, (qk_history, v_history), layer.convolutions,
+                layer.gamma_bias, layer.o_norm, S, d, self.mixed, layer.constants,
+            )  # fmt: skip
+            add_product(self.mixed, layer.o_proj, hidden)
+            gated_product(hidden, layer.mlp_norm, layer.gate, layer.up, self.inner, eps)
+            add_product(self.inner, layer.down, hidden)
+        project(hidden, self.norm, [self.head], self.logits, eps)
+
+    def run(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Logits [B, 1, vocabulary] in a tensor of their own."""
+        stream = current_stream(self.device)
+        if stream is not None and stream != self.stream:
+            stream.wait_stream(self.stream)  # the last token may still be running there
+            self.stream = stream
+        self.ids.copy_(input_ids[:, 0])
+        if attention_mask is not None:
+            self.mask.copy_(attention_mask[:, -1])
+        elif not self.unmasked:
+            self.mask.fill_(1)
+        self.unmasked = attention_mask is None
+        self.replay()
+        return self.logits[:, None].clone()
+
+    def serves(self, cache: OSDNCache) -> bool:
+        """Whether the cache's states are these buffers, and the weights where they were."""
+        if self.owner is None or self.owner() is not cache:
+            return False
+        held = _tensors(cache)
+        return (
+            len(held) == len(self.views)
+            and all(a is b for a, b in zip(held, self.views))
+            and self.addresses == [p.data_ptr() for p in self.parameters]
+        )
+
+    def adopt(self, cache: OSDNCache) -> None:
+        """Move the cache's states in, and those of the cache that was here out."""
+        before = None if self.owner is None else self.owner()
+        if before is not None and before is not cache:
+            for i, (held, view) in enumerate(zip(_tensors(before), self.views)):
+                if held is view:
+                    _put(before, i, view.clone())
+            before.slabs = None
+        for i, (held, view) in enumerate(zip(_tensors(cache), self.views)):
+            if held is not view:
+                view.copy_(held)
+                _put(cache, i, view)
+        cache.slabs, self.owner = self.slabs, ref(cache)
+
+
+class _Layer:
+    """The weights of one block, and what its mixer fixes."""
+
+    def __init__(self, block: OSDNBlock):
+        from osdn.ops.triton.layer_step import Constants
+
+        mixer = block.attn
+        assert isinstance(mixer, OSDN)
+        optional = [x for x in (mixer.a_proj, mixer.g_proj) if x is not None]
+        modules = [mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.b_proj, *optional]
+        self.projections = [module.weight for module in modules]
+        self.convolutions = (
+            mixer.q_conv1d.weight, mixer.k_conv1d.weight, mixer.v_conv1d.weight,
+        )  # fmt: skip
+        self.gamma_bias = None if mixer.a_proj is None else mixer.a_proj.bias
+        self.attn_norm, self.mlp_norm = block.attn_norm.weight, block.mlp_norm.weight
+        self.o_norm, self.o_proj = mixer.o_norm.weight, mixer.o_proj.weight
+        self.gate, self.up = block.mlp.gate_proj.weight, block.mlp.up_proj.weight
+        self.down = block.mlp.down_proj.weight
+        eps = mixer.o_norm.eps
+        assert eps is not None
+        self.constants = Constants(
+            mixer.num_heads, mixer.head_dim, mixer.head_v_dim, mixer.rule["eta"],
+            mixer.rule.get("beta_aware", False), mixer.rule.get("precond_min"),
+            mixer.rule.get("precond_max"), mixer.head_dim**-0.5, eps, mixer.allow_neg_eigval,
+            mixer.g_proj is not None,
+        )  # fmt: skip
+
+
+def capture(launch: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """A function that replays what `launch` does on the device as one CUDA graph.
+
+    Runs `launch` once before, which compiles its kernels.
+    """
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            launch()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            launch()
+    return graph.replay
+
+
+def current_stream(device: torch.device) -> Any:
+    """The stream that work is queued on, or None where there are none."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+def _step(model: Any, cache: OSDNCache, input_ids: Tensor) -> DecodingStep | None:
+    """The step that serves this cache: the one that does, or else one that adopts it, or None."""
+    steps, batch = _steps.setdefault(model, {}), len(input_ids)
+    step = steps.get(batch)
+    if step is not None and step.serves(cache):
+        return step
+    if not _has_past(cache, batch):
+        return None
+    problem = lacks(model)
+    if problem is not None:
+        logger.info(f"generate decodes without a captured step: {problem}")
+        cache.captured = False
+        return None
+    if input_ids.device != model.lm_head.weight.device:
+        return None
+    if step is not None and step.addresses != [p.data_ptr() for p in model.parameters()]:
+        steps.clear()  # weights were moved or replaced: no graph is valid any more
+        step = None
+    with torch.inference_mode(False), torch.no_grad():
+        steps.pop(batch, None)
+        if step is None:
+            while len(steps) >= MOST_STEPS:
+                del steps[next(iter(steps))]
+            logger.info(f"generate captures its step for a batch of {batch}")
+            step = DecodingStep(model, batch)
+        steps[batch] = step  # last: the most recently used
+        if [(x.shape, x.dtype, x.device) for x in _tensors(cache)] != [
+            (x.shape, x.dtype, x.device) for x in step.views
+        ]:
+            return None
+        step.adopt(cache)
+    return step
+
+
+def _has_past(cache: OSDNCache, batch: int) -> bool:
+    """Whether every layer has states of that many sequences, as a first forward leaves them."""
+    for layer in cache.layers:
+        if (
+            not isinstance(layer, LinearAttentionLayer)
+            or not layer.has_previous_state[0]
+            or layer.record_past
+            or layer.recurrent_states[0] is None
+            or len(layer.recurrent_states[0]) != batch
+        ):
+            return False
+    return len(cache.layers) > 0
+
+
+def _tensors(cache: OSDNCache) -> list[Tensor]:
+    """S, d, the history of q and k, that of v, layer by layer."""
+    found: list[Any] = []
+    for layer in cache.layers:
+        assert isinstance(layer, LinearAttentionLayer)
+        found += (layer.recurrent_states[0], layer.recurrent_states[1],
+                  layer.conv_states[0], layer.conv_states[1])  # fmt: skip
+    return found
+
+
+def _put(cache: OSDNCache, number: int, x: Tensor) -> None:
+    """Make x the cache's tensor of that number in `_tensors`."""
+    layer: Any = cache.layers[number // 4]
+    states = layer.recurrent_states if number % 4 < 2 else layer.conv_states
+    states[number % 2] = x
+
+
+_lock = threading.RLock()
+_steps: WeakKeyDictionary[Any, dict[int, DecodingStep]] = WeakKeyDictionary()
