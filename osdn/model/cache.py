@@ -1,8 +1,10 @@
 """transformers' DynamicCache, for models that may have no attention layer at all."""
 
+from typing import Any
+
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, LinearAttentionLayer
 
 
 class OSDNCache(DynamicCache):
@@ -36,11 +38,12 @@ class OSDNCache(DynamicCache):
         super().reset()
         self.tokens_seen = 0
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         """Sequence i goes on as sequence beam_idx[i]; in place where a captured step reads it."""
         if self.slabs is None or not all(
-            held._base is slab
+            held is not None and held._base is slab
             for layer in self.layers
+            if isinstance(layer, LinearAttentionLayer)
             for held, slab in zip(
                 (*layer.recurrent_states.values(), *layer.conv_states.values()), self.slabs
             )

@@ -227,7 +227,7 @@ class _Layer:
         assert eps is not None
         self.constants = Constants(
             mixer.num_heads, mixer.head_dim, mixer.head_v_dim, mixer.rule["eta"],
-            mixer.rule.get("beta_aware", False), mixer.rule.get("precond_min"),
+            bool(mixer.rule.get("beta_aware")), mixer.rule.get("precond_min"),
             mixer.rule.get("precond_max"), mixer.head_dim**-0.5, eps, mixer.allow_neg_eigval,
             mixer.g_proj is not None,
         )  # fmt: skip
@@ -284,7 +284,8 @@ def _step(model: Any, cache: OSDNCache, input_ids: Tensor) -> DecodingStep | Non
         steps[batch] = step  # last: the most recently used
         if [(x.shape, x.dtype, x.device) for x in _tensors(cache)] != [
             (x.shape, x.dtype, x.device) for x in step.views
-        ]:
+        ]:  # not this model's
+            cache.captured = False
             return None
         step.adopt(cache)
     return step

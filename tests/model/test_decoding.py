@@ -40,7 +40,8 @@ def steps(monkeypatch):
 
 
 def make(**fields):
-    model = build(**({"num_hidden_layers": 2, "pad_token_id": 0} | fields)).to(DEVICE)
+    sizes = {"num_hidden_layers": 1, "intermediate_size": 24, "pad_token_id": 0}
+    model = build(**sizes | fields).to(DEVICE)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("a_proj.bias"):
@@ -61,7 +62,7 @@ def both(model, ids, **options):
 @pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
 @torch.no_grad()
 def test_logits_and_states_are_the_layers(fields, steps):
-    model, ids = make(**fields), tokens(3, 9).to(DEVICE)
+    model, ids = make(num_hidden_layers=2, **fields), tokens(3, 9).to(DEVICE)
     mask = torch.ones_like(ids)
     mask[1, :2] = mask[2, -2] = 0  # padding on the left, and a token that counts for nothing
     caches = [model(ids[:, :5], mask[:, :5]).past_key_values for _ in range(2)]
@@ -186,7 +187,7 @@ def test_weights_may_change_and_move():
 @torch.no_grad()
 def test_hooks_and_wrapped_layers_are_not_passed_over(steps):
     model, called = make(), []
-    handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: called.append(1))
+    handle = model.model.layers[0].mlp.register_forward_hook(lambda *_: called.append(1))
     model.generate(tokens(1, 4).to(DEVICE), max_new_tokens=3, do_sample=False)
     assert len(called) == 3 and not steps
     handle.remove()
@@ -195,7 +196,7 @@ def test_hooks_and_wrapped_layers_are_not_passed_over(steps):
 
 
 def test_models_with_attention_decode_by_their_layers(steps):
-    model = make(mixer=["osdn", "attention"])
+    model = make(mixer=["osdn", "attention"], num_hidden_layers=2)
     step, eager = both(model, tokens(1, 4), max_new_tokens=3)
     assert torch.equal(step, eager) and not steps
 
@@ -213,7 +214,7 @@ def test_gradients_and_a_bare_loop_take_the_layers(steps):
 
 @torch.no_grad()
 def test_the_most_recent_batch_sizes_stay():
-    model = make(num_hidden_layers=1)
+    model = make()
     for batch in (1, 2, 3, 1, 4, 5):
         cache = model(tokens(batch, 3).to(DEVICE)).past_key_values
         cache.captured = True
