@@ -148,7 +148,7 @@ def per_token(run: Callable[[int], Any], few: int, many: int) -> float:
     return sorted(found)[1]
 
 
-def replayed(step: decoding.DecodingStep, count: int = 50) -> float:
+def replayed(step: Any, count: int = 50) -> float:
     """Milliseconds of one replay, by events around many."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(5):
@@ -163,17 +163,20 @@ def replayed(step: decoding.DecodingStep, count: int = 50) -> float:
 
 def prefill() -> None:
     model = build()
-    for length in (128, 1000, 1024, 4096):
-        ids = prompt(1, length)
-        spent = []
-        for _ in range(7):
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            generate(model, ids, 1)
-            torch.cuda.synchronize()
-            spent.append((time.perf_counter() - began) * 1e3)
-        calls = " ".join(f"{x:.1f}" for x in spent)
-        print(f"prefill of {length} tokens, batch 1: {calls} ms")
+    for length in (128, 1024, 4096):
+        for off in (False, True):
+            ids, spent = prompt(1, length), []
+            for _ in range(6):  # captured at the second
+                torch.cuda.synchronize()
+                began = time.perf_counter()
+                generate(model, ids, 1, disable_compile=off)
+                torch.cuda.synchronize()
+                spent.append((time.perf_counter() - began) * 1e3)
+            calls = " ".join(f"{x:.1f}" for x in spent)
+            print(f"prefill of {length} tokens, batch 1, disable_compile={off}: {calls} ms")
+        graph = decoding._steps[model][1].prompts.get(length)
+        if graph is not None and graph.replay is not None:
+            print(f"  its graph alone: {replayed(graph, 10):.2f} ms")
 
 
 def profile() -> None:

@@ -2,8 +2,8 @@
 
 A model without attention layers keeps a memory of constant size, so one graph for each batch size
 serves every position. The graph holds five launches a block (osdn/ops/triton/products.py and
-layer_step.py) and reads the weights where they are. `OSDNForCausalLM.forward` comes here for each
-token of a cache that `generate` has marked; everything around it (sampling, streamers, beams) is
+layer_step.py) and reads the weights where they are. `OSDNForCausalLM.forward` comes here for the
+tokens of a cache that `generate` has marked; everything around it (sampling, streamers, beams) is
 transformers' own.
 
 The states of a cache move into the graph's buffers at its first token and stay there: the cache's
@@ -26,6 +26,7 @@ from osdn.layers.mlp import SwiGLU
 from osdn.layers.osdn import OSDN, ForgettingGate
 from osdn.model.block import OSDNBlock
 from osdn.model.cache import OSDNCache
+from osdn.model.prefill import MOST_LENGTHS, Prompt, padded
 from osdn.ops.interface import HAS_TRITON, TRITON_LARGEST_HEAD
 
 MOST_STEPS = 4  # batch sizes captured at a time for one model; the least recently used one goes
@@ -36,17 +37,19 @@ PLAIN = (OSDNBlock, OSDN, SwiGLU, ShortConvolution, ForgettingGate, nn.Linear, n
 logger = logging.get_logger(__name__)
 
 
-def decode(
+def last_logits(
     model: Any, input_ids: Tensor | None, attention_mask: Tensor | None, cache: OSDNCache
 ) -> Tensor | None:
-    """Logits [B, 1, vocabulary] after one token for each sequence; the cache is updated.
+    """Logits [B, 1, vocabulary] after the last of these tokens [B, T]; the cache is updated.
 
-    None where the layers must run instead: more than one token, a cache without a past, gradients,
-    autocast, a model that `lacks` names a reason for.
+    One token after a past is a step; several without one are a short prompt (`prefill`). None where
+    the layers must run instead: other tokens, gradients, autocast, or a model that `lacks` names a
+    reason for.
     """
     if (
         not isinstance(input_ids, Tensor)
-        or input_ids.shape[1:] != (1,)
+        or input_ids.ndim != 2
+        or not input_ids.numel()
         or not runs_on(input_ids.device)
         or torch.is_grad_enabled()
         or model.training
@@ -55,12 +58,20 @@ def decode(
         or not (attention_mask is None or _fits(attention_mask, input_ids))
     ):
         return None
+    B, T = input_ids.shape
+    size = padded(B, T) if T > 1 else 1
+    if size is None:
+        return None
     with _lock:
         step = _step(model, cache, input_ids)
         if step is None:
             return None
-        cache.tokens_seen += 1
-        return step.run(input_ids, attention_mask)
+        if T > 1:
+            logits = step.prefill(model, size, input_ids, attention_mask)
+        else:
+            logits = step.run(input_ids, attention_mask)
+        cache.tokens_seen += T
+        return logits
 
 
 def runs_on(device: torch.device) -> bool:
@@ -69,9 +80,11 @@ def runs_on(device: torch.device) -> bool:
 
 
 def _fits(attention_mask: Tensor, input_ids: Tensor) -> bool:
-    """Whether the mask is [B, at least 1]; if not, the layers raise."""
-    mask = attention_mask
-    return isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) == len(input_ids)
+    """Whether the mask is [B, at least T]; if not, the layers raise."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        return False
+    (B, T), (rows, columns) = input_ids.shape, attention_mask.shape
+    return rows == B and columns >= T
 
 
 def lacks(model: Any) -> str | None:
@@ -142,7 +155,8 @@ class DecodingStep:
         self.inner = torch.zeros(batch, config.intermediate_size, **like)
         self.logits = torch.zeros(batch, config.vocab_size, **like)
         self.stream = current_stream(self.device)
-        self.replay = capture(self.launch, self.device)
+        self.replay: Callable[[], None] | None = None  # captured at the first token
+        self.prompts: dict[int, Prompt] = {}  # by padded length
 
     def launch(self) -> None:
         """The kernels, in order; nothing is allocated."""
@@ -165,10 +179,9 @@ class DecodingStep:
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Logits [B, 1, vocabulary] in a tensor of their own."""
-        stream = current_stream(self.device)
-        if stream is not None and stream != self.stream:
-            stream.wait_stream(self.stream)  # the last token may still be running there
-            self.stream = stream
+        self._wait()
+        if self.replay is None:
+            self.replay = self._captured()
         self.ids.copy_(input_ids[:, 0])
         if attention_mask is not None:
             self.mask.copy_(attention_mask[:, -1])
@@ -177,6 +190,43 @@ class DecodingStep:
         self.unmasked = attention_mask is None
         self.replay()
         return self.logits[:, None].clone()
+
+    def prefill(
+        self, model: Any, size: int, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> Tensor:
+        """Logits [B, 1, vocabulary] after prompts [B, T], and their states in the buffers."""
+        self._wait()
+        prompt = self.prompts.pop(size, None)
+        with torch.inference_mode(False), torch.no_grad():
+            if prompt is None:
+                while len(self.prompts) >= MOST_LENGTHS:
+                    del self.prompts[next(iter(self.prompts))]
+                prompt = Prompt(self.batch, size, self.device)
+            self.prompts[size] = prompt
+
+            def finish(cache: OSDNCache, hidden: Tensor) -> None:
+                for view, held in zip(self.views, _tensors(cache)):
+                    view.copy_(held)
+                torch.mm(model.model.norm(hidden), self.head.t(), out=self.logits)
+
+            prompt.run(model, input_ids, attention_mask, finish, capture)
+        return self.logits[:, None].clone()
+
+    def _captured(self) -> Callable[[], None]:
+        """The launches as a graph; they run once before, so the states are put back after."""
+        with torch.inference_mode(False), torch.no_grad():
+            states = [slab.clone() for slab in self.slabs]
+            replay = capture(self.launch, self.device)
+            for slab, before in zip(self.slabs, states):
+                slab.copy_(before)
+        return replay
+
+    def _wait(self) -> None:
+        """Where the caller's stream has changed, wait for what the last one was given."""
+        stream = current_stream(self.device)
+        if stream is not None and stream != self.stream:
+            stream.wait_stream(self.stream)
+            self.stream = stream
 
     def serves(self, cache: OSDNCache) -> bool:
         """Whether the cache's states are these buffers, and the weights where they were."""
@@ -192,16 +242,32 @@ class DecodingStep:
     def adopt(self, cache: OSDNCache) -> None:
         """Move the cache's states in, and those of the cache that was here out."""
         before = None if self.owner is None else self.owner()
-        if before is not None and before is not cache:
+        if before is not None and before is not cache and before.slabs is self.slabs:
             for i, (held, view) in enumerate(zip(_tensors(before), self.views)):
                 if held is view:
                     _put(before, i, view.clone())
             before.slabs = None
-        for i, (held, view) in enumerate(zip(_tensors(cache), self.views)):
-            if held is not view:
-                view.copy_(held)
-                _put(cache, i, view)
+        if cache.tokens_seen:
+            for i, (held, view) in enumerate(zip(_tensors(cache), self.views)):
+                if held is not view:
+                    view.copy_(held)
+                    _put(cache, i, view)
+        else:
+            self._begin(cache)
         cache.slabs, self.owner = self.slabs, ref(cache)
+
+    def _begin(self, cache: OSDNCache) -> None:
+        """Make an empty cache's layers hold the buffers, as their first updates would."""
+        for i, view in enumerate(self.views):
+            _put(cache, i, view)
+        for layer in cache.layers:
+            assert isinstance(layer, LinearAttentionLayer)
+            layer.dtype, layer.device = self.dtype, self.device
+            for slot in (0, 1):
+                layer.conv_kernel_size[slot] = self.slabs[2].shape[-1]
+                layer.is_conv_states_initialized[slot] = True
+                layer.is_recurrent_states_initialized[slot] = True
+                layer.has_previous_state[slot] = True
 
 
 class _Layer:
@@ -258,11 +324,11 @@ def current_stream(device: torch.device) -> Any:
 
 def _step(model: Any, cache: OSDNCache, input_ids: Tensor) -> DecodingStep | None:
     """The step that serves this cache: the one that does, or else one that adopts it, or None."""
-    steps, batch = _steps.setdefault(model, {}), len(input_ids)
+    steps, (batch, T) = _steps.setdefault(model, {}), input_ids.shape
     step = steps.get(batch)
-    if step is not None and step.serves(cache):
+    if T == 1 and step is not None and step.serves(cache):
         return step
-    if not _has_past(cache, batch):
+    if not (_is_empty(cache) if T > 1 else _has_past(cache, batch)):
         return None
     problem = lacks(model)
     if problem is not None:
@@ -282,13 +348,23 @@ def _step(model: Any, cache: OSDNCache, input_ids: Tensor) -> DecodingStep | Non
             logger.info(f"generate captures its step for a batch of {batch}")
             step = DecodingStep(model, batch)
         steps[batch] = step  # last: the most recently used
-        if [(x.shape, x.dtype, x.device) for x in _tensors(cache)] != [
+        if T == 1 and [(x.shape, x.dtype, x.device) for x in _tensors(cache)] != [
             (x.shape, x.dtype, x.device) for x in step.views
         ]:  # not this model's
             cache.captured = False
             return None
         step.adopt(cache)
     return step
+
+
+def _is_empty(cache: OSDNCache) -> bool:
+    """Whether no layer has had a token yet."""
+    return cache.tokens_seen == 0 and all(
+        isinstance(layer, LinearAttentionLayer)
+        and not any(layer.is_conv_states_initialized.values())
+        and not layer.record_past
+        for layer in cache.layers
+    )
 
 
 def _has_past(cache: OSDNCache, batch: int) -> bool:

@@ -26,7 +26,7 @@ from osdn.layers.osdn import OSDN, ForgettingGate
 from osdn.model.block import OSDNBlock
 from osdn.model.cache import OSDNCache
 from osdn.model.configuration import OSDNConfig
-from osdn.model.decoding import decode
+from osdn.model.decoding import last_logits
 from osdn.model.loss import cross_entropy, linear_cross_entropy, next_token_labels
 
 
@@ -219,9 +219,10 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
             and (use_cache or (use_cache is None and self.config.use_cache))
             and not (output_hidden_states or self.config.output_hidden_states)
             and isinstance(logits_to_keep, int)
+            and (logits_to_keep == 1 or (input_ids is not None and input_ids.shape[1:] == (1,)))
         )
         if plain and isinstance(past_key_values, OSDNCache) and past_key_values.captured:
-            logits = decode(self, input_ids, attention_mask, past_key_values)
+            logits = last_logits(self, input_ids, attention_mask, past_key_values)
             if logits is not None:
                 return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         outputs = self.model(

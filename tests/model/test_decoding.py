@@ -79,6 +79,31 @@ def test_logits_and_states_are_the_layers(fields, steps):
     assert caches[0].get_seq_length() == caches[1].get_seq_length() == 9
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_short_prompt_is_the_layers(masked, steps):
+    """Padded to a power of two, and captured at its second use; T shorter than a history too."""
+    model = make(forgetting="data", conv_size=4)
+    for T in (2, 9, 9, 70, 9):
+        ids = tokens(2, T, seed=T).to(DEVICE)
+        mask = torch.ones_like(ids)
+        if masked:
+            mask[0, : T // 2] = 0
+        caches = [OSDNCache(model.config) for _ in range(2)]
+        caches[0].captured = True
+        logits = [
+            model(ids, mask, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            for cache in caches
+        ]
+        assert_close(*logits, 1e-5)
+        for actual, expected in zip(*map(decoding._tensors, caches)):
+            assert_close(actual, expected, 1e-5)
+        assert [cache.get_seq_length() for cache in caches] == [T, T]
+    prompts = decoding._steps[model][2].prompts
+    assert {size: prompt.uses for size, prompt in prompts.items()} == {128: 1, 64: 4}
+    assert prompts[64].replay is not None and prompts[128].replay is None
+
+
 def test_greedy(steps):
     step, eager = both(make(), tokens(1, 5), max_new_tokens=6)
     assert torch.equal(step, eager) and len(steps) == 5
