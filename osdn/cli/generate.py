@@ -2,12 +2,15 @@
 
 import argparse
 import math
+import sys
+import time
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, TextStreamer
 
 from osdn.errors import UserError
+from osdn.model.cache import state_bytes
 from osdn.model.loading import fetch, load_weights
 
 
@@ -63,11 +66,16 @@ def run(args: argparse.Namespace) -> None:
     if args.temperature > 0:  # from all tokens: transformers' default is the 50 likeliest
         sampling |= {"temperature": args.temperature, "top_k": 0}
     ids = ids.to(model.device)
-    model.generate(
+    began = time.perf_counter()
+    result = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=args.max_new_tokens,
         pad_token_id=tokenizer.eos_token_id if pad is None else pad,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        return_dict_in_generate=True,
         **sampling,
     )
+    seconds, new = time.perf_counter() - began, result.sequences.shape[1] - ids.shape[1]
+    memory = f"{state_bytes(result.past_key_values) / 1e6:.2f} MB of state"
+    print(f"{new} tokens in {seconds:.1f} s: {new / seconds:.0f} a second, {memory}", file=sys.stderr)

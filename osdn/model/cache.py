@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, LinearAttentionLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionLayer
 
 
 class OSDNCache(DynamicCache):
@@ -52,3 +52,14 @@ class OSDNCache(DynamicCache):
             return
         for slab in self.slabs:
             slab.copy_(slab.index_select(1, beam_idx.to(slab.device)))
+
+
+def state_bytes(cache: Cache) -> int:
+    """Bytes that a cache's tensors take: constant for a linear-attention layer."""
+    held: list[Tensor | None] = []
+    for layer in cache.layers:
+        if isinstance(layer, LinearAttentionLayer):
+            held += [*layer.recurrent_states.values(), *layer.conv_states.values()]
+        else:
+            held += [getattr(layer, "keys", None), getattr(layer, "values", None)]
+    return sum(x.numel() * x.element_size() for x in held if x is not None)
