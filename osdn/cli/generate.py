@@ -78,4 +78,6 @@ def run(args: argparse.Namespace) -> None:
     )
     seconds, new = time.perf_counter() - began, result.sequences.shape[1] - ids.shape[1]
     memory = f"{state_bytes(result.past_key_values) / 1e6:.2f} MB of state"
-    print(f"{new} tokens in {seconds:.1f} s: {new / seconds:.0f} a second, {memory}", file=sys.stderr)
+    print(
+        f"{new} tokens in {seconds:.1f} s: {new / seconds:.0f} a second, {memory}", file=sys.stderr
+    )

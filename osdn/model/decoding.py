@@ -123,6 +123,8 @@ class DecodingStep:
     """
 
     def __init__(self, model: Any, batch: int):
+        from osdn.ops.triton.products import stream_like
+
         mixer, config = model.model.layers[0].attn, model.config
         H, K, V = mixer.num_heads, mixer.head_dim, mixer.head_v_dim
         gap, layers = mixer.q_conv1d.kernel_size[0] - 1, len(model.model.layers)
@@ -149,7 +151,7 @@ class DecodingStep:
         self.ids = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self.mask = torch.ones(batch, dtype=torch.int8, device=self.device)
         self.unmasked = True
-        self.hidden = torch.zeros(batch, config.hidden_size, **like)
+        self.hidden = stream_like(torch.zeros(batch, config.hidden_size, **like))
         self.projected = torch.zeros(batch, sum(map(len, self.layers[0].projections)), **like)
         self.mixed = torch.zeros(batch, H * V, **like)
         self.inner = torch.zeros(batch, config.intermediate_size, **like)
@@ -161,21 +163,22 @@ class DecodingStep:
     def launch(self) -> None:
         """The kernels, in order; nothing is allocated."""
         from osdn.ops.triton.layer_step import layer_step
-        from osdn.ops.triton.products import add_product, gated_product, project
+        from osdn.ops.triton.products import add_product, embed, gated_product, project
 
-        hidden, eps = self.hidden, self.eps
-        torch.index_select(self.embedding, 0, self.ids, out=hidden)
-        for i, layer in enumerate(self.layers):
+        stream, eps, layers = self.hidden, self.eps, self.layers
+        after = [layer.attn_norm for layer in layers[1:]] + [self.norm]
+        embed(self.ids, self.embedding, layers[0].attn_norm, stream)
+        for i, layer in enumerate(layers):
             S, d, qk_history, v_history = self.views[4 * i : 4 * i + 4]
-            project(hidden, layer.attn_norm, layer.projections, self.projected, eps)
+            project(stream, layer.attn_norm, layer.projections, self.projected, eps)
             layer_step(
                 self.projected, self.mask, (qk_history, v_history), layer.convolutions,
                 layer.gamma_bias, layer.o_norm, S, d, self.mixed, layer.constants,
             )  # fmt: skip
-            add_product(self.mixed, layer.o_proj, hidden)
-            gated_product(hidden, layer.mlp_norm, layer.gate, layer.up, self.inner, eps)
-            add_product(self.inner, layer.down, hidden)
-        project(hidden, self.norm, [self.head], self.logits, eps)
+            add_product(self.mixed, layer.o_proj, layer.mlp_norm, stream)
+            gated_product(stream, layer.mlp_norm, layer.gate, layer.up, self.inner, eps)
+            add_product(self.inner, layer.down, after[i], stream)
+        project(stream, self.norm, [self.head], self.logits, eps)
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Logits [B, 1, vocabulary] in a tensor of their own."""

@@ -11,7 +11,8 @@ head makes
 
 with S, d and the histories updated in place and nothing allocated. Float32 throughout, rounded to
 the model's dtype where the layer's own modules would round. Bound by moving S, 4 K V bytes each
-way. Grid: B · H.
+way. Grid: B · H. It starts before its projections are complete, as osdn/ops/triton/products.py
+explains, and loads S meanwhile.
 """
 
 from typing import NamedTuple
@@ -19,10 +20,12 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from osdn.ops.convolution import L2_EPS
 from osdn.ops.triton.chunks import load_tile, on_device, store_tile, tile
 from osdn.ops.triton.precond_gates import clip
+from osdn.ops.triton.products import overlap
 
 
 @triton.jit
@@ -60,29 +63,36 @@ def layer_step_kernel(
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, BW: tl.constexpr,
     HAS_GAMMA: tl.constexpr, HAS_GATE: tl.constexpr, NEGATIVE: tl.constexpr,
-    BETA_AWARE: tl.constexpr, BOXED: tl.constexpr,
+    BETA_AWARE: tl.constexpr, BOXED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """p [B, H (2K + V + 1 (+ 1) (+ V))], mask [B] (0 where the token is padding), histories
     [B, 2 H K, W−1] and [B, H V, W−1], w [·, W], S [B, H, K, V], d [B, H, K], o [B, H V].
     """
+    if EARLY:
+        gdc_launch_dependents()
     dtype = p.dtype.element_ty
     i_h = tl.program_id(0) % H
     i_b = (tl.program_id(0) // H).to(tl.int64)
-    there = tl.load(mask + i_b) != 0
     row = p + i_b * (H * (2 * K + V + 1 + (1 if HAS_GAMMA else 0) + (V if HAS_GATE else 0)))
     o_k = tl.arange(0, BK)
     m_k = o_k < K
     c_k = i_h * K + o_k  # channels of this head
 
-    m_x = o_k < tl.where(there, K, 0)  # a padding token's inputs are zero
-
-    # Inputs and histories of q and k.
-    h_q, h_k = qk_history + i_b * (2 * H * K * (W - 1)), qk_history + i_b * (2 * H * K * (W - 1))
-    h_k += H * K * (W - 1)
-    x_q = tl.load(row + c_k, mask=m_x, other=0.0)  # [BK]
-    x_k = tl.load(row + H * K + c_k, mask=m_x, other=0.0)
+    # What only this kernel writes, and the weights: loaded before the projections are complete.
+    h_q = qk_history + i_b * (2 * H * K * (W - 1))
+    h_k = h_q + H * K * (W - 1)
     b_hq, past_q = _read_history(h_q, w_q, c_k, m_k, W, BW)  # [BK, BW], [BK]
     b_hk, past_k = _read_history(h_k, w_k, c_k, m_k, W, BW)
+    state = (i_b * H + i_h) * K
+    b_d = tl.load(d + state + o_k, mask=m_k, other=0.0)
+    b_S = load_tile(S + state * V, o_k, K, V, tl.arange(0, BV), V)  # [BK, BV]
+    if EARLY:
+        gdc_wait()
+
+    there = tl.load(mask + i_b) != 0
+    m_x = o_k < tl.where(there, K, 0)  # a padding token's inputs are zero
+    x_q = tl.load(row + c_k, mask=m_x, other=0.0)  # [BK]
+    x_k = tl.load(row + H * K + c_k, mask=m_x, other=0.0)
     z_q = _convolve(x_q, past_q, w_q, c_k, m_k, W)
     z_k = _convolve(x_k, past_k, w_k, c_k, m_k, W)
     b_q = (z_q * tl.rsqrt(tl.sum(z_q * z_q, 0) + L2_EPS)).to(dtype).to(tl.float32) * scale
@@ -95,8 +105,6 @@ def layer_step_kernel(
     b_k = tl.where(there, b_k, 0.0)
     b_beta = tl.where(there, b_beta, 0.0)
 
-    state = (i_b * H + i_h) * K
-    b_d = tl.load(d + state + o_k, mask=m_k, other=0.0)
     b_w = b_beta * b_d * b_k
     p_g = row + H * (2 * K + V + 1 + (1 if HAS_GAMMA else 0))
     square = 0.0
@@ -104,7 +112,8 @@ def layer_step_kernel(
         o_v = i_v * BV + tl.arange(0, BV)
         m_v = o_v < V
         c_v = i_h * V + o_v
-        b_S = load_tile(S + state * V, o_k, K, V, o_v, V)  # [BK, BV]
+        if i_v > 0:
+            b_S = load_tile(S + state * V, o_k, K, V, o_v, V)
         h_v = v_history + i_b * (H * V * (W - 1))
         m_x = o_v < tl.where(there, V, 0)
         x_v = tl.load(row + 2 * H * K + c_v, mask=m_x, other=0.0)  # [BV]
@@ -206,5 +215,5 @@ def layer_step(
             BV=64 if wide else tile(c.value_size), BW=triton.next_power_of_2(max(W - 1, 1)),
             HAS_GAMMA=gamma_bias is not None, HAS_GATE=c.output_gate,
             NEGATIVE=c.allow_neg_eigval, BETA_AWARE=c.beta_aware, BOXED=boxed,
-            num_warps=8 if wide else 4,
+            num_warps=8 if wide else 4, **overlap(projections),
         )  # fmt: skip
