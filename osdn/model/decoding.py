@@ -43,8 +43,8 @@ def last_logits(
     """Logits [B, 1, vocabulary] after the last of these tokens [B, T]; the cache is updated.
 
     One token after a past is a step; several without one are a short prompt (`prefill`). None where
-    the layers must run instead: other tokens, gradients, autocast, or a model that `lacks` names a
-    reason for.
+    the layers must run instead: other tokens, gradients, autocast, or a model for which
+    `parameters_of` gives a reason.
     """
     if (
         not isinstance(input_ids, Tensor)
@@ -87,32 +87,39 @@ def _fits(attention_mask: Tensor, input_ids: Tensor) -> bool:
     return rows == B and columns >= T
 
 
-def lacks(model: Any) -> str | None:
-    """Why this model cannot be captured, or None. Asked once for each cache."""
-    backbone = model.model
-    for block in backbone.layers:
+def parameters_of(model: Any) -> list[nn.Parameter] | str:
+    """The parameters that a step reads, or why this model cannot be captured.
+
+    Asked once for each cache; walks the modules itself, as `named_modules` takes a millisecond.
+    """
+    first, found = model.lm_head.weight, []
+    for block in model.model.layers:
         if not isinstance(block.attn, OSDN):
             return "attention layers, whose cache grows"
         if block.attn.backend not in ("auto", "triton"):
             return f"a layer with backend {block.attn.backend!r}"
         if max(block.attn.head_dim, block.attn.head_v_dim) > TRITON_LARGEST_HEAD:
             return f"heads larger than {TRITON_LARGEST_HEAD}"
-    for name, module in model.named_modules():
-        if module is model:
-            continue  # its own hooks run around us
-        if module is not backbone and type(module) not in PLAIN:
-            return f"{name} is a {type(module).__name__}, not a plain layer"
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            return f"hooks on {name}"
-        if isinstance(module, nn.Linear) and module.bias is not None and "a_proj" not in name:
-            return f"a bias in {name}"
-    first = model.lm_head.weight
-    for name, p in model.named_parameters():
-        if type(p) is not nn.Parameter or not p.is_contiguous():
-            return f"{name} is not a plain contiguous parameter"
-        if p.dtype not in DTYPES or (p.dtype, p.device) != (first.dtype, first.device):
-            return f"{name} is {p.dtype} on {p.device}"
-    return None
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if module is not model:  # its own hooks run around us
+            if module is not model.model and type(module) not in PLAIN:
+                return f"{name} is a {type(module).__name__}, not a plain layer"
+            if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+                return f"hooks on {name}"
+            if type(module) is nn.Linear and module.bias is not None:
+                return f"a bias in {name}"
+        for own, p in module._parameters.items():
+            if p is None:
+                continue
+            if type(p) is not nn.Parameter or not p.is_contiguous():
+                return f"{name}.{own} is not a plain contiguous parameter"
+            if p.dtype not in DTYPES or (p.dtype, p.device) != (first.dtype, first.device):
+                return f"{name}.{own} is {p.dtype} on {p.device}"
+            found.append(p)
+        waiting += [(f"{name}.{own}", x) for own, x in module._modules.items() if x is not None]
+    return found
 
 
 class DecodingStep:
@@ -122,7 +129,7 @@ class DecodingStep:
         and [L, B, H V, W−1], for L layers; the views of them are what a cache's layers hold.
     """
 
-    def __init__(self, model: Any, batch: int):
+    def __init__(self, model: Any, parameters: list[nn.Parameter], batch: int):
         from osdn.ops.triton.products import stream_like
 
         mixer, config = model.model.layers[0].attn, model.config
@@ -134,8 +141,8 @@ class DecodingStep:
         self.embedding, self.head = model.model.embeddings.weight, weight
         self.norm = model.model.norm.weight
         self.layers = [_Layer(block) for block in model.model.layers]
-        self.parameters = list(model.parameters())
-        self.addresses = [p.data_ptr() for p in self.parameters]
+        self.parameters = parameters
+        self.addresses = [p.data_ptr() for p in parameters]
 
         float32: dict[str, Any] = {"dtype": torch.float32, "device": self.device}
         like: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
@@ -239,8 +246,12 @@ class DecodingStep:
         return (
             len(held) == len(self.views)
             and all(a is b for a, b in zip(held, self.views))
-            and self.addresses == [p.data_ptr() for p in self.parameters]
+            and self.reads(self.parameters)
         )
+
+    def reads(self, parameters: list[nn.Parameter]) -> bool:
+        """Whether these are the weights, and where they were at the capture."""
+        return self.addresses == [p.data_ptr() for p in parameters]
 
     def adopt(self, cache: OSDNCache) -> None:
         """Move the cache's states in, and those of the cache that was here out."""
@@ -333,14 +344,14 @@ def _step(model: Any, cache: OSDNCache, input_ids: Tensor) -> DecodingStep | Non
         return step
     if not (_is_empty(cache) if T > 1 else _has_past(cache, batch)):
         return None
-    problem = lacks(model)
-    if problem is not None:
-        logger.info(f"generate decodes without a captured step: {problem}")
+    parameters = parameters_of(model)
+    if isinstance(parameters, str):
+        logger.info(f"generate decodes without a captured step: {parameters}")
         cache.captured = False
         return None
     if input_ids.device != model.lm_head.weight.device:
         return None
-    if step is not None and step.addresses != [p.data_ptr() for p in model.parameters()]:
+    if step is not None and not step.reads(parameters):
         steps.clear()  # weights were moved or replaced: no graph is valid any more
         step = None
     with torch.inference_mode(False), torch.no_grad():
@@ -349,7 +360,7 @@ def _step(model: Any, cache: OSDNCache, input_ids: Tensor) -> DecodingStep | Non
             while len(steps) >= MOST_STEPS:
                 del steps[next(iter(steps))]
             logger.info(f"generate captures its step for a batch of {batch}")
-            step = DecodingStep(model, batch)
+            step = DecodingStep(model, parameters, batch)
         steps[batch] = step  # last: the most recently used
         if T == 1 and [(x.shape, x.dtype, x.device) for x in _tensors(cache)] != [
             (x.shape, x.dtype, x.device) for x in step.views
