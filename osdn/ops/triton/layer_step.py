@@ -15,14 +15,13 @@ way. Grid: B · H. It starts before its projections are complete, as osdn/ops/tr
 explains, and loads S meanwhile.
 """
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from osdn.ops.convolution import L2_EPS
+from osdn.ops.layer_step import Constants
 from osdn.ops.triton.chunks import load_tile, on_device, store_tile, tile
 from osdn.ops.triton.precond_gates import clip
 from osdn.ops.triton.products import overlap
@@ -161,22 +160,6 @@ def layer_step_kernel(
             b_g = (b_g * tl.sigmoid(b_g)).to(dtype).to(tl.float32)
             b_o = (b_o.to(tl.float32) * b_g).to(dtype)
         tl.store(o + i_b * (H * V) + c_v, b_o, mask=m_v)
-
-
-class Constants(NamedTuple):
-    """What a layer fixes once: sizes, the rule, and which optional parts it has."""
-
-    heads: int
-    key_size: int
-    value_size: int
-    eta: float
-    beta_aware: bool
-    precond_min: float | None
-    precond_max: float | None
-    scale: float
-    norm_eps: float
-    allow_neg_eigval: bool
-    output_gate: bool
 
 
 def layer_step(

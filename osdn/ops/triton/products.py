@@ -312,13 +312,13 @@ def blocks(x: Tensor, N: int) -> dict[str, Any]:
     B, wide = len(x), x.element_size() == 4
     exact = {"PRECISION": "ieee" if wide else precision(x)}
     if B == 1:
-        return exact | {"BM": 1, "BN": 2 if N < 8192 else 4, "BK": 1024, "num_warps": 4}
+        return exact | {"BM": 1, "BN": 4 if N < 8192 else 8, "BK": 1024, "num_warps": 8}
     if wide:  # no matrix unit: larger tiles take long to compile
         return exact | {"BM": 16, "BN": 16, "BK": 32, "num_warps": 4, "num_stages": 2}
     BM = 16 if B <= 16 else 32 if B <= 32 else 64
     BN = 16 if N < 2048 and BM < 64 else 32 if N < 8192 else 64
-    warps = 2 if BM < 64 else 4
-    return exact | {"BM": BM, "BN": BN, "BK": 128, "num_warps": warps, "num_stages": 4}
+    launch = {"num_warps": 2, "num_stages": 5} if BM < 64 else {"num_warps": 4, "num_stages": 4}
+    return exact | {"BM": BM, "BN": BN, "BK": 128} | launch
 
 
 def overlap(x: Tensor) -> dict[str, bool]:
