@@ -28,6 +28,7 @@ from tqdm import tqdm
 from osdn.data.tokenizers import END_OF_TEXT, PAD
 from osdn.errors import UserError
 from osdn.evals import recall_data
+from osdn.system.files import replacing, write_json
 from osdn.system.processes import end_with_parent
 from osdn.train.recipe import Section, load_sections
 from study.text import documents
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     """Download, extract, split, train the tokenizer, count."""
     recipe = load_sections(CorpusRecipe, args.recipe, args.overrides)
     debs = args.debs or args.out / "debs"
-    index = recall_data._index(args.index)
+    index = recall_data.read_index(args.index)
     files = download(recipe.packages, debs)
     manifest = build(recipe, index, files, args.out, processes=args.processes)
     for name, sizes in manifest["counts"].items():
@@ -118,7 +119,7 @@ def download(packages: list[str], directory: Path) -> list[Path]:
 
 def is_held_out(source: str, share: float) -> bool:
     """Whether a source package is on the held-out side; the hash of the recall sets."""
-    return recall_data._hash(source) < share
+    return recall_data.share_of(source) < share
 
 
 def read_package(file: Path) -> tuple[str, str, list[tuple[str, str]]]:
@@ -209,7 +210,7 @@ def build(
         "packages": versions,
         "counts": counts(train, held, questions["test"]),
     }
-    (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    write_json(out / "manifest.json", manifest)
     return manifest
 
 
@@ -270,8 +271,9 @@ def train_tokenizer(recipe: CorpusRecipe, texts: Iterable[str], out: Path) -> No
 
 
 def _write(path: Path, records: list[Record]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    with replacing(path) as file:
+        for record in records:
+            file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
 
 
 def pack(directory: Path, archive: Path) -> None:

@@ -24,20 +24,20 @@ from osdn.data import load_tokenizer
 from osdn.data.shards import tokenizer_fingerprint
 from osdn.errors import UserError
 from osdn.evals.results import RESULT, write_json
+from osdn.system.locks import DirectoryLock
 from osdn.train.checkpoint import reading as checkpoint
 from osdn.train.distributed.parallel import Parallel
 from osdn.train.loop import train
 from osdn.train.recipe import Data, Recipe
 from osdn.train.setup import open_data
-from osdn.train.trainer import Run
-from study.plan import Run as StudyRun
-from study.plan import evaluation, run_name
+from osdn.train.trainer import Trainer
+from study.plan import Run, evaluation, run_name
 from study.records import Record
 
 ONLY_OSDN = ("attn.initial_precond", "attn.a_proj.weight", "attn.a_proj.bias")
 
 
-class ContinuedRun(Run):
+class ContinuedTrainer(Trainer):
     """A training that starts from another model's weights.
 
     Parameters that the other model lacks keep their initial values, which leave its function as it
@@ -50,10 +50,11 @@ class ContinuedRun(Run):
         out: Path,
         found: checkpoint.Checkpoint | None,
         parallel: Parallel,
+        lock: DirectoryLock,
         *,
         start: Path,
     ) -> None:
-        super().__init__(recipe, out, found, parallel)
+        super().__init__(recipe, out, found, parallel, lock)
         if found is None:
             load_weights(self.sharded.model, start)
 
@@ -114,7 +115,7 @@ def data_digest(spec: dict[str, Any]) -> str:
     return blake2b(json.dumps(found).encode(), digest_size=8).hexdigest()
 
 
-def check_data(todo: Iterable[StudyRun], records: Iterable[Record]) -> None:
+def check_data(todo: Iterable[Run], records: Iterable[Record]) -> None:
     """That what is to be trained reads what the records of the same corpus names have read.
 
     Raises:
@@ -166,10 +167,10 @@ def perform(spec: dict[str, Any], *, device: str, work: Path) -> dict[str, Any]:
     for i, phase in enumerate(phases):
         directory = directory_of(spec, i, work)
         recipe = make_recipe(phase, device)
-        make_run = Run if start is None else partial(ContinuedRun, start=start)
+        make_trainer = Trainer if start is None else partial(ContinuedTrainer, start=start)
         with alone(directory):
             _note_data(directory, data_digest({"phases": phases[: i + 1]}))
-            result = train(recipe, directory, make_run=make_run)
+            result = train(recipe, directory, make_trainer=make_trainer)
         start = directory / "model"
     assert start is not None
     trained, results = time.monotonic(), work / "eval" / run_name("language", spec)

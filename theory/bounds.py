@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from osdn.ops import reference
-from osdn.ops.operands import Rule
+from osdn.ops.operands import Options
 
 Box = tuple[float, float] | None
 
@@ -48,7 +48,7 @@ def precond_path(
     """d_1..d_{T+1} from the operator's own step, with x_t and z_t; beta None means 1."""
     beta = torch.ones_like(k[..., 0]) if beta is None else beta
     low, high = (None, None) if box is None else box
-    rule = Rule(eta, beta_aware, low, high, 1.0)
+    rule = Options(eta, beta_aware, low, high, 1.0)
     d = [d1.expand(k[..., 0, :].shape)]
     for t in range(k.shape[-2]):
         gamma = None if log_gamma is None else log_gamma[..., t]

@@ -6,8 +6,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from osdn.cli import build_recall
 from osdn.errors import UserError
-from osdn.evals import lm, needle, perplexity, recall, recall_data, residual_ratio
+from osdn.evals import lm, needle, perplexity, recall, residual_ratio
 from osdn.evals.models import load_model
 from osdn.evals.plots import save
 from osdn.evals.results import RESULT, write_json
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         task.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     text = "build a recall set from this machine's Debian index or installed distributions"
     build = tasks.add_parser("build-recall", help=text, description=text[0].upper() + text[1:])
-    recall_data.add_arguments(build)
+    build_recall.add_arguments(build)
     parser.epilog = "Protocols, files and examples: docs/evaluation.md"
 
 
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure every model in turn; print each result as it is there."""
     check_counts(args)
     if args.task == "build-recall":
-        recall_data.run(args)
+        build_recall.run(args)
         return
     root = args.out or Path("runs/eval") / args.task
     for name in args.models:

@@ -60,7 +60,11 @@ class OSDNBlock(GradientCheckpointingLayer):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         mixed, _, _ = self.attn(
-            self.attn_norm(hidden_states), attention_mask, past_key_values, use_cache, cu_seqlens
+            self.attn_norm(hidden_states).to(hidden_states.dtype),
+            attention_mask,
+            past_key_values,
+            use_cache,
+            cu_seqlens,
         )
         hidden_states = hidden_states + mixed
-        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states).to(hidden_states.dtype))

@@ -25,7 +25,7 @@ from osdn.layers.mlp import SwiGLU
 from osdn.layers.osdn import OSDN, ForgettingGate
 from osdn.model.block import OSDNBlock
 from osdn.model.cache import OSDNCache
-from osdn.model.prefill import padded
+from osdn.model.prefill import padded, prompt_mask
 from osdn.model.step import DecodingStep, captures, tensors_of
 from osdn.ops.interface import HAS_NUMBA, HAS_TRITON, TRITON_LARGEST_HEAD
 
@@ -63,14 +63,17 @@ def last_logits(
     size = 1 if T == 1 else padded(B, T)
     if size is None or (T > 1 and not captures(input_ids.device)):
         return None
+    mask = prompt_mask(input_ids, attention_mask) if T > 1 else attention_mask
+    if isinstance(mask, bool):
+        return None
     with _lock:
         step = _step(model, cache, input_ids)
         if step is None:
             return None
         if T > 1:
-            logits = step.prefill(model, size, input_ids, attention_mask)
+            logits = step.prefill(model, size, input_ids, mask)
         else:
-            logits = step.run(input_ids, attention_mask)
+            logits = step.run(input_ids, mask)
         cache.tokens_seen += T
         return logits
 

@@ -54,7 +54,7 @@ class DecodingStep:
         self.owner: ref[OSDNCache] | None = None
 
         self.ids = torch.zeros(batch, dtype=torch.int64, device=self.device)
-        self.mask = torch.ones(batch, dtype=torch.int8, device=self.device)
+        self.mask = torch.ones(batch, dtype=torch.int64, device=self.device)
         self.unmasked = True
         self.kernels = captures(self.device)
         if self.kernels:
@@ -142,10 +142,11 @@ class DecodingStep:
         self.replay()
         return self.logits[:, None].clone()
 
-    def prefill(
-        self, model: Any, size: int, input_ids: Tensor, attention_mask: Tensor | None
-    ) -> Tensor:
-        """Logits [B, 1, vocabulary] after prompts [B, T], and their states in the buffers."""
+    def prefill(self, model: Any, size: int, input_ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Logits [B, 1, vocabulary] after prompts [B, T], and their states in the buffers.
+
+        size: what they are padded to.  mask: [B, T] booleans, or None without padding.
+        """
         self._wait()
         prompt = self.prompts.pop(size, None)
         with torch.inference_mode(False), torch.no_grad():
@@ -155,12 +156,7 @@ class DecodingStep:
                 prompt = Prompt(self.batch, size, self.device)
             self.prompts[size] = prompt
 
-            def finish(cache: OSDNCache, hidden: Tensor) -> None:
-                for view, held in zip(self.views, tensors_of(cache)):
-                    view.copy_(held)
-                torch.mm(model.model.norm(hidden), self.head.t(), out=self.logits)
-
-            prompt.run(model, input_ids, attention_mask, finish, capture)
+            prompt.run(model, input_ids, mask, self.views, self.logits, capture)
         return self.logits[:, None].clone()
 
     def _captured(self) -> Callable[[], None]:

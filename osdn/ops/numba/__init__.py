@@ -26,8 +26,8 @@ from torch import Tensor
 
 from osdn.ops.numba import backward as compiled_backward
 from osdn.ops.numba import forward as compiled_forward
-from osdn.ops.operands import Rule
-from osdn.ops.validation import check_cu_seqlens
+from osdn.ops.operands import Operands, Options, Token
+from osdn.ops.packing import check_cu_seqlens
 
 WORTH_A_THREAD = 1 << 19  # elements of S visited (tokens × heads × K × V): about 30 µs of work
 _pools: dict[int, ThreadPoolExecutor] = {}
@@ -36,95 +36,63 @@ if hasattr(os, "register_at_fork"):
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_gamma: Tensor | None,
-    initial_state: Tensor,
-    initial_precond: Tensor,
-    cu_seqlens: Tensor | None,
-    rule: Rule,
-    save: bool,
+    operands: Operands, options: Options, save: bool
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """(o, final_state, final_precond, [e]): the recurrence over every sequence."""
-    tensors = (q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
-    saved = saved_like(*tensors, rule, save)
+    q, k, v, beta, log_gamma, _, initial_state, initial_precond, cu_seqlens = operands
+    saved = saved_like(operands, options, save)
     o = v.new_empty(v.shape, dtype=beta.dtype)
     final_state, final_precond = _copied(initial_state), _copied(initial_precond)
-    _forward(*tensors[:5], cu_seqlens, rule, (o, *saved, final_state, final_precond))
+    _forward(q, k, v, beta, log_gamma, cu_seqlens, options, (o, *saved, final_state, final_precond))
     return o.to(v.dtype), final_state, final_precond, saved
 
 
-def saved_like(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_gamma: Tensor | None,
-    initial_state: Tensor,
-    initial_precond: Tensor,
-    cu_seqlens: Tensor | None,
-    rule: Rule,
-    save: bool,
-) -> list[Tensor]:
+def saved_like(operands: Operands, options: Options, save: bool) -> list[Tensor]:
     """[e]: the residuals [B, T, H, V] in the accumulation dtype; of size 0 unless save."""
-    return [beta.new_empty(v.shape if save else 0)]
+    return [operands.beta.new_empty(operands.v.shape if save else 0)]
 
 
 def backward(
     do: Tensor,
     dfinal_state: Tensor,
     dfinal_precond: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_gamma: Tensor | None,
-    initial_state: Tensor,
-    initial_precond: Tensor,
-    cu_seqlens: Tensor | None,
+    operands: Operands,
     saved: list[Tensor],
-    rule: Rule,
+    options: Options,
 ) -> list[Tensor]:
-    """[dq, dk, dv, dbeta, dinitial_state, dinitial_precond] and dlog_gamma, if that was given."""
+    """The gradients of operands.differentiable(), in its order."""
+    q, k, v, beta, log_gamma, _, initial_state, initial_precond, cu_seqlens = operands
     log_gammas = beta.new_empty(0) if log_gamma is None else log_gamma
     given = (do, q, k, beta, log_gammas, initial_state, initial_precond)
     out = [x.new_empty(x.shape, dtype=beta.dtype) for x in (q, k, v, beta, log_gammas)]
     dq, dk, dv, dbeta, dlog_gamma = out
     dstate, dprecond = _copied(dfinal_state), _copied(dfinal_precond)
     out += [dstate, dprecond]
-    moves = not rule.constant_precond(log_gamma is not None)
+    moves = not options.constant_precond(log_gamma is not None)
     arrays = tuple(_flat(beta.dtype, *given, *saved)), tuple(_flat(beta.dtype, *out))
-    _run(compiled_backward.backward, v, k.shape[-1], cu_seqlens, (_numbers(rule, moves), *arrays))
-    gradients = [dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbeta, dstate, dprecond]
-    return gradients if log_gamma is None else [*gradients, dlog_gamma]
+    _run(
+        compiled_backward.backward, v, k.shape[-1], cu_seqlens, (_numbers(options, moves), *arrays)
+    )
+    gates = [dbeta] if log_gamma is None else [dbeta, dlog_gamma]
+    return [dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *gates, dstate, dprecond]
 
 
-def step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_gamma: Tensor | None,
-    state: Tensor,
-    precond: Tensor,
-    rule: Rule,
-) -> Tensor:
+def step(token: Token, options: Options) -> Tensor:
     """o [B, H, V] for one token; state [B, H, K, V] and precond [B, H, K] change in place."""
+    q, k, v, beta, log_gamma, _, state, precond, _ = token
     o = v.new_empty(v.shape, dtype=beta.dtype)
     out = (o, beta.new_empty(0), state, precond)
-    _forward(q, k, v[:, None], beta, log_gamma, None, rule, out)
+    _forward(q, k, v[:, None], beta, log_gamma, None, options, out)
     torch.autograd.graph.increment_version((state, precond))  # numpy wrote to them, unseen
     return o.to(v.dtype)
 
 
-def _forward(q, k, v, beta, log_gamma, cu_seqlens, rule: Rule, out) -> None:
+def _forward(q, k, v, beta, log_gamma, cu_seqlens, options: Options, out) -> None:
     """Fill out = (o, e, state, precond), of which the last two hold the start."""
-    moves = not rule.constant_precond(log_gamma is not None)
+    moves = not options.constant_precond(log_gamma is not None)
     log_gamma = beta.new_empty(0) if log_gamma is None else log_gamma
     given = _flat(beta.dtype, q, k, v, beta, log_gamma)
-    arguments = (_numbers(rule, moves), tuple(given), tuple(_flat(beta.dtype, *out)))
+    arguments = (_numbers(options, moves), tuple(given), tuple(_flat(beta.dtype, *out)))
     _run(compiled_forward.forward, v, k.shape[-1], cu_seqlens, arguments)
 
 
@@ -145,11 +113,11 @@ def _flat(dtype: torch.dtype, *tensors: Tensor) -> list[ndarray]:
     return flat
 
 
-def _numbers(rule: Rule, moves: bool) -> tuple[float, bool, float, float, float, bool]:
-    """The rule as the kernels take it: no box is an infinite one, which lets everything through."""
-    low = -math.inf if rule.precond_min is None else float(rule.precond_min)
-    high = math.inf if rule.precond_max is None else float(rule.precond_max)
-    return float(rule.eta), rule.beta_aware, low, high, float(rule.scale), moves
+def _numbers(options: Options, moves: bool) -> tuple[float, bool, float, float, float, bool]:
+    """The options as the kernels take them; no box is an infinite one, which changes nothing."""
+    low = -math.inf if options.precond_min is None else float(options.precond_min)
+    high = math.inf if options.precond_max is None else float(options.precond_max)
+    return float(options.eta), options.beta_aware, low, high, float(options.scale), moves
 
 
 def _run(kernel: Callable, v: Tensor, K: int, cu_seqlens: Tensor | None, arguments: tuple) -> None:

@@ -18,9 +18,9 @@ def convolved(x, row, there, history, at, weight, channel, gap):
     u = own * weight[channel * (gap + 1) + gap]
     for j in range(gap):
         u += history[at + j] * weight[channel * (gap + 1) + j]
-    for j in range(gap - 1):
-        history[at + j] = history[at + j + 1]
-    if gap > 0:
+    if there and gap > 0:  # padding is not kept
+        for j in range(gap - 1):
+            history[at + j] = history[at + j + 1]
         history[at + gap - 1] = own
     return u / (1 + np.exp(-u))
 

@@ -89,15 +89,15 @@ def layer_step_kernel(
         gdc_wait()
 
     there = tl.load(mask + i_b) != 0
-    m_x = o_k < tl.where(there, K, 0)  # a padding token's inputs are zero
-    x_q = tl.load(row + c_k, mask=m_x, other=0.0)  # [BK]
-    x_k = tl.load(row + H * K + c_k, mask=m_x, other=0.0)
+    m_there = o_k < tl.where(there, K, 0)  # a padding token's inputs are zero and not kept
+    x_q = tl.load(row + c_k, mask=m_there, other=0.0)  # [BK]
+    x_k = tl.load(row + H * K + c_k, mask=m_there, other=0.0)
     z_q = _convolve(x_q, past_q, w_q, c_k, m_k, W)
     z_k = _convolve(x_k, past_k, w_k, c_k, m_k, W)
     b_q = (z_q * tl.rsqrt(tl.sum(z_q * z_q, 0) + L2_EPS)).to(dtype).to(tl.float32) * scale
     b_k = (z_k * tl.rsqrt(tl.sum(z_k * z_k, 0) + L2_EPS)).to(dtype).to(tl.float32)
 
-    # Gates. A padding token writes nothing: k, β and log γ are zero.
+    # Gates. A padding token writes nothing: k, β and log γ are zero, histories stay.
     b_beta = tl.sigmoid(tl.load(row + H * (2 * K + V) + i_h).to(tl.float32))
     if NEGATIVE:
         b_beta *= 2.0
@@ -122,13 +122,13 @@ def layer_step_kernel(
         b_S += b_w[:, None] * b_e[None, :]
         b_o = tl.sum(b_S * b_q[:, None], 0).to(dtype).to(tl.float32)  # [BV]
         tl.debug_barrier()  # every thread has read this block's history
-        _write_history(h_v, b_hv, x_v, c_v, m_v, W, BW)
+        _write_history(h_v, b_hv, x_v, c_v, m_x, W, BW)
         store_tile(S + state * V, b_S, o_k, K, V, o_v, V)
         square += tl.sum(b_o * b_o, 0)
         if V > BV:  # the norm needs all of V: o waits in memory
             tl.store(o + i_b * (H * V) + c_v, b_o.to(dtype), mask=m_v)
-    _write_history(h_q, b_hq, x_q, c_k, m_k, W, BW)
-    _write_history(h_k, b_hk, x_k, c_k, m_k, W, BW)
+    _write_history(h_q, b_hq, x_q, c_k, m_there, W, BW)
+    _write_history(h_k, b_hk, x_k, c_k, m_there, W, BW)
 
     b_s = b_k * b_k
     b_b = 1.0

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from osdn.ops.operands import Rule
+from osdn.ops.operands import Options
 from osdn.ops.triton.chunks import load_tile, store_tile, tile
 from osdn.ops.triton.config import launch
 from osdn.ops.triton.precond_gates import clip
@@ -74,7 +74,7 @@ def decode(
     log_gamma: Tensor | None,
     state: Tensor,
     precond: Tensor,
-    rule: Rule,
+    rule: Options,
     slots: Tensor | None = None,
 ) -> Tensor:
     """o [B, H, V]; state and precond are updated in place.

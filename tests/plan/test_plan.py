@@ -11,7 +11,7 @@ from osdn import OSDNConfig, OSDNForCausalLM
 from osdn.cli.main import main
 from osdn.errors import UserError
 from osdn.model.block import OSDNBlock
-from osdn.ops.operands import Rule
+from osdn.ops.operands import Operands, Options
 from osdn.plan.hardware import GIB, GPUS, find_gpu
 from osdn.plan.memory import count_model, kept_by_block, kernel_bytes, memory
 from osdn.plan.predict import model_config, predict, smaller
@@ -57,8 +57,9 @@ def test_kernels_keep_what_their_saved_like_says(mixer, sizes):
     with torch.device("meta"):
         q, k, v = (torch.empty(B, T, H, n, dtype=torch.bfloat16) for n in (K, K, V))
         beta, state, precond = torch.empty(B, T, H), torch.empty(B, H, K, V), torch.empty(B, H, K)
-    rule = Rule(1.0 if mixer == "osdn" else 0.0, False, None, None, 1.0)
-    saved = triton.saved_like(q, k, v, beta, None, state, precond, None, rule, True)
+    operands = Operands(q, k, v, beta, None, None, state, precond, None)
+    options = Options(1.0 if mixer == "osdn" else 0.0, False, None, None, 1.0)
+    saved = triton.saved_like(operands, options, True)
     measured = sum(x.nbytes for x in saved) / (B * T)
     assert kernel_bytes(config, mixer, 2) == pytest.approx(measured, rel=0.01)
 
@@ -244,8 +245,8 @@ def test_what_does_not_fit_gets_overrides_that_do():
 def test_the_command_prints_a_plan_a_table_and_its_assumptions(capsys):
     assert main(["plan", "recipes/340m.yaml", "--gpus", "8", "--price", "3"]) == 0
     text = capsys.readouterr().out
-    hours, cost = re.search(r"([\d,]+) GPU hours, cost ([\d,]+) at 3 an hour", text).groups()
-    assert int(cost.replace(",", "")) == pytest.approx(3 * int(hours.replace(",", "")), abs=2)
+    hours, cost = re.search(r"([\d,.]+) GPU hours, cost ([\d,]+) at 3 an hour", text).groups()
+    assert int(cost.replace(",", "")) == pytest.approx(3 * float(hours.replace(",", "")), abs=2)
     assert "374,583,488 parameters on 8 × H100 (DDP)" in text and "bottleneck" in text
     assert "Assumptions:" in text and "docs/results.md" in text and "assumed" in text
     line = ["plan", "recipes/1.3b.yaml", "parallel.shard=1", "--gpu", "L40S", "--gpus", "1,16,4096"]
