@@ -1,11 +1,13 @@
 """Next-token cross-entropy that never holds the logits of all tokens at once."""
 
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.amp.autocast_mode import is_autocast_available
 from torch.autograd.function import once_differentiable
 
 IGNORED = -100
@@ -54,8 +56,9 @@ def linear_cross_entropy(
             "lm_head: its weights are offloaded, and the loss in chunks reads them in place; give "
             "it a device in device_map, or call model.eval() and ask for all logits"
         )
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    kind, dtype = hidden.device.type, hidden.dtype
+    if is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # the meta device has none
+        dtype = torch.get_autocast_dtype(kind)
     total = _Summed.apply(hidden, weight, labels, z_loss, dtype, torch.is_grad_enabled())
     return _divide(total, labels, num_items)
 
@@ -102,7 +105,9 @@ class _Summed(torch.autograd.Function):
         dtype: torch.dtype,
         training: bool,
     ) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
+        kind = hidden.device.type
+        available = is_autocast_available(kind)
+        with torch.autocast(kind, enabled=False) if available else nullcontext():
             h_all, w = hidden.to(dtype), weight.to(dtype)
             rows = max(1, CHUNK_LOGITS // len(weight))
             wide = torch.promote_types(dtype, torch.float32)

@@ -202,12 +202,15 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *rest: Any, **given: Any) -> Any:
-        """As transformers does, less the tokenizer that `generate` hands on with stop_strings."""
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does, less the tokenizer that `generate` hands on with stop_strings.
+
+        transformers looks for a parameter called kwargs, to check names against those of forward.
+        """
         for name in ("tokenizer", "assistant_tokenizer"):
-            given.pop(name, None)
-        prepare: Any = super().prepare_inputs_for_generation
-        return prepare(input_ids, *rest, **given)
+            kwargs.pop(name, None)
+        prepare: Any = GenerationMixin.prepare_inputs_for_generation
+        return prepare(self, input_ids, *args, **kwargs)
 
     def _prepare_position_ids_for_generation(self, *_: Any) -> None:
         """None: the layers count tokens themselves, and positions would be checked at each step."""
@@ -236,7 +239,7 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         else:
             prepare: Any = GenerationMixin._prepare_cache_for_generation
             prepare(self, generation_config, model_kwargs, *rest)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if isinstance(cache, OSDNCache):
             cache.captured = not generation_config.disable_compile
 

@@ -1,0 +1,103 @@
+"""Modules in other precisions, on other devices, exported: what is computed stays the same."""
+
+import pytest
+import torch
+from torch import nn
+
+from osdn.layers.attention import Attention
+from osdn.layers.osdn import OSDN
+from tests.model.tiny import MIXERS, build, plain_loss, tokens
+from tests.numerics import assert_close
+
+
+@pytest.mark.parametrize("kind", ["osdn", "delta_net", "attention"])
+def test_gradcheck_of_a_layer(kind):
+    """In float64 nothing on the way is in float32: neither gates nor rotary positions."""
+    torch.manual_seed(0)
+    if kind == "attention":
+        layer = Attention(8, 2, rope_theta=10.0)
+    else:
+        options = {"forgetting": "data"} if kind == "osdn" else {"adaptive": False}
+        layer = OSDN(8, 2, use_output_gate=True, **options)
+        layer.backend = "chunkwise"
+    layer.double()
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if parameter.ndim > 1 and "precond" not in name:
+                parameter.normal_(std=0.5)
+    names, parameters = zip(*layer.named_parameters())
+    x = torch.randn(1, 5, 8, dtype=torch.float64, requires_grad=True)
+
+    def forward(x, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values)), (x,))[0]
+
+    assert torch.autograd.gradcheck(forward, (x, *parameters), fast_mode=True)
+
+
+@pytest.mark.parametrize("mixer", MIXERS, ids=str)
+def test_weights_in_bfloat16_with_norms_in_float32(mixer):
+    """Without autocast; as exact as with all in bfloat16."""
+    exact, ids = build(mixer, forgetting="data", use_output_gate=True), tokens()
+    expected = exact(ids).logits
+    model = build(mixer, forgetting="data", use_output_gate=True).bfloat16()
+    error = (model(ids).logits.float() - expected).norm()
+    for module in model.modules():
+        if isinstance(module, nn.RMSNorm):
+            module.float()
+    result = model(ids, use_cache=True)
+    assert result.logits.dtype == torch.bfloat16
+    assert (result.logits.float() - expected).norm() <= 1.5 * error
+    model.train()(ids, labels=ids).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("mixer", MIXERS, ids=str)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_on_the_meta_device_has_a_loss(mixer, training):
+    model, ids = build(mixer).to("meta").train(training), tokens().to("meta")
+    mask = torch.ones_like(ids)
+    result = model(ids, labels=ids, attention_mask=mask)
+    assert result.loss.is_meta and result.loss.shape == ()
+    result.loss.backward()
+    assert {p.grad.shape == p.shape for p in model.parameters()} == {True}
+
+
+class Quantised(torch.Tensor):
+    """A weight whose values are not those of its memory: half of what it stands for is stored."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), options=None):
+        plain = [x.as_subclass(torch.Tensor) if isinstance(x, Quantised) else x for x in arguments]
+        if function is torch.nn.functional.linear:
+            plain[1] = 2 * plain[1]
+        return function(*plain, **options or {})
+
+
+def test_the_loss_is_by_a_head_that_is_quantised():
+    """Through its own product, in training too; the loss in chunks would read its memory."""
+    model, ids = build().train(), tokens()
+    weight = model.lm_head.weight.detach()
+    del model.lm_head.weight
+    model.lm_head.weight = weight.as_subclass(Quantised)
+    hidden = model.model(ids).last_hidden_state
+    expected = plain_loss(hidden @ (2 * weight).T, ids)
+    assert_close(model(ids, labels=ids).loss, expected, 1e-5)
+
+
+@pytest.mark.parametrize("mixer", MIXERS, ids=str)
+@pytest.mark.parametrize("backend", ["chunkwise", "numba"])
+def test_an_exported_model_takes_any_length(mixer, backend):
+    model = build(mixer, forgetting="data").requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, OSDN):
+            module.backend = backend
+    T = torch.export.Dim("T", min=2, max=4096)
+    exported = torch.export.export(
+        model,
+        (tokens(),),
+        {"use_cache": False},
+        dynamic_shapes={"input_ids": {1: T}, "use_cache": None},
+    ).module()
+    for length in (2, 3, 21, 70):
+        ids = tokens(2, length, seed=length)
+        assert_close(exported(ids, use_cache=False).logits, model(ids).logits, 1e-5, f"T={length}")
