@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, TextStreamer
 
 from osdn.errors import UserError
+from osdn.model.cache import CACHE, OSDNCache, state_bytes
 from osdn.model.loading import fetch, load_weights
 
 
@@ -99,9 +101,15 @@ def run(args: argparse.Namespace) -> None:
         streamer = None if args.json else TextStreamer(tokenizer, skip_special_tokens=True)
         if index and not args.json:
             print()
+        cache, began = OSDNCache(model.config), time.perf_counter()
         made = model.generate(
-            ids, attention_mask=torch.ones_like(ids), streamer=streamer, **options
+            ids,
+            attention_mask=torch.ones_like(ids),
+            streamer=streamer,
+            **{CACHE: cache},
+            **options,
         )
+        report_speed(cache, ids.shape[1], time.perf_counter() - began)
         if args.json:
             new = made[0, ids.shape[1] :]
             line = {
@@ -112,6 +120,13 @@ def run(args: argparse.Namespace) -> None:
                 "finished": "stop" if new[-1].item() == tokenizer.eos_token_id else "length",
             }
             print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+def report_speed(cache: OSDNCache, prompt: int, seconds: float) -> None:
+    """Tokens a second and the size of the state, on the standard error."""
+    new = cache.get_seq_length() + 1 - prompt  # the last token has not been read
+    said = f"{new} tokens in {seconds:.1f} s: {new / seconds:.0f} a second"
+    print(f"{said}, {state_bytes(cache) / 1e6:.2f} MB of state", file=sys.stderr)
 
 
 def read_prompts(given: list[str] | None) -> Iterator[str]:

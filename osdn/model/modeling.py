@@ -30,6 +30,7 @@ from osdn.layers.osdn import OSDN, ForgettingGate
 from osdn.model.block import OSDNBlock
 from osdn.model.cache import CACHE, OSDNCache, one_cache
 from osdn.model.configuration import OSDNConfig
+from osdn.model.decoding import last_logits
 from osdn.model.inputs import (
     check_attentions,
     check_inputs,
@@ -238,6 +239,9 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         else:
             prepare: Any = GenerationMixin._prepare_cache_for_generation
             prepare(self, generation_config, model_kwargs, *rest)
+        cache = model_kwargs.get(CACHE)
+        if isinstance(cache, OSDNCache):
+            cache.captured = not generation_config.disable_compile
 
     @can_return_tuple
     def forward(
@@ -290,6 +294,18 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             cache=past_key_values,
         )
+        plain = (
+            (labels is None and inputs_embeds is None and cu_seqlens is None)
+            and (use_cache or (use_cache is None and self.config.use_cache))
+            and not (output_hidden_states or self.config.output_hidden_states or output_attentions)
+            and isinstance(logits_to_keep, int)
+            and (logits_to_keep == 1 or T == 1)
+        )
+        if plain and isinstance(past_key_values, OSDNCache) and past_key_values.captured:
+            logits = last_logits(self, input_ids, attention_mask, past_key_values)
+            if logits is not None:
+                named: dict[str, Any] = {CACHE: past_key_values}
+                return CausalLMOutputWithPast(logits=logits, **named)
         outputs = self.model(
             input_ids,
             attention_mask,

@@ -1,0 +1,66 @@
+"""What an OSDN layer makes of a row of projections, for one token: compiled for the CPU.
+
+The convolutions with their histories, the unit norms and the gates, in one call for all sequences
+and heads; the same equations as osdn/ops/triton/layer_step.py, whose remaining part is the step.
+"""
+
+import math
+
+import numpy as np
+
+from osdn.ops.numba.vectors import entry, inlined
+
+
+@inlined
+def convolved(x, row, there, history, at, weight, channel, gap):
+    """silu(Σ_j w_j x_j) of one channel; its history moves on by one."""
+    own = row[x] if there else row[x] * 0
+    u = own * weight[channel * (gap + 1) + gap]
+    for j in range(gap):
+        u += history[at + j] * weight[channel * (gap + 1) + j]
+    if there and gap > 0:  # padding is not kept
+        for j in range(gap - 1):
+            history[at + j] = history[at + j + 1]
+        history[at + gap - 1] = own
+    return u / (1 + np.exp(-u))
+
+
+@entry
+def layer_inputs(rows, mask, qk_history, v_history, weights, bias, eps, double, out):
+    """rows [B, N] as `layer_step` takes them, histories flat; out (q, k [B, H, K], v [B, H, V],
+    β, log γ [B, H]); bias has no elements without forgetting."""
+    q, k, v, beta, log_gamma = out
+    (B, H, K), V = q.shape, v.shape[2]
+    gap = weights[0].size // (H * K) - 1
+    for b in range(B):
+        row, there = rows[b], mask[b] != 0
+        for h in range(H):
+            for part in range(2):
+                target, weight = (q, weights[0]) if part == 0 else (k, weights[1])
+                total = row[0] * 0
+                for i in range(K):
+                    channel = h * K + i
+                    at = ((b * 2 + part) * H * K + channel) * gap
+                    z = convolved(
+                        part * H * K + channel, row, there, qk_history, at, weight, channel, gap
+                    )
+                    target[b, h, i] = z
+                    total += z * z
+                inverse = 1 / math.sqrt(total + eps)
+                for i in range(K):
+                    target[b, h, i] *= inverse
+            for i in range(V):
+                channel = h * V + i
+                at = (b * H * V + channel) * gap
+                v[b, h, i] = convolved(
+                    2 * H * K + channel, row, there, v_history, at, weights[2], channel, gap
+                )
+            column = H * (2 * K + V) + h
+            beta[b, h] = (2 if double else 1) / (1 + math.exp(-row[column]))
+            if bias.size:
+                a = row[column + H] + bias[h]
+                log_gamma[b, h] = min(a, 0) - math.log1p(math.exp(-abs(a)))
+            if not there:
+                k[b, h, :] = 0
+                beta[b, h] = 0
+                log_gamma[b, h] = 0
