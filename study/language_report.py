@@ -94,8 +94,8 @@ def headlines(
             if values and all(map(isfinite, values)):
                 series[label] = {"values": values, "interval": interval(values)}
         if series:
-            title = f"{measure}: less {first}, 95%"
-            plots.append({"title": title, "x": "difference", "differences": True, "series": series})
+            plot = {"title": f"{measure}, less {first}", "differences": True, "series": series}
+            plots.append(plot | {"x": "difference: each seed, mean and 95% interval"})
     return plots
 
 
