@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from osdn.data.tokenizers import END_OF_TEXT, PAD
 from osdn.errors import UserError
+from osdn.system.files import replacing, write_json
 from osdn.system.processes import end_with_parent
 from osdn.train.recipe import Section, load_sections
 from study import recall_sets
@@ -203,16 +204,18 @@ def build(
     ):  # fmt: skip
         records.sort(key=lambda one: blake2b(one["text"].encode(), digest_size=8).digest())
         write_records(out / f"{name}.jsonl", records)
-    texts = (one["text"] for one in train)
     train_tokenizer(
-        texts, out / "tokenizer", vocabulary=recipe.vocabulary, limit=recipe.tokenizer_bytes
+        (one["text"] for one in train),
+        out / "tokenizer",
+        vocabulary=recipe.vocabulary,
+        limit=recipe.tokenizer_bytes,
     )
     manifest = {
         "recipe": recipe.model_dump(mode="json", exclude={"packages"}),
         "packages": versions,
         "counts": counts(train, held, questions["test"]),
     }
-    (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    write_json(out / "manifest.json", manifest)
     return manifest
 
 
@@ -273,9 +276,10 @@ def train_tokenizer(texts: Iterable[str], out: Path, *, vocabulary: int, limit: 
 
 
 def write_records(path: Path, records: list[Record]) -> None:
-    """One JSON object a line."""
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    """One JSON object a line, written whole."""
+    with replacing(path) as file:
+        for record in records:
+            file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
 
 
 def pack(directory: Path, archive: Path) -> None:

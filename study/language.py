@@ -24,20 +24,20 @@ from osdn.data.shards import tokenizer_fingerprint
 from osdn.errors import UserError
 from osdn.evals.results import RESULT
 from osdn.evals.tasks import evaluate
+from osdn.system.locks import DirectoryLock
 from osdn.train.checkpoint import reading as checkpoint
 from osdn.train.distributed.parallel import Parallel
 from osdn.train.loop import train
 from osdn.train.recipe import Data, Recipe
 from osdn.train.setup import open_data
-from osdn.train.trainer import Run
-from study.plan import Measure, run_name
-from study.plan import Run as StudyRun
+from osdn.train.trainer import Trainer
+from study.plan import Measure, Run, run_name
 from study.records import Record
 
 ONLY_OSDN = ("attn.initial_precond", "attn.a_proj.weight", "attn.a_proj.bias")
 
 
-class StartedRun(Run):
+class StartedTrainer(Trainer):
     """A training that starts from another model's weights, or from other initial values.
 
     Parameters that the other model lacks keep their initial values, which leave its function as it
@@ -54,11 +54,12 @@ class StartedRun(Run):
         out: Path,
         found: checkpoint.Checkpoint | None,
         parallel: Parallel,
+        lock: DirectoryLock,
         *,
         start: Path | None,
         fill: dict[str, float],
     ) -> None:
-        super().__init__(recipe, out, found, parallel)
+        super().__init__(recipe, out, found, parallel, lock)
         if found is None and start is not None:
             load_weights(self.sharded.model, start)
         if found is None:
@@ -136,7 +137,7 @@ def data_digest(spec: dict[str, Any]) -> str:
     return blake2b(json.dumps(found).encode(), digest_size=8).hexdigest()
 
 
-def check_data(todo: Iterable[StudyRun], records: Iterable[Record]) -> None:
+def check_data(todo: Iterable[Run], records: Iterable[Record]) -> None:
     """That what is to be trained reads what the records of the same corpus names have read.
 
     Raises:
@@ -190,10 +191,10 @@ def perform(spec: dict[str, Any], *, device: str, work: Path) -> dict[str, Any]:
         recipe = make_recipe(phase, device)
         # A worker trains many models, and PyTorch compiles one function for eight of them at most.
         torch._dynamo.reset()
-        make_run = partial(StartedRun, start=start, fill=phase.get("fill", {}))
+        make_trainer = partial(StartedTrainer, start=start, fill=phase.get("fill", {}))
         with alone(directory):
             _note_data(directory, data_digest({"phases": phases[: i + 1]}))
-            result = train(recipe, directory, make_run=make_run)
+            result = train(recipe, directory, make_trainer=make_trainer)
         start = directory / "model"
     assert start is not None
     trained, results = time.monotonic(), work / "eval" / run_name("language", spec)

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
         task.add_argument("--device", default="auto", help="auto, cpu or cuda")
         task.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    parser.epilog = "Protocols, files and examples: docs/evaluation.md"
+    parser.epilog = "Protocols, files and examples: docs/reference/evaluations.md"
 
 
 def run(args: argparse.Namespace) -> None:

@@ -17,17 +17,19 @@ from osdn.evals.evaluation import Evaluation, option
 from osdn.evals.models import LanguageModel
 from osdn.evals.results import make_result, score
 from osdn.evals.runner import SAMPLES, fingerprint
+from osdn.system.files import replacing
 from osdn.system.hub import hub_is_reachable
 
 LN2 = math.log(2)
 
 
 def _write_samples(path: Path, samples: dict[str, list[dict[str, Any]]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    with replacing(path) as file:
         for task, records in samples.items():
             for record in records:
                 line = {"task": task, **record}
-                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+                text = json.dumps(line, ensure_ascii=False, default=str) + "\n"
+                file.write(text.encode())
 
 
 def _result(

@@ -4,8 +4,8 @@ For every token and head of the osdn and delta_net layers of a model
 
     q_t = (1 − β_t⟨d_t, s_t⟩)² = f_t(S_t) / f_t(S_{t−1}),   s_t = k_t ⊙ k_t
 
-with f_t(S) = ½‖Sᵀk_t − v_t‖² (docs/operator.md). It depends on keys and gates alone, so other
-preconditioners can be tried on the same activations: the shadow ablations.
+with f_t(S) = ½‖Sᵀk_t − v_t‖² (docs/explanation/operator.md). It depends only on keys and gates, so
+other preconditioners can be tried on the same activations: the shadow ablations.
 """
 
 import math
@@ -81,16 +81,9 @@ def mixers(model: nn.Module) -> list[OSDN]:
 
 def activations(layer: OSDN, hidden_states: Tensor) -> Activations:
     """What a layer makes of hidden_states [1, T, D]."""
-    k, v = (
-        convolution(projection(hidden_states))[0].unflatten(-1, (layer.num_heads, -1))
-        for projection, convolution in (
-            (layer.k_proj, layer.k_conv1d),
-            (layer.v_proj, layer.v_conv1d),
-        )
-    )
-    beta, log_gamma = layer.gates(hidden_states)
-    k, v, beta = (x[0].double() for x in (k, v, beta))
-    gamma = None if log_gamma is None else log_gamma[0].double()
+    given = layer.operands(hidden_states)
+    k, v, beta = (x[0].double() for x in (given.k, given.v, given.beta))
+    gamma = None if given.log_gamma is None else given.log_gamma[0].double()
     return Activations(k, v, beta, preconditioners(layer, k, beta, gamma))
 
 

@@ -1,9 +1,11 @@
 """transformers' DynamicCache, for models that may have no attention layer at all."""
 
+from collections.abc import Callable
 from dataclasses import fields
 
+from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 # What `generate` and the outputs call the cache: "past_key_values" up to transformers 5.23, "cache"
@@ -12,6 +14,11 @@ CACHE = next(
     name
     for name in ("cache", "past_key_values")
     if name in [field.name for field in fields(BaseModelOutputWithPast)]
+)
+
+NO_ROLLBACK = (
+    "crop, activate_past_recording: expected a cache of attention layers only; the memory of an "
+    "osdn or delta_net layer cannot go back; copy.deepcopy the cache before the tokens to be undone"
 )
 
 
@@ -24,6 +31,32 @@ def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | Non
     return past_key_values
 
 
+class StateLayer(LinearAttentionLayer):
+    """transformers' cache layer for a memory of constant size, with its methods for batches.
+
+    What was written cannot be taken back: a state holds no past to crop to.
+    """
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every sequence `repeats` times in a row."""
+        self._each(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """The sequences of these indices, in their order."""
+        self._each(lambda x: x[indices.to(x.device)])
+
+    def activate_past_recording(self) -> None:
+        raise RuntimeError(NO_ROLLBACK)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise RuntimeError(NO_ROLLBACK)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        for states in (self.conv_states, self.recurrent_states):
+            for i, x in states.items():
+                states[i] = None if x is None else change(x)
+
+
 class OSDNCache(DynamicCache):
     """A DynamicCache that knows how many tokens it has seen, whatever its layers are.
 
@@ -34,6 +67,10 @@ class OSDNCache(DynamicCache):
 
     def __init__(self, config: PretrainedConfig):
         super().__init__(config=config)
+        self.layers = [
+            StateLayer(layer.number_of_states) if type(layer) is LinearAttentionLayer else layer
+            for layer in self.layers
+        ]
         self.tokens_seen = 0
 
     @property
@@ -51,6 +88,20 @@ class OSDNCache(DynamicCache):
         if any(isinstance(layer, CacheLayerMixin) for layer in self.layers):
             return super().get_seq_length(layer_idx)
         return self.tokens_seen
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove tokens; RuntimeError, before anything is changed, where a layer cannot."""
+        self._refuse_rollback()
+        super().crop(tokens_to_remove)
+
+    def activate_past_recording(self) -> None:
+        """As crop."""
+        self._refuse_rollback()
+        super().activate_past_recording()
+
+    def _refuse_rollback(self) -> None:
+        if any(isinstance(layer, StateLayer) for layer in self.layers):
+            raise RuntimeError(NO_ROLLBACK)
 
     def reset(self) -> None:
         super().reset()
