@@ -6,6 +6,7 @@ from typing import Any
 from osdn.evals.plots import save
 from osdn.evals.report import as_html, as_markdown, group
 from osdn.evals.results import RESULT, make_result, write_json
+from osdn.system.files import write_whole
 from study.language_report import Result, language_result, pooled_result
 from study.plan import Study, mqar_spec
 from study.records import Records
@@ -42,8 +43,8 @@ def write_report(study: Study, records: Records, out: Path) -> Path:
             save(result["curves"], result["maps"], directory / "plot.png")
         found.append((str(directory / RESULT), result))
     page, groups = out / "report.html", group(found)
-    page.write_text(as_html(groups), encoding="utf-8")
-    page.with_suffix(".md").write_text(as_markdown(groups), encoding="utf-8")
+    write_whole(page, as_html(groups))
+    write_whole(page.with_suffix(".md"), as_markdown(groups))
     return page
 
 

@@ -9,7 +9,6 @@ are medians over the rounds, with the spread (third quartile less first, over th
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +23,7 @@ from torch.nn.functional import logsigmoid, normalize
 from osdn.cli.bench_model import model_step
 from osdn.errors import UserError
 from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step
+from osdn.system.files import write_json
 
 PARTS = ("operator", "decode", "table", "model")
 SHAPES = ((16, 4096, 16, 128), (1, 65536, 16, 128))  # B, T, H, K = V
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     if "model" in args.parts:
         report["model"] = model_step(args.model, args.rounds, take_turns)
     if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(args.output, report)
 
 
 def versions() -> dict[str, str]:

@@ -1,18 +1,22 @@
 """Readers of text, JSONL and Parquet files, each from an offset on, in bounded memory.
 
-A reader is called as reader(path, offset, option) and yields (text, where, offset after it,
-whether the same document goes on there). `where` is the place for an error message.
+A reader is called as reader(path, offset, option) and yields (text, where, offset after it, whether
+the same document continues there). `where` is the place for an error message. A long document comes
+in pieces, since a tokenizer takes 200 bytes of memory for a byte of text. Within a document of a
+JSONL or Parquet file the offset is a pair: the record's, and characters of its text.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from osdn.errors import UserError
+from osdn.system.outside import Malformed, parse_json
 
-PIECE = 1 << 18  # bytes; a longer document of a text file is read in pieces
-ROWS = 64  # Parquet rows decoded at once
+PIECE = 1 << 18  # bytes of a text file, characters of a record; a longer document is cut
+LONGEST = 1 << 28  # bytes of a JSONL line or a Parquet row, which are read whole
+ROWS = 64  # Parquet rows decoded at once,
+DECODED = 1 << 24  # or fewer, where they have more bytes than this
 COMPRESSED = (
     b"\x1f\x8b",
     b"\x28\xb5\x2f\xfd",
@@ -21,14 +25,17 @@ COMPRESSED = (
     b"PK\x03\x04",
 )  # gz, zst, xz, bz2, zip
 
-Found = Iterator[tuple[str, str, int, bool]]
+Offset = int | tuple[int, int]
+Found = Iterator[tuple[str, str, Offset, bool]]
 
 
-def read_text(path: Path, offset: int, separator: str | None) -> Found:
+def read_text(path: Path, offset: Offset, separator: str | None) -> Found:
     """Documents between separators; without one the file is one document. Offsets are bytes.
 
     A document longer than PIECE bytes comes in pieces that end at a line's end where there is one.
     """
+    if isinstance(offset, tuple):
+        raise UserError(f"data.corpus: {path}: expected a byte as a position, got {offset}")
     mark = (separator or "").encode()
     with path.open("rb") as file:
         file.seek(offset)
@@ -60,27 +67,46 @@ def _cut(buffer: bytes, at: int) -> int:
     return end
 
 
-def read_jsonl(path: Path, offset: int, field: str) -> Found:
+def pieces(text: str, at: int = 0) -> Iterator[tuple[str, int, bool]]:
+    """A record's text from a character on: (piece, where it ends, whether there is more).
+
+    A piece ends at a line's end where there is one.
+    """
+    while len(text) - at > PIECE:
+        line = text.rfind("\n", at, at + PIECE)
+        end = line + 1 if line >= 0 else at + PIECE
+        yield text[at:end], end, True
+        at = end
+    yield text[at:], len(text), False
+
+
+def read_jsonl(path: Path, offset: Offset, field: str) -> Found:
     """One JSON object a line, its text in `field`. Offsets are bytes."""
+    offset, inside = offset if isinstance(offset, tuple) else (offset, 0)
     with path.open("rb") as file:
         file.seek(offset)
-        for raw in file:
+        while raw := file.readline(LONGEST + 1):
             where = f"byte {offset}"
-            line = decode(raw, path, offset)
-            offset += len(raw)
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:  # a ValueError: a number of 4,301 digits
-                reason = getattr(error, "msg", error)
+            if len(raw) > LONGEST:
                 raise UserError(
-                    f"data.corpus: {path}, {where}: not JSON: {reason}; mend or delete the line"
-                ) from error
-            yield _field(record, field, path, where), where, offset, False
+                    f"data.corpus: {path}, {where}: expected a line of at most {LONGEST:,} bytes; "
+                    "divide its text into several records"
+                )
+            line = decode(raw, path, offset)
+            after = offset + len(raw)
+            if line.strip():
+                try:
+                    record = parse_json(line, Any, "")  # type: ignore[arg-type]
+                except Malformed as error:
+                    raise UserError(
+                        f"data.corpus: {path}, {where}: {error.reason}; correct or delete the line"
+                    ) from error
+                for piece, end, more in pieces(_field(record, field, path, where), inside):
+                    yield piece, where, (offset, end) if more else after, more
+            offset, inside = after, 0
 
 
-def read_parquet(path: Path, offset: int, field: str) -> Found:
+def read_parquet(path: Path, offset: Offset, field: str) -> Found:
     """The texts of one column. Offsets are rows."""
     try:
         from pyarrow import ArrowException
@@ -89,27 +115,48 @@ def read_parquet(path: Path, offset: int, field: str) -> Found:
         raise UserError(
             f"data.corpus: {path} needs the pyarrow package: pip install 'osdn[data]'"
         ) from error
+    first, inside = offset if isinstance(offset, tuple) else (offset, 0)
     try:
         with ParquetFile(path) as file:
             names = file.schema_arrow.names
             if field not in names:
                 _field(dict.fromkeys(names), field, path, "its columns")  # raises
-            groups = range(file.num_row_groups)
-            starts = [0]
-            for group in groups:
-                starts.append(starts[-1] + file.metadata.row_group(group).num_rows)
-            wanted = [group for group in groups if starts[group + 1] > offset]
-            row = starts[wanted[0]] if wanted else 0
-            for batch in file.iter_batches(ROWS, row_groups=wanted, columns=[field]):
-                for value in batch.column(0):
-                    row += 1
-                    if row > offset:
-                        where = f"row {row - 1}"
-                        text = _field({field: value.as_py()}, field, path, where)
-                        yield text, where, row, False
+            row = 0  # number of the next row
+            for group in range(file.num_row_groups):
+                described = file.metadata.row_group(group)
+                if row + described.num_rows <= first:
+                    row += described.num_rows
+                    continue
+                many = _rows_at_once(described, field, path, row)
+                for batch in file.iter_batches(many, row_groups=[group], columns=[field]):
+                    for value in batch.column(0):
+                        if row >= first:
+                            where = f"row {row}"
+                            text = _field({field: value.as_py()}, field, path, where)
+                            for piece, end, more in pieces(text, inside):
+                                yield piece, where, (row, end) if more else row + 1, more
+                            inside = 0
+                        row += 1
     except (ArrowException, UnicodeDecodeError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"data.corpus: {path}: damaged Parquet file: {reason}") from error
+
+
+def _rows_at_once(group: Any, field: str, path: Path, row: int) -> int:
+    """Rows of a Parquet file's row group that are decoded together, by their mean size.
+
+    Raises:
+        UserError: they are longer than LONGEST.
+    """
+    columns = (group.column(i) for i in range(group.num_columns))
+    size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == field)
+    mean = size // max(1, group.num_rows)
+    if mean > LONGEST:
+        raise UserError(
+            f"data.corpus: {path}, row {row}: expected rows of at most {LONGEST:,} bytes, found "
+            f"{mean:,} on average; divide the texts into several rows"
+        )
+    return max(1, min(ROWS, DECODED // max(1, mean)))
 
 
 def decode(data: bytes, path: Path, offset: int) -> str:

@@ -1,62 +1,95 @@
-"""One run at a time in a directory: two would mix their logs and checkpoints."""
+"""One process at a time in a directory: two would mix their files."""
 
 import errno
-import fcntl
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+
+from filelock import FileLock, Timeout
 
 from osdn.errors import UserError
 
-LOCK = ".train.lock"
-NONE_HERE = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of a file system without locks
+# What file systems without locks answer.
+NONE_HERE = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
-class Lock:
-    """A run's hold on its directory; it ends with the process that took it, however that ends."""
+class DirectoryLock:
+    """A process's hold on a directory; the system ends it with the process, however that ends.
 
-    def __init__(self, out: Path) -> None:
-        self.out, self.path = out, out / LOCK
-        self._file: TextIO | None = None
+    Args:
+        directory: made if it is not there.
+        name: of the lock file in it.
+        busy: what the user is told when another process holds it.
+    """
+
+    def __init__(self, directory: Path, name: str, busy: str) -> None:
+        self.directory, self.path, self.busy = directory, directory / name, busy
+        self._lock: FileLock | None = None
         self._made = False  # the directory
+        self._identity: tuple[int, int] | None = None  # of the lock file that is held
 
     def take(self) -> None:
-        """Take it, at once or not at all; where the file system has no locks, go on without.
+        """Take it at once or not at all; where the file system has no locks, go on without.
 
         Raises:
             UserError: another process has it, or the directory cannot be made.
         """
         try:
-            self._made = not self.out.exists()
-            self.out.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a")
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(self._file.fileno()).st_nlink == 0:  # its holder has just removed it
-                raise BlockingIOError
-        except BlockingIOError as error:
-            self._close()
-            raise UserError(
-                f"{self.out}: another process trains there; wait until it has ended, or give this "
-                "run a directory of its own (--out)"
-            ) from error
+            self._made = not self.directory.exists()
+            self.directory.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(str(self.path), timeout=0, thread_local=False)
+            lock.acquire(blocking=False)
+            self._lock, self._identity = lock, _identity(self.path)
+            if self._identity is None:  # its holder has just removed it
+                raise Timeout(str(self.path))
+        except Timeout as error:
+            self.release()
+            raise UserError(f"{self.directory}: {self.busy}") from error
+        except NotImplementedError:  # what filelock makes of ENOSYS
+            return
         except OSError as error:
             # A finished run may be read by those who cannot write there; others fail at the log.
-            unwritable = error.errno in (errno.EACCES, errno.EROFS) and self.out.is_dir()
+            unwritable = error.errno in (errno.EACCES, errno.EROFS) and self.directory.is_dir()
             if not unwritable and error.errno not in NONE_HERE:
-                raise UserError(f"{self.out}: cannot write there: {error.strerror}") from error
+                reason = error.strerror or error
+                raise UserError(f"{self.directory}: cannot write there: {reason}") from error
+
+    @property
+    def lost(self) -> bool:
+        """Whether the directory, or the lock file in it, is no longer the one that was taken."""
+        if self._identity is None:
+            return not self.directory.is_dir()
+        return _identity(self.path) != self._identity
+
+    def check(self) -> None:
+        """Stop before anything is written into another process's directory.
+
+        Raises:
+            UserError: the directory was removed or replaced.
+        """
+        if self.lost:
+            raise UserError(
+                f"{self.directory}: the directory was removed or replaced while this process wrote "
+                "into it; nothing more is written there. Give the command again to start anew"
+            )
 
     def release(self) -> None:
-        """Let go; a directory that was made for the lock alone goes too."""
-        if self._file is None:
+        """Let go; a directory that was made for the lock alone is removed."""
+        if self._lock is None:
             return
         with suppress(OSError):
-            if self._made and [path.name for path in self.out.iterdir()] == [LOCK]:
+            mine = self._made and not self.lost
+            if mine and [path.name for path in self.directory.iterdir()] == [self.path.name]:
                 self.path.unlink()
-                self.out.rmdir()
-        self._close()
+                self.directory.rmdir()
+        self._lock.release()
+        self._lock = self._identity = None
 
-    def _close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        self._file = None
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Device and number of a file; None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

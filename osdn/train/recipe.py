@@ -4,12 +4,21 @@ import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from osdn.errors import UserError
 from osdn.model.configuration import OSDNConfig
+from osdn.system.outside import shown
 from osdn.train.plain_yaml import plain_yaml
 
 MODEL_FIELDS = [
@@ -18,9 +27,33 @@ MODEL_FIELDS = [
 
 
 class Section(BaseModel):
-    """A part of a recipe: unknown keys are errors, values do not change."""
+    """A part of a recipe: unknown keys are errors, values do not change, numbers are numbers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_guess(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what pydantic would turn into a number: true, and a number in quotes."""
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+            raise ValueError(f"expected a number, got {str(value).lower()}")
+        if isinstance(value, str) and kinds and kinds <= {int, float, bool, type(None)}:
+            raise ValueError(f"expected {_words(kinds)}, got the text {value[:60]!r}")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The classes that a field's annotation allows."""
+    if get_origin(annotation) in (Union, UnionType, Annotated):
+        arguments = get_args(annotation)
+        inner = arguments[:1] if get_origin(annotation) is Annotated else arguments
+        return set().union(*map(_kinds, inner))
+    return {annotation}
+
+
+def _words(kinds: set[Any]) -> str:
+    return "true or false" if bool in kinds else "a number"
 
 
 S = TypeVar("S", bound=Section)
@@ -153,14 +186,14 @@ class Logging(Section):
     """What is written down; none of it changes the run.
 
     every: optimiser steps between lines of log.jsonl.
-    tensorboard: also write TensorBoard events.
+    tensorboard: also write TensorBoard events; null: where tensorboard is installed.
     wandb: the Weights & Biases project that gets the same; null: none.
     precond_every: optimiser steps between lines about the preconditioners, by layer; null: none.
     progress: show a progress bar on a terminal.
     """
 
     every: int = Field(default=1, ge=1)
-    tensorboard: bool = True
+    tensorboard: bool | None = None
     wandb: str | None = Field(default=None, min_length=1)
     precond_every: int | None = Field(default=None, ge=1)
     progress: bool = True
@@ -186,6 +219,9 @@ class Recipe(Section):
         for name in value:
             if name not in MODEL_FIELDS:
                 raise ValueError(_no_field(name, MODEL_FIELDS))
+            kinds = _kinds(OSDNConfig.__annotations__[name])
+            if isinstance(value[name], bool) and bool not in kinds:
+                raise ValueError(f"{name}: expected a number, got {str(value[name]).lower()}")
         try:
             OSDNConfig(**value)
         except Exception as error:  # transformers' strict dataclasses raise errors of their own
@@ -278,7 +314,7 @@ def _first(error: ValidationError, kind: type[Section]) -> str:
             return f"{where}: {_no_field(name, list(section.model_fields))}"
         path.append(str(name))
         section = section.model_fields[str(name)].annotation
-    got = "" if first["type"] in ("value_error", "missing") else f", got {first['input']!r}"
+    got = "" if first["type"] in ("value_error", "missing") else f", got {shown(first['input'])}"
     message = first["msg"].removeprefix("Value error, ")
     where = f"{'.'.join(path)}: " if path else ""
     return f"{where}{message[:1].lower()}{message[1:]}{got}"

@@ -23,7 +23,7 @@ from osdn.train.optim import learning_rate
 from osdn.train.recipe import Train
 
 
-class Outcome(NamedTuple):
+class StepOutcome(NamedTuple):
     """Of one step, the same in every process.
 
     loss: nats per token, the z-loss included.  norm: of the gradient before clipping.
@@ -41,12 +41,12 @@ class Outcome(NamedTuple):
         return math.isfinite(self.loss) and math.isfinite(self.norm)
 
 
-class Launched:
+class LaunchedStep:
     """A step that may still be under way on the device.
 
     Args:
         numbers: [2], its loss and norm, on the device.
-        lr, precond: see Outcome.
+        lr, precond: see StepOutcome.
     """
 
     def __init__(self, numbers: Tensor, lr: float, precond: Measured | None) -> None:
@@ -56,11 +56,11 @@ class Launched:
             self.numbers = torch.empty(2, pin_memory=True).copy_(numbers, non_blocking=True)
         self.done = Moment(numbers.device)
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> StepOutcome:
         """Wait for the step, and read its numbers."""
         self.done.wait()
         loss, norm = self.numbers.tolist()
-        return Outcome(loss, norm, self.lr, self.precond)
+        return StepOutcome(loss, norm, self.lr, self.precond)
 
 
 class Stepper:
@@ -84,7 +84,7 @@ class Stepper:
         self.sharded, self.optimizer, self.parallel = sharded, optimizer, parallel
         self.options, self.passes, self.beat = options, passes, beat
 
-    def __call__(self, step: int, rows: Iterator[Row], *, measure: bool) -> Launched:
+    def __call__(self, step: int, rows: Iterator[Row], *, measure: bool) -> LaunchedStep:
         """Launch step number `step`; one that is not finite changes nothing.
 
         The gradient is that of the mean over all targets of all processes' rows.
@@ -112,7 +112,7 @@ class Stepper:
         self.optimizer.found_inf = (~numbers.isfinite().all()).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return Launched(numbers, lr, precond)
+        return LaunchedStep(numbers, lr, precond)
 
     def _backward(
         self, step: int, batches: list[Batch], targets: int, measure: bool

@@ -118,7 +118,7 @@ def test_a_stop_at_any_system_call_of_a_save_loses_nothing(
 
 
 def test_a_finished_run_is_read_and_not_repeated(finished, texts, monkeypatch):
-    monkeypatch.setattr(loop, "Run", None)
+    monkeypatch.setattr(loop, "Trainer", None)
     assert train(recipe(texts), finished.out) == finished
 
 

@@ -20,7 +20,7 @@ Gradient, with λ_t = dL/dd_t along the whole recurrence, g_t the direct gradien
 
 Rows are [R, C, ·] as in `layout`; a vector over a chunk is kept as a row, [R, 1, C], which
 products take far faster than a column. Source of the recurrence: arXiv 2605.13473; the chunked form
-is derived in docs/operator.md.
+is derived in docs/explanation/operator.md.
 """
 
 from __future__ import annotations

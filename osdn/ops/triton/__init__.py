@@ -3,7 +3,7 @@
 Phase 1 makes the preconditioner's path from the keys alone: in chunks (`precond_forward`,
 `precond_backward`), and token by token from where a box clips it (`precond_tokens`). `write_keys`
 turns it into the operands of phase 2, which walks the memory (`memory_forward`, `memory_backward`).
-`decode` is one token. docs/kernels.md says what each kernel reads, writes and costs.
+`decode` is one token. docs/explanation/kernels.md says what each kernel reads, writes and costs.
 """
 
 import torch

@@ -1,9 +1,11 @@
 """Checkpoints are written: by DCP, in another thread, under a temporary name (see checkpoint)."""
 
+import errno
 import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -26,15 +28,13 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
-from osdn.data.shards import sha256
+from osdn.system.files import TEMPORARY, sha256, sync
 from osdn.train.checkpoint.reading import (
     MANIFEST,
     RECIPE,
     STATE,
-    TEMPORARY,
     directories,
     remove_unfinished,
-    sync,
 )
 from osdn.train.distributed.parallel import Parallel
 
@@ -45,11 +45,24 @@ class _Writer(dcp.HuggingFaceStorageWriter):
     Whatever goes wrong in one process, DCP tells all of them, and none goes on to the next stage.
     """
 
-    def __init__(self, root: Path, state: dict[str, Any], recipe: dict, keep: int) -> None:
+    def __init__(
+        self,
+        root: Path,
+        state: dict[str, Any],
+        recipe: dict,
+        keep: int,
+        lost: Callable[[], bool],
+    ) -> None:
         self.target = root / f"step_{state['step']}"
         self.unfinished = root / f"{TEMPORARY}{self.target.name}"
         super().__init__(str(self.unfinished), save_distributed=True)
         self.root, self.state, self.recipe, self.keep = root, state, recipe, keep
+        self._lost = lost
+
+    def _check_place(self) -> None:
+        """Refuse to touch a directory that is no longer this run's."""
+        if self._lost():
+            raise OSError(errno.ENOENT, "the run's directory was removed or replaced")
 
     def prepare_local_plan(self, plan: Any) -> Any:
         """Nothing yet: a leftover may bear the directory's name."""
@@ -57,7 +70,8 @@ class _Writer(dcp.HuggingFaceStorageWriter):
 
     def prepare_global_plan(self, plans: list[Any]) -> list[Any]:
         """In rank 0, before anyone writes."""
-        self.root.mkdir(parents=True, exist_ok=True)
+        self._check_place()
+        self.root.mkdir(exist_ok=True)  # without its parents: a run that was removed stays removed
         remove_unfinished(self.root)
         self.unfinished.mkdir()
         return super().prepare_global_plan(plans)
@@ -100,9 +114,10 @@ class _Writer(dcp.HuggingFaceStorageWriter):
             (self.unfinished / name).write_text(json.dumps(content, indent=1))
             digests[name] = sha256(self.unfinished / name)
         (self.unfinished / MANIFEST).write_text(json.dumps(digests, indent=1))
-        for path in (*(self.unfinished / name for name in (STATE, RECIPE, MANIFEST)),):
-            sync(path)
+        for name in (STATE, RECIPE, MANIFEST):
+            sync(self.unfinished / name)
         sync(self.unfinished)
+        self._check_place()
         os.rename(self.unfinished, self.target)
         sync(self.root)
         for old in directories(self.root)[self.keep :]:
@@ -121,10 +136,13 @@ class Saver:
     Args:
         root: the directory of all checkpoints.
         keep: how many of the newest are kept.
+        lost: whether the run's directory is no longer this run's; asked in rank 0.
     """
 
-    def __init__(self, root: Path, parallel: Parallel, *, keep: int) -> None:
-        self.root, self.parallel, self.keep = root, parallel, keep
+    def __init__(
+        self, root: Path, parallel: Parallel, *, keep: int, lost: Callable[[], bool]
+    ) -> None:
+        self.root, self.parallel, self.keep, self.lost = root, parallel, keep, lost
         self._stager = self._new_stager()
         self.step = 0  # of the save that was started last
         self._pending: Any = None
@@ -159,7 +177,7 @@ class Saver:
             self._stager = self._new_stager()
         self._pending = dcp.async_save(
             mine,
-            storage_writer=_Writer(self.root, state, recipe, self.keep),
+            storage_writer=_Writer(self.root, state, recipe, self.keep, self.lost),
             process_group=self.parallel.saving,
             async_stager=self._stager,
         )
@@ -187,7 +205,7 @@ class Saver:
             refused = next((cause for cause in causes if isinstance(cause, OSError)), None)
             if refused is None:
                 raise causes[0] from error
-            if self.parallel.main:
+            if self.parallel.main and not self.lost():
                 shutil.rmtree(self.root / f"{TEMPORARY}step_{self.step}", ignore_errors=True)
             raise refused from error
         return self.step

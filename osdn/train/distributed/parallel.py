@@ -7,6 +7,7 @@ over gloo, so that no accelerator waits for them.
 """
 
 import os
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -30,7 +31,22 @@ def attempt() -> str:
 
 def environment_rank() -> int:
     """This process's number, from torchrun's environment; 0 without it."""
-    return int(os.environ.get("RANK", 0))
+    return _number("RANK", 0)
+
+
+def _number(name: str, default: int) -> int:
+    """A number that torchrun leaves in the environment.
+
+    Raises:
+        UserError: something else is there.
+    """
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise UserError(
+            f"{name}: expected a number in the environment, as torchrun sets it, got {text!r}; "
+            "unset it, or start the run with torchrun"
+        )
+    return int(text)
 
 
 class Parallel:
@@ -47,8 +63,14 @@ class Parallel:
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         options = recipe.parallel
         launched = all(name in os.environ for name in LAUNCHED)
-        self.rank = int(os.environ["RANK"]) if launched else 0
-        self.size = int(os.environ["WORLD_SIZE"]) if launched else 1
+        self.rank = _number("RANK", 0) if launched else 0
+        self.size = _number("WORLD_SIZE", 1) if launched else 1
+        _number("MASTER_PORT", 0)  # PyTorch reads it
+        if not self.rank < self.size:
+            raise UserError(
+                f"RANK, WORLD_SIZE: expected a rank below the number of processes, got {self.rank} "
+                f"of {self.size}; start the run with torchrun"
+            )
         self.shard = self.size if options.shard == "all" else options.shard
         if self.size % self.shard:
             raise UserError(
@@ -67,7 +89,7 @@ class Parallel:
     def _meet(self, timeout: timedelta) -> None:
         backend = "gloo"
         if self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            self.device = torch.device("cuda", _number("LOCAL_RANK", 0))
             torch.cuda.set_device(self.device)
             backend = "cpu:gloo,cuda:nccl"
         store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))

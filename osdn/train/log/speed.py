@@ -1,6 +1,5 @@
 """How well the device is used, and how full it gets."""
 
-import resource
 import sys
 import time
 
@@ -24,10 +23,17 @@ def utilisation(
     return None if peak is None else round(tokens_per_s * flops / (devices * peak), 4)
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: allocated on a CUDA device at most, or resident in this process at most."""
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes: allocated on a CUDA device at most, or resident in this process at most.
+
+    None on Windows, whose Python has no `resource`.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
