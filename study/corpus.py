@@ -204,9 +204,11 @@ def build(
     ):  # fmt: skip
         records.sort(key=lambda one: blake2b(one["text"].encode(), digest_size=8).digest())
         write_records(out / f"{name}.jsonl", records)
-    texts = (one["text"] for one in train)
     train_tokenizer(
-        texts, out / "tokenizer", vocabulary=recipe.vocabulary, limit=recipe.tokenizer_bytes
+        (one["text"] for one in train),
+        out / "tokenizer",
+        vocabulary=recipe.vocabulary,
+        limit=recipe.tokenizer_bytes,
     )
     manifest = {
         "recipe": recipe.model_dump(mode="json", exclude={"packages"}),

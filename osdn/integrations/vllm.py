@@ -51,7 +51,7 @@ class PagedOSDN(MambaBase, OSDN):
     def __init__(self, options: dict[str, Any], dtype: torch.dtype, prefix: str):
         OSDN.__init__(self, **options)
         self.prefix, self.dtype = prefix, dtype
-        self.kv_cache = ()
+        self.kv_cache: tuple[Tensor, ...] = ()
         layers = get_current_vllm_config().compilation_config.static_forward_context
         if prefix in layers:
             raise ValueError(f"prefix: {prefix!r} names two layers")
