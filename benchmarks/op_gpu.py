@@ -15,7 +15,7 @@ import sys
 import torch
 from torch.nn.functional import normalize
 
-from osdn.ops.operands import Rule
+from osdn.ops.operands import Operands, Options, Token
 from osdn.ops.triton import (
     chunk_scan,
     chunk_scan_reverse,
@@ -36,8 +36,8 @@ from osdn.ops.triton.step import decode
 
 SHAPES = ((16, 4096, 16), (1, 65536, 16))
 K = 128
-RULE = Rule(1.0, False, None, None, K**-0.5)
-BOX = RULE._replace(precond_min=0.0, precond_max=2.0)
+OPTIONS = Options(1.0, False, None, None, K**-0.5)
+BOX = OPTIONS._replace(precond_min=0.0, precond_max=2.0)
 
 
 def grid(**options):
@@ -71,15 +71,15 @@ def stages(B, T, H):
     beta = torch.rand(B, T, H, device="cuda")
     S0, d0 = torch.zeros(B, H, K, K, device="cuda"), torch.ones(B, H, K, device="cuda")
     chunks = cut(B, T, None)
-    saved = saved_like(q, k, v, beta, None, S0, d0, None, RULE, True)
+    saved = saved_like(Operands(q, k, v, beta, None, None, S0, d0, None), OPTIONS, True)
     x, starts, w, ka, A, clipped, e = saved[:7]
-    _, solve, M = chunk_scan(k, beta, None, d0, x, starts, chunks, RULE)
-    write_keys(k, beta, None, x, starts, w, A, ka, clipped, chunks, RULE, repair=False)
-    *_, parts = memory(q, w, ka, v, A, S0, e, chunks, RULE)
-    dv, dS, _ = memory_reverse(q, w, ka, A, do, S0, parts, chunks, RULE)
+    _, solve, M = chunk_scan(k, beta, None, d0, x, starts, chunks, OPTIONS)
+    write_keys(k, beta, None, x, starts, w, A, ka, clipped, chunks, OPTIONS, repair=False)
+    *_, parts = memory(q, w, ka, v, A, S0, e, chunks, OPTIONS)
+    dv, dS, _ = memory_reverse(q, w, ka, A, do, S0, parts, chunks, OPTIONS)
     S = states(w, e, S0, parts, chunks)
     dbeta = torch.empty_like(beta)
-    _, dk, dw = gradients(q, k, w, e, do, dv, S, dS, chunks, RULE)
+    _, dk, dw = gradients(q, k, w, e, do, dv, S, dS, chunks, OPTIONS)
     state0 = torch.randn(64, H, K, K, device="cuda")
     precond0 = torch.ones(64, H, K, device="cuda")
     row = [t.view(-1, H, t.shape[-1])[:64].contiguous() for t in (q, k, v)]
@@ -88,14 +88,14 @@ def stages(B, T, H):
         return A.view(-1, 64, H, 64).transpose(1, 2)[:256]
 
     def inverse():
-        return (solved(chunk_inverse(k, beta, None, chunks, RULE)),)
+        return (solved(chunk_inverse(k, beta, None, chunks, OPTIONS)),)
 
     def keys():
-        write_keys(k, beta, None, x, starts, w, A, ka, clipped, chunks, RULE, repair=False)
+        write_keys(k, beta, None, x, starts, w, A, ka, clipped, chunks, OPTIONS, repair=False)
         return w, ka, solved(A)
 
     def scan():
-        return (chunk_scan(k, beta, None, d0, x, starts, chunks, RULE)[0], x, starts)
+        return (chunk_scan(k, beta, None, d0, x, starts, chunks, OPTIONS)[0], x, starts)
 
     def tokens():
         """Every token, as where the box clips in each sequence's first chunk."""
@@ -111,25 +111,26 @@ def stages(B, T, H):
     def reverse():
         part = dk.clone()
         found = chunk_scan_reverse(
-            k, beta, None, x, starts, solve, M, dw, d0, part, dbeta, None, clipped, chunks, RULE
+            k, beta, None, x, starts, solve, M, dw, d0, part, dbeta, None, clipped, chunks, OPTIONS
         )
         return dbeta, found, part
 
     def step():
         state, precond = state0.clone(), precond0.clone()
-        o = decode(*row, beta.view(-1, H)[:64], None, state, precond, RULE)
+        token = Token(*row, beta.view(-1, H)[:64], None, None, state, precond, None, None)
+        o = decode(token, OPTIONS)
         return o, state, precond
 
     return {
         "inverse": inverse,
         "scan": scan,
-        "transfer": lambda: (transfers(k, beta, None, solve, None, chunks, RULE),),
+        "transfer": lambda: (transfers(k, beta, None, solve, None, chunks, OPTIONS),),
         "token_scan": tokens,
         "write_keys": keys,
-        "memory": lambda: memory(q, w, ka, v, A, S0, e, chunks, RULE)[:2],
+        "memory": lambda: memory(q, w, ka, v, A, S0, e, chunks, OPTIONS)[:2],
         "states": lambda: (states(w, e, S0, parts, chunks),),
-        "memory_reverse": lambda: memory_reverse(q, w, ka, A, do, S0, parts, chunks, RULE),
-        "gradients": lambda: gradients(q, k, w, e, do, dv, S, dS, chunks, RULE),
+        "memory_reverse": lambda: memory_reverse(q, w, ka, A, do, S0, parts, chunks, OPTIONS),
+        "gradients": lambda: gradients(q, k, w, e, do, dv, S, dS, chunks, OPTIONS),
         "couple": reverse,
         "scan_reverse": reverse,
         "precond_gradients": reverse,

@@ -1,4 +1,4 @@
-"""Token-local statements of docs/theory.md: both sides of each, for given keys, gates, η and box.
+"""Token-local statements of docs/explanation/theory.md: both sides, for given keys, gates and box.
 
 Every function takes float64 tensors with any leading batch shape: k [..., T, K], beta and
 log_gamma [..., T], d and u [..., K]. With s_t = k_t ⊙ k_t and z_t = b_t s_t (b_t = β_t if
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from osdn.ops import reference
-from osdn.ops.operands import Rule
+from osdn.ops.operands import Options
 
 Box = tuple[float, float] | None
 
@@ -48,7 +48,7 @@ def precond_path(
     """d_1..d_{T+1} from the operator's own step, with x_t and z_t; beta None means 1."""
     beta = torch.ones_like(k[..., 0]) if beta is None else beta
     low, high = (None, None) if box is None else box
-    rule = Rule(eta, beta_aware, low, high, 1.0)
+    rule = Options(eta, beta_aware, low, high, 1.0)
     d = [d1.expand(k[..., 0, :].shape)]
     for t in range(k.shape[-2]):
         gamma = None if log_gamma is None else log_gamma[..., t]

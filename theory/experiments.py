@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from osdn.ops import reference
-from osdn.ops.operands import Rule
+from osdn.ops.operands import Options
 from theory.bounds import precond_path, unit_key_bound
 from theory.convergence import (
     diagonal_comparator,
@@ -180,7 +180,7 @@ def hardest_keys(d1: Tensor, T: int, *, eta: float) -> Tensor:
     """
     error, keys = d1 - 1, []
     share = (error.square().sum() / T).item()
-    rule = Rule(eta, False, None, None, 1.0)
+    rule = Options(eta, False, None, None, 1.0)
     for _ in range(T):
         high, low = int(error.argmax()), int(error.argmin())
         if -error[low] > error[high]:
@@ -223,13 +223,13 @@ class Drift(NamedTuple):
 def drift(tick: Tick, *, seeds: int = 8, T: int = 1024) -> Drift:
     """One memory learning a stream that changes every 128 tokens, with and without APF; d_1 = 1."""
     k, v, beta = streams(seeds, T)
-    plain = _stream_error(k, v, beta, Rule(0.0, False, None, None, 1.0), tick)[0][:, 0]
+    plain = _stream_error(k, v, beta, Options(0.0, False, None, None, 1.0), tick)[0][:, 0]
     result = Drift({}, {}, {}, {})
     for eta in DRIFT_ETAS:
         for box in BOXES:
             for beta_aware in (False, True):
                 low, high = (None, None) if box is None else box
-                rule = Rule(eta, beta_aware, low, high, 1.0)
+                rule = Options(eta, beta_aware, low, high, 1.0)
                 key = (eta, box, beta_aware)
                 error, x2, d = _stream_error(k, v, beta, rule, tick)
                 result.error[key] = (error / plain[:, None]).mean(-1)
@@ -272,7 +272,7 @@ def streams(seeds: int, T: int, *, K: int = 16, V: int = 4) -> tuple[Tensor, Ten
 
 
 def _stream_error(
-    k: Tensor, v: Tensor, strength: Tensor, rule: Rule, tick: Tick
+    k: Tensor, v: Tensor, strength: Tensor, rule: Options, tick: Tick
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean ‖e_t‖² and mean x_t², [scene, γ, seeds], over t > 128, and d [T, scene, γ, seeds, K]."""
     scenes, seeds, T, K = k.shape

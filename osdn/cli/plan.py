@@ -4,6 +4,7 @@ import argparse
 from math import gcd
 from pathlib import Path
 
+from osdn.cli import recipes
 from osdn.data.shards import JOB
 from osdn.errors import UserError
 from osdn.model.configuration import OSDNConfig
@@ -12,12 +13,14 @@ from osdn.plan.memory import count_model
 from osdn.plan.predict import Plan, model_config, predict, smaller
 from osdn.train.recipe import Recipe, load_recipe
 
+FIELDS = recipes.fields(Recipe)
+
 MOST = 4096
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Recipe, overrides, and the GPUs."""
-    parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="as for osdn train")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="as for osdn train"
     )
@@ -26,12 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--gpu", default="H100", help="which kind (default: H100)")
     parser.add_argument("--price", type=float, help="of one GPU for an hour, in any currency")
-    parser.epilog = "What is measured and what is assumed is printed below; docs/scale.md says more"
+    parser.epilog = "It says what is measured and what is assumed; see docs/howto/plan-a-run.md"
 
 
 def run(args: argparse.Namespace) -> None:
     """Predict and print."""
-    recipe, gpu = load_recipe(args.recipe, args.overrides), find_gpu(args.gpu)
+    recipe, gpu = load_recipe(recipes.find(args.recipe), args.overrides), find_gpu(args.gpu)
     if args.price is not None and not args.price >= 0:
         raise UserError(f"--price: expected at least 0, got {args.price}")
     counts = parse_counts(args.gpus)
@@ -64,21 +67,40 @@ def details(plan: Plan, price: float | None) -> list[str]:
     form = "one process" if plan.gpus == 1 else "DDP" if plan.shard == 1 else "FSDP2"
     form = f"HSDP, {plan.shard} each" if 1 < plan.shard < plan.gpus else form
     parts = ", ".join(
-        f"{name.replace('_', ' ')} {value / GIB:.2f}" for name, value in memory._asdict().items()
+        f"{name.replace('_', ' ')} {size(value)}" for name, value in memory._asdict().items()
     )
-    times = ", ".join(f"{name} {value:.3f}" for name, value in step._asdict().items())
+    times = ", ".join(f"{name} {duration(value)}" for name, value in step._asdict().items())
     fit = "fits in" if plan.fits else "DOES NOT FIT in"
     return [
         f"{plan.model.parameters:,} parameters on {plan.gpus:,} × {plan.gpu.name} ({form}); "
-        f"{plan.passes} passes of {train.rows} × {train.seq_len:,} tokens a GPU and step",
+        f"{plan.passes} pass{'es' * (plan.passes > 1)} of {train.rows} × {train.seq_len:,} tokens "
+        "a GPU and step",
         f"memory per GPU: {memory.total / GIB:.1f} GiB, {fit} {plan.gpu.memory / GIB:.1f} "
-        f"(GiB: {parts}; reserve and gaps on top)",
+        f"({parts}; reserve and gaps on top)",
         f"speed: {plan.tokens_per_s:,.0f} tokens/s, {plan.tokens_per_s / plan.gpus:,.0f} a GPU, "
-        f"utilisation {plan.utilisation:.1%} ({plan.flops / 1e9:.2f} GFLOP a token)",
-        f"step: {step.total:.3f} s ({times}); bottleneck: {step.bottleneck}",
-        f"run: {train.steps:,} steps, {plan.seconds / 86400:.2f} days, "
-        f"{plan.gpu_hours:,.0f} GPU hours{cost(plan, price)}",
+        f"utilisation {plan.utilisation:.1%} ({plan.flops / 1e9:.3g} GFLOP a token)",
+        f"step: {duration(step.total)} ({times}); bottleneck: {step.bottleneck}",
+        f"run: {train.steps:,} steps, {duration(plan.seconds)}, "
+        f"{hours(plan.gpu_hours)} GPU hours{cost(plan, price)}",
     ]
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that fits: 85 µs, 3.4 ms, 12 s, 5.6 min, 7.8 h, 9.0 days."""
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60), ("s", 1), ("ms", 1e-3)):
+        if seconds >= length:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs" if seconds else "0"
+
+
+def hours(value: float) -> str:
+    """A number of hours, with three digits where it is small."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def size(bytes_: float) -> str:
+    """Bytes in the unit that fits: 5.2 MiB, 1.4 GiB."""
+    return f"{bytes_ / GIB:.2f} GiB" if bytes_ >= GIB / 10 else f"{bytes_ / 2**20:.1f} MiB"
 
 
 def cost(plan: Plan, price: float | None) -> str:
@@ -95,7 +117,7 @@ def table(
         f"{model.parameters:,} parameters, {recipe.train.batch_rows * recipe.train.seq_len:,} "
         f"tokens a step, {recipe.train.steps:,} steps on {gpu.name}"
     )
-    print(f"{'GPUs':>6} {'GiB':>7} {'tokens/s':>12} {'use':>6} {'days':>9} {'GPU hours':>10}  "
+    print(f"{'GPUs':>6} {'GiB':>7} {'tokens/s':>12} {'use':>6} {'time':>9} {'GPU hours':>10}  "
           "bottleneck")  # fmt: skip
     for count in counts:
         try:
@@ -106,7 +128,7 @@ def table(
         plans.append(plan)
         print(
             f"{count:>6,} {plan.memory.total / GIB:>7.1f} {plan.tokens_per_s:>12,.0f} "
-            f"{plan.utilisation:>6.1%} {plan.seconds / 86400:>9.2f} {plan.gpu_hours:>10,.0f}  "
+            f"{plan.utilisation:>6.1%} {duration(plan.seconds):>9} {hours(plan.gpu_hours):>10}  "
             f"{plan.step.bottleneck}{cost(plan, price)}{'' if plan.fits else '; DOES NOT FIT'}"
         )
     return plans

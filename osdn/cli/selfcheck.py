@@ -15,6 +15,7 @@ import argparse
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
 from math import inf
 from multiprocessing import get_context
 from typing import Any, NamedTuple
@@ -251,6 +252,10 @@ def check_all() -> Iterator[Result]:
 
     Nearly all the time goes into compiling, which takes one core: so the cases share the cores.
     """
+    if find_spec("triton") is None:
+        raise UserError(
+            "the kernels need triton, which is not installed; pip install triton (on Linux)"
+        )
     if torch.cuda.is_available():
         device = torch.device("cuda")
         workers = min(os.cpu_count() or 1, 16)

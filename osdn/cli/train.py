@@ -6,16 +6,23 @@ Over several processes: torchrun --nproc_per_node=N -m osdn train RECIPE.yaml
 import argparse
 from pathlib import Path
 
+from osdn.cli import recipes
+from osdn.cli.hints import advise_numba
 from osdn.train.distributed.parallel import environment_rank
 from osdn.train.log.run_log import TrainResult
 from osdn.train.loop import train
-from osdn.train.recipe import load_recipe
+from osdn.train.recipe import Recipe, load_recipe
+
+FIELDS = recipes.fields(Recipe)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Recipe, overrides and the run's directory."""
     parser.add_argument(
-        "recipe", type=Path, metavar="RECIPE.yaml", help="such as recipes/tiny.yaml"
+        "recipe",
+        type=Path,
+        metavar="RECIPE",
+        help=f"a .yaml file, or one that comes with osdn: {recipes.known()}",
     )
     parser.add_argument(
         "overrides",
@@ -28,14 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         help="the run's directory (default: runs/ and the recipe's name); a run that was stopped "
-        "there goes on",
+        "there is resumed",
     )
-    parser.epilog = "The fields of a recipe and the files of a run: docs/training.md"
+    parser.epilog = "Recipe fields and the files of a run: docs/howto/train-on-your-data.md"
 
 
 def run(args: argparse.Namespace) -> None:
     """Train and print what came of it."""
-    recipe = load_recipe(args.recipe, args.overrides)
+    recipe = load_recipe(recipes.find(args.recipe), args.overrides)
+    advise_numba()
     result = train(recipe, args.out or Path("runs") / args.recipe.stem)
     if environment_rank() == 0:
         print(summary(result))

@@ -6,7 +6,8 @@ samples             how many items the scores stand on
 scores              [{group, name, value, low, high, n}]: a mean and its 95% bootstrap interval
 tables              [{title, columns, rows}]
 curves              [{title, x, y, series: {label: [[x, y, low, high], ...]}}], or, shares as dots,
-                    [{title, x, strip: True, series: {label: [value, ...]}}]
+                    [{title, x, strip: True, series: {label: [value, ...]}}], or, differences,
+                    [{title, x, differences: True, series: {label: {values, interval}}}]
 maps                [{title, x, y, columns, rows, values}]: values[row][column]
 provenance          command, commit, versions, hardware, time
 """
@@ -202,14 +203,22 @@ class Table(Outside):
     rows: list[list[Any]]
 
 
+class Differences(Outside):
+    """Values and the interval of their mean."""
+
+    values: list[Number]
+    interval: list[Number]
+
+
 class Curve(Outside):
-    """One of a result's curves: points [x, y, low, high], or values where `strip` is set."""
+    """One of a result's curves: points [x, y, low, high]; values (`strip`); or `differences`."""
 
     title: str
     x: str
     y: str = ""
     strip: bool = False
-    series: dict[str, list[Number] | list[list[Number]]]
+    differences: bool = False
+    series: dict[str, list[Number] | list[list[Number]] | Differences]
 
 
 class Map(Outside):

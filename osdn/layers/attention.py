@@ -6,19 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers.cache_utils import Cache, DynamicLayer
 
 from osdn.layers.cache import Mixed
 from osdn.layers.sizes import head_size
-from osdn.ops.validation import check_cu_seqlens, mark_of
+from osdn.ops.packing import check_cu_seqlens, remember
 
 
 class Attention(nn.Module):
     """Causal softmax attention with rotary positions, the baseline and the hybrid's other half.
 
     o = softmax(q kᵀ / sqrt(K)) v per head (PyTorch's scaled_dot_product_attention), y = W_o o.
-    Rotary positions only enter as differences, so padding and packing need no offsets of their own.
+    Rotary positions count a row's real tokens. They only enter as differences, so that packed
+    sequences need no positions of their own.
 
     Args:
         hidden_size, num_heads, head_dim, layer_idx: as in OSDN.
@@ -67,7 +67,8 @@ class Attention(nn.Module):
             projection(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, past, self.rope_theta), rotate(k, past, self.rope_theta)
+        positions = token_positions(attention_mask, hidden_states, past)
+        q, k = (rotate(x, positions, self.rope_theta) for x in (q, k))
         if past_key_values is not None and self.layer_idx is not None:
             if use_cache:
                 k, v = past_key_values.update(k, v, self.layer_idx)
@@ -112,14 +113,29 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Ten
     return o.transpose(0, 1).unsqueeze(0)
 
 
-def rotate(x: Tensor, start: int, theta: float) -> Tensor:
-    """Rotary embedding of x [B, H, T, K] at positions start..start+T−1: pairs (i, i + K/2)."""
-    T, K = x.shape[-2:]
-    frequency = theta ** (-torch.arange(0, K, 2, device=x.device, dtype=torch.float32) / K)
-    time = torch.arange(start, start + T, device=x.device, dtype=torch.float32)
-    angle = torch.outer(time, frequency)
+def token_positions(attention_mask: Tensor | None, hidden_states: Tensor, past: int) -> Tensor:
+    """[B or 1, T]: how many real tokens of its row come before each of the last T tokens.
+
+    attention_mask: [B, past + T], 0 for padding; None without any.
+    """
+    B, T = hidden_states.shape[:2]
+    if attention_mask is None:
+        return torch.arange(past, past + T, device=hidden_states.device)[None]
+    if attention_mask.shape != (B, past + T):
+        raise ValueError(
+            f"attention_mask: expected [B, past + T] = {[B, past + T]}, "
+            f"got shape {list(attention_mask.shape)}"
+        )
+    return (attention_mask.bool().cumsum(1) - 1).clamp(min=0)[:, past:]
+
+
+def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """Rotary embedding of x [B, H, T, K] at positions [B or 1, T]: pairs (i, i + K/2)."""
+    K, wide = x.shape[-1], torch.promote_types(x.dtype, torch.float32)
+    frequency = theta ** (-torch.arange(0, K, 2, device=x.device, dtype=wide) / K)  # [K/2]
+    angle = positions[:, None, :, None].to(wide) * frequency  # [B or 1, 1, T, K/2]
     cos, sin = angle.cos(), angle.sin()
-    a, b = x.float().chunk(2, dim=-1)
+    a, b = x.to(wide).chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
@@ -132,11 +148,6 @@ def attention_pattern(
         return None
     seen = _causal(T, S, q.device) if cu_seqlens is None else _packed(cu_seqlens, S)
     if attention_mask is not None:
-        if attention_mask.shape != (len(q), S):
-            raise ValueError(
-                f"attention_mask: expected [B, past + T] = {[len(q), S]}, "
-                f"got shape {list(attention_mask.shape)}"
-            )
         itself = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T).tril(S - T)
         seen = seen & attention_mask[:, None, None].bool() | itself  # no empty row
     return seen
@@ -149,24 +160,11 @@ def _causal(T: int, S: int, device: torch.device) -> Tensor:
 
 
 def _packed(cu_seqlens: Tensor, T: int) -> Tensor:
-    """[1, 1, T, T]: causal within each sequence of cu_seqlens.
-
-    Made once for a cu_seqlens tensor, which all layers of a model are handed, and let go with it.
-    """
-    mark = None if torch.compiler.is_compiling() else mark_of(cu_seqlens)
-    if mark is None:
-        return _packed_now(cu_seqlens, T)
-    known, pattern = _patterns.get(cu_seqlens, (None, None))
-    if pattern is None or known != (mark, T):
-        pattern = _packed_now(cu_seqlens, T)
-        _patterns[cu_seqlens] = (mark, T), pattern
-    return pattern
+    """[1, 1, T, T]: causal within each sequence of cu_seqlens; one mask for all layers."""
+    return remember(cu_seqlens, ("attention mask", T), lambda: _packed_now(cu_seqlens, T))
 
 
 def _packed_now(cu_seqlens: Tensor, T: int) -> Tensor:
     time = torch.arange(T, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens[1:], time, right=True)
     return _causal(T, T, cu_seqlens.device) & (document[:, None] == document)
-
-
-_patterns: Any = WeakIdKeyDictionary()

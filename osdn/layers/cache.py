@@ -36,4 +36,9 @@ def linear_cache(
             f"past_key_values: expected a linear-attention layer with 2 state slots at index "
             f"{layer_idx}, got {cache}; build the cache as osdn.OSDNCache(model.config)"
         )
+    if cache.record_past:
+        raise ValueError(
+            "past_key_values: this cache records a past to crop, and the memory of an osdn or "
+            "delta_net layer cannot be rolled back; keep a copy of the cache, or give no assistant"
+        )
     return cache

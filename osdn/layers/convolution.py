@@ -19,15 +19,37 @@ class ShortConvolution(nn.Conv1d):
         self.head_dim = head_dim
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, history: Tensor | None = None, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        history: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        padding: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, D] with the W−1 inputs before it, history [B, D, W−1] -> (y, next history).
 
-        With cu_seqlens, no sequence sees its neighbour, and the history returned is of no use.
+        cu_seqlens: no sequence sees its neighbour, and the history returned is of no use.
+        padding: [B] int64, how many tokens of zeros each row of x starts with; the history lies
+            between these and the row's other tokens.
         """
         gap, first = self.kernel_size[0] - 1, 0
         if history is not None:
-            x, first = torch.cat([history.transpose(1, 2).to(x.dtype), x], dim=1), gap
+            x, first = _after(history.transpose(1, 2).to(x.dtype), x, padding), gap
         y = short_convolution(x, self.weight.squeeze(1), cu_seqlens, head_dim=self.head_dim)
-        last = F.pad(x[:, max(0, x.shape[1] - gap) :], (0, 0, max(0, gap - x.shape[1]), 0))
-        return y[:, first:], last.transpose(1, 2)
+        return y[:, first:], _last(x, gap).transpose(1, 2)
+
+
+def _after(history: Tensor, x: Tensor, padding: Tensor | None) -> Tensor:
+    """[B, W−1 + T, D]: the history [B, W−1, D], behind each row's padding, and then its tokens."""
+    if padding is None:
+        return torch.cat([history, x], dim=1)
+    at = padding[:, None] + torch.arange(history.shape[1], device=x.device)  # [B, W−1]
+    x = F.pad(x, (0, 0, history.shape[1], 0))
+    return x.scatter(1, at[..., None].expand_as(history), history)
+
+
+def _last(x: Tensor, gap: int) -> Tensor:
+    """The last `gap` tokens of x [B, T, D], zeros before them where T is smaller."""
+    T = x.shape[1]
+    if torch.compiler.is_compiling():  # no guard on T; an unused copy is never made
+        return F.pad(x, (0, 0, gap, 0))[:, T:]
+    return F.pad(x[:, max(0, T - gap) :], (0, 0, max(0, gap - T), 0))

@@ -5,7 +5,7 @@ transformers `Cache`: forward(hidden_states, attention_mask, past_key_values, us
 -> (output, None, past_key_values), the signature of flash-linear-attention's layers.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,11 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from osdn.layers.cache import Mixed, linear_cache, token_mask
 from osdn.layers.convolution import ShortConvolution
+from osdn.layers.padding import padding_first, reordered
 from osdn.layers.sizes import head_size
 from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step
-from osdn.ops.validation import check_box_holds_one, check_cu_seqlens, check_rule, check_sizes
+from osdn.ops.packing import check_cu_seqlens
+from osdn.ops.validation import check_box_holds_one, check_rule, check_sizes
 
 Forgetting = Literal["none", "data"]
 
@@ -24,7 +26,7 @@ APF_BIAS = 6.9  # γ = sigmoid(6.9) ≈ 0.999 at the start
 
 
 class ForgettingGate(nn.Linear):
-    """W_a x + b_a in float32, [B, T, H]; log γ is its logsigmoid, and γ ≈ 0.999 at the start."""
+    """W_a x + b_a [B, T, H], in float32 or wider; log γ is its logsigmoid. γ starts near 0.999."""
 
     def reset_special_parameters(self) -> None:
         """The initial values that are not a matter of taste: 0, and 6.9."""
@@ -32,8 +34,32 @@ class ForgettingGate(nn.Linear):
         nn.init.constant_(self.bias, APF_BIAS)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        logits = F.linear(x, self.weight.to(x.dtype)).float()
-        return logits + self.bias.float()  # 6.9 + x keeps x's digits
+        logits = widened(F.linear(x, self.weight.to(x.dtype)))
+        return logits + self.bias.to(logits.dtype)  # 6.9 + x keeps x's digits
+
+
+class LayerOperands(NamedTuple):
+    """What a layer hands to the operator, and what its convolutions hand to their next call.
+
+    q, k: [B, T, H, K], of unit length.  v: [B, T, H, V].
+    beta, log_gamma: [B, T, H] in float32 (float64 for float64 input); no log_gamma: γ = 1.
+    initial_state: [B, H, K, V], None for 0.  initial_precond: [H, K] or [B, H, K], None for 1.
+    history: the last W−1 inputs of the convolutions of q, k and v, each [B, features, W−1].
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor
+    log_gamma: Tensor | None
+    initial_state: Tensor | None
+    initial_precond: Tensor | None
+    history: list[Tensor]
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in float32, or in float64 where it is that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class OSDN(nn.Module):
@@ -132,8 +158,8 @@ class OSDN(nn.Module):
         return d if d is None or low is None else d.clamp(low, high)
 
     def gates(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(β, log γ), each [B, T, H] in float32; log γ is None without forgetting."""
-        beta = self.b_proj(hidden_states).float().sigmoid() * (2 if self.allow_neg_eigval else 1)
+        """(β, log γ), each [B, T, H] in float32 or wider; log γ is None without forgetting."""
+        beta = widened(self.b_proj(hidden_states)).sigmoid() * (2 if self.allow_neg_eigval else 1)
         return beta, None if self.a_proj is None else F.logsigmoid(self.a_proj(hidden_states))
 
     def forward(
@@ -146,7 +172,8 @@ class OSDN(nn.Module):
     ) -> Mixed:
         """hidden_states [B, T, D] -> (output [B, T, D], None, past_key_values).
 
-        attention_mask: [B, T] (or longer, its last T columns count), 0 where a token is padding.
+        attention_mask: [B, T] (or longer, its last T columns count), 0 where a token is padding,
+            anywhere in a row. Real tokens get what they get in a row without padding.
         past_key_values: a transformers cache whose layer `layer_idx` is a linear-attention one
             with two state slots; read if it holds a past, written if use_cache.
         cu_seqlens: [N + 1] offsets of sequences packed along T; B must be 1.
@@ -154,24 +181,21 @@ class OSDN(nn.Module):
         if cu_seqlens is not None:  # the convolutions come before the operator and its own check
             check_cu_seqlens(cu_seqlens, hidden_states, "hidden_states")
         cache = linear_cache(past_key_values, self.layer_idx, cu_seqlens)
-        past = cache if cache is not None and cache.has_previous_state[0] else None
-        mask = token_mask(attention_mask, hidden_states)
+        mask, order = token_mask(attention_mask, hidden_states), None
         if mask is not None:
-            hidden_states = hidden_states * mask[..., None]
-        (q, k, v), history = self._convolve(hidden_states, past, cu_seqlens)
-        beta, log_gamma = self.gates(hidden_states)
-        if mask is not None:
-            k, beta = k * mask[..., None, None], beta * mask[..., None]
-            log_gamma = None if log_gamma is None else log_gamma * mask[..., None]
+            if mask.shape[1] > 1:
+                order = padding_first(mask, cu_seqlens)
+                hidden_states, mask = reordered(hidden_states, order), reordered(mask, order)
+            hidden_states = hidden_states.masked_fill(~mask[..., None], 0)
+        given = self.operands(hidden_states, mask, cache, cu_seqlens)
 
-        states = None, self.start_precond()
-        state, precond = states if past is None else (past.recurrent_states[i] for i in (0, 1))
+        state, precond = given.initial_state, given.initial_precond
         if state is not None and precond is not None and torch.is_grad_enabled():
             state, precond = state.clone(), precond.clone()  # the cache is written over, in place
-        decode = use_cache and q.shape[1] == 1 and not torch.is_grad_enabled()
+        decode = use_cache and hidden_states.shape[1] == 1 and not torch.is_grad_enabled()
         if decode and state is not None and precond is not None:
-            q, k, v, beta = (x.squeeze(1) for x in (q, k, v, beta))
-            log_gamma = None if log_gamma is None else log_gamma.squeeze(1)
+            q, k, v, beta, log_gamma = (None if x is None else x.squeeze(1) for x in given[:5])
+            assert q is not None and k is not None and v is not None and beta is not None
             o, state, precond = online_scaled_delta_step(  # in place, in the cache's own tensors
                 q, k, v, beta, log_gamma, state=state, precond=precond, backend=self.backend,
                 **self.rule,
@@ -179,7 +203,7 @@ class OSDN(nn.Module):
             o = o.unsqueeze(1)
         else:
             o, state, precond = online_scaled_delta_rule(
-                q, k, v, beta, log_gamma, initial_state=state, initial_precond=precond,
+                *given[:5], initial_state=state, initial_precond=precond,
                 output_final_state=use_cache, cu_seqlens=cu_seqlens, backend=self.backend,
                 **self.rule,
             )  # fmt: skip
@@ -187,15 +211,46 @@ class OSDN(nn.Module):
                 cache.update_recurrent_state(state, state_idx=0)
                 cache.update_recurrent_state(precond, state_idx=1)
         if use_cache and cache is not None:
-            cache.update_conv_state(torch.cat(history[:2], dim=1), state_idx=0)
-            cache.update_conv_state(history[2], state_idx=1)
+            cache.update_conv_state(torch.cat(given.history[:2], dim=1), state_idx=0)
+            cache.update_conv_state(given.history[2], state_idx=1)
 
-        o = self.o_norm(o.to(self.o_norm.weight.dtype)).flatten(-2)
+        o = self.o_norm(o.to(self.o_norm.weight.dtype)).flatten(-2).to(hidden_states.dtype)
         gate = 1.0 if self.g_proj is None else F.silu(self.g_proj(hidden_states))
-        return self.o_proj(o * gate), None, past_key_values
+        y = self.o_proj(o * gate)
+        return y if order is None else reordered(y, order.argsort(1)), None, past_key_values
+
+    def operands(
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None = None,
+        cache: LinearAttentionLayer | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> LayerOperands:
+        """The first half of forward: what it hands to the operator for hidden_states [B, T, D].
+
+        mask: [B, T] booleans, False for padding, which stands before the real tokens of its row
+            and is 0 in hidden_states.
+        cache: this layer's part of a cache; what it holds comes first.
+        """
+        if cache is not None and not cache.has_previous_state[0]:
+            cache = None
+        padding = None if mask is None else (~mask).sum(1)
+        (q, k, v), history = self._convolve(hidden_states, cache, cu_seqlens, padding)
+        beta, log_gamma = self.gates(hidden_states)
+        if mask is not None:  # a token that writes nothing and forgets nothing
+            k, beta = k * mask[..., None, None], beta * mask[..., None]
+            log_gamma = None if log_gamma is None else log_gamma * mask[..., None]
+        state, precond = None, self.start_precond()
+        if cache is not None:
+            state, precond = cache.recurrent_states[0], cache.recurrent_states[1]
+        return LayerOperands(q, k, v, beta, log_gamma, state, precond, history)
 
     def _convolve(
-        self, hidden_states: Tensor, cache: LinearAttentionLayer | None, cu_seqlens: Tensor | None
+        self,
+        hidden_states: Tensor,
+        cache: LinearAttentionLayer | None,
+        cu_seqlens: Tensor | None,
+        padding: Tensor | None,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """q, k [B, T, H, K] of unit length and v [B, T, H, V], and the next history of each.
 
@@ -212,7 +267,7 @@ class OSDN(nn.Module):
             (self.q_conv1d, self.k_conv1d, self.v_conv1d),
             before,
         ):
-            x, history = convolution(projection(hidden_states), history, cu_seqlens)
+            x, history = convolution(projection(hidden_states), history, cu_seqlens, padding)
             made.append(x.unflatten(-1, (self.num_heads, -1)))
             after.append(history)
         return made, after

@@ -186,14 +186,14 @@ class Logging(Section):
     """What is written down; none of it changes the run.
 
     every: optimizer steps between lines of log.jsonl.
-    tensorboard: also write TensorBoard events.
+    tensorboard: also write TensorBoard events; null: where tensorboard is installed.
     wandb: the Weights & Biases project that gets the same; null: none.
     precond_every: optimizer steps between lines about the preconditioners, by layer; null: none.
     progress: show a progress bar on a terminal.
     """
 
     every: int = Field(default=1, ge=1)
-    tensorboard: bool = True
+    tensorboard: bool | None = None
     wandb: str | None = Field(default=None, min_length=1)
     precond_every: int | None = Field(default=None, ge=1)
     progress: bool = True

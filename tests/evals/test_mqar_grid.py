@@ -108,25 +108,6 @@ def test_the_recipes_load(name):
     assert {"delta_net", "osdn", "attention"} <= set(recipe.mixers)
 
 
-def test_the_demos_comparison_is_eight_models_with_table_and_plot(tmp_path, monkeypatch):
-    """With outcomes in place of training: OSDN's are all right, DeltaNet's all wrong."""
-    import osdn.evals.mqar.grid as grid
-    from osdn.evals.mqar.demo import RECIPE, small_comparison
-
-    cells = MQARRecipe.model_validate(RECIPE).cells()
-    assert len(cells) == 8
-
-    def outcomes(recipe, left):
-        for cell in left:
-            right = {"accuracy": float(cell.mixer == "osdn"), "steps": 1, "diverged": False}
-            yield cell, {"cell": recipe.describe(cell), "state_size": 1, **right}
-
-    monkeypatch.setattr(grid, "_train_all", outcomes)
-    result, plot = small_comparison(tmp_path)
-    assert {one["name"]: one["value"] for one in result["scores"]} == {"delta_net": 0, "osdn": 1}
-    assert plot.read_bytes().startswith(b"\x89PNG")
-
-
 SLOW = {**SMALL["train"], "examples": 1_000, "epochs": 10_000, "stop_at": 1, "processes": 2}
 
 

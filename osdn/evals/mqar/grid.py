@@ -1,6 +1,5 @@
-"""`osdn mqar RECIPE`: train the grid, keep every finished cell, compare the mixers."""
+"""Train the grid of an MQAR recipe, keep every finished cell, compare the mixers."""
 
-import argparse
 import json
 import multiprocessing
 from collections.abc import Iterator
@@ -17,42 +16,13 @@ from osdn.errors import UserError
 from osdn.evals.mqar.recipe import Cell, MQARRecipe
 from osdn.evals.mqar.task import MQARModel, Outcome, train
 from osdn.evals.plots import save
-from osdn.evals.results import RESULT, make_result, markdown, write_json
+from osdn.evals.results import RESULT, make_result, write_json
 from osdn.system.processes import end_with_parent
-from osdn.train.recipe import load_sections
 from osdn.train.setup import make_device
 
 CELLS = "cells"
 PLOT = "mqar.png"
 Outcomes = dict[Cell, dict[str, Any]]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Recipe, overrides and the directory."""
-    parser.add_argument("recipe", type=Path, help="such as recipes/mqar_small.yaml")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="key=value",
-        help="change a field of the recipe, such as seeds=[0] or train.epochs=2",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="directory of the results (default: runs/ and the recipe's name); cells that are "
-        "finished there are not trained again",
-    )
-    parser.epilog = "The fields of a recipe: docs/evaluation.md"
-
-
-def run(args: argparse.Namespace) -> None:
-    """Train what is left of the grid, write result.json and the plot, print the table."""
-    recipe = load_sections(MQARRecipe, args.recipe, args.overrides)
-    out = args.out or Path("runs") / args.recipe.stem
-    result = compare(recipe, out)
-    print(markdown(result["tables"][0]))
-    print(f"\n{out / RESULT} and {out / PLOT}; osdn report {out} makes a page of it")
 
 
 def compare(recipe: MQARRecipe, out: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The operator in plain PyTorch, chunk by chunk, on any device, with a hand-written backward.
 
-Sequences are cut into chunks of C tokens (varlen.py). Phase 1 (phase1.py) finds the preconditioner
-d_t for every token, phase 2 (phase2.py) the memory with write keys w_t = β_t d_t ⊙ k_t. In the
+Sequences are cut into chunks of C tokens (layout.py). Phase 1 (precond.py) finds the preconditioner
+d_t for every token, phase 2 (memory.py) the memory with write keys w_t = β_t d_t ⊙ k_t. In the
 backward phase 2 comes first; then
 
     dk += β d dw,  dβ = ⟨dw, d ⊙ k⟩,  and dd = β k dw goes to phase 1's reverse scan.
@@ -30,7 +30,8 @@ from osdn.ops.chunkwise import memory as phase2
 from osdn.ops.chunkwise import precond as phase1
 from osdn.ops.chunkwise.layout import Layout, layout_of, size_of
 from osdn.ops.chunkwise.memory import Kept
-from osdn.ops.operands import Rule
+from osdn.ops.chunkwise.retention import Decay
+from osdn.ops.operands import Operands, Options, Token
 
 # Floats a tensor of a group of chunks: about 25 such tensors live at once.
 GROUP_FLOATS = {"cpu": 1 << 17}
@@ -96,7 +97,7 @@ def _hand_out(d: Tensor, sizes: list[int]) -> Tensor:
 
 
 def _kept(
-    like: Tensor, R: int, C: int, V: int, rule: Rule, log_gamma: Tensor | None
+    like: Tensor, R: int, C: int, V: int, options: Options, log_gamma: Tensor | None
 ) -> list[Tensor]:
     """Unwritten, in the dtype of like [N, H, K], what the backward wants of R chunks.
 
@@ -104,40 +105,38 @@ def _kept(
     """
     K = like.shape[-1]
     sizes = [(C, V), (C, C), (K, V)]
-    if not rule.constant_precond(log_gamma is not None):
+    if not options.constant_precond(log_gamma is not None):
         sizes += [(C, K), (1, C), (C, C)] + ([] if log_gamma is None else [(C + 1, C + 1)])
     return [like.new_empty(R, *size) for size in sizes]
 
 
-def _learning_target(k: Tensor, beta: Tensor, rule: Rule, out: Tensor) -> Tensor:
+def _decay(
+    layout: Layout, log_alpha: Tensor | None, i: int, j: int, dtype: torch.dtype
+) -> Decay | None:
+    """How the memory decays in steps [i, j); None where it does not."""
+    return None if log_alpha is None else Decay.of(layout.load(log_alpha, i, j, dtype).exp_())
+
+
+def _learning_target(k: Tensor, beta: Tensor, options: Options, out: Tensor) -> Tensor:
     """z = b ⊙ k ⊙ k, [R, C, K], in `out`."""
     torch.mul(k, k, out=out)
-    return out.mul_(beta.unsqueeze(-1)) if rule.beta_aware else out
+    return out.mul_(beta.unsqueeze(-1)) if options.beta_aware else out
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_gamma: Tensor | None,
-    initial_state: Tensor,
-    initial_precond: Tensor,
-    cu_seqlens: Tensor | None,
-    rule: Rule,
-    save: bool,
+    operands: Operands, options: Options, save: bool
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """(o, final_state, final_precond, saved): saved is the residual e and the path of d."""
-    dtype, constant = initial_state.dtype, rule.constant_precond(log_gamma is not None)
+    q, k, v, beta, log_gamma, log_alpha, initial_state, initial_precond, cu_seqlens = operands
+    dtype, constant = operands.dtype, options.constant_precond(log_gamma is not None)
     layout, V = layout_of(k, cu_seqlens), v.shape[-1]
     groups = _groups(layout, q.device, max(q.shape[-1], V))
-    tensors = (q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
     S, d, o = layout.sort(initial_state), layout.sort(initial_precond), v.new_empty(v.shape)
-    saved = saved_like(*tensors, rule, save)
+    saved = saved_like(operands, options, save)
     with _exactly(q.device), torch.inference_mode():
         for i, j, sizes in groups:
             R, C, rows = sum(sizes), layout.C, layout.rows(i, j)
-            kept = [x[rows] for x in saved[1:]] if save else _kept(d, R, C, V, rule, log_gamma)
+            kept = [x[rows] for x in saved[1:]] if save else _kept(d, R, C, V, options, log_gamma)
             pair, b = _pair(layout, k, q, i, j, dtype), layout.load(beta, i, j, dtype)
             kc = pair[:, :C]
             if constant:
@@ -145,64 +144,48 @@ def forward(
             else:
                 path = kept[3]
                 gamma = None if log_gamma is None else layout.load(log_gamma, i, j, dtype).exp_()
-                z = _learning_target(kc, b, rule, torch.empty_like(path))
+                z = _learning_target(kc, b, options, torch.empty_like(path))
                 p = phase1.Chunks(z, gamma, sizes, *kept[4:])
-                if phase1.forward(p, path, d, rule) and save:
+                if phase1.forward(p, path, d, options) and save:
                     saved[0].fill_(1)
             w = (kc * path).mul_(b.unsqueeze(-1))
             minus_v = v.new_empty(R, 2 * C, V, dtype=dtype)
             layout.load_into(minus_v[:, :C], v, i, j).neg_()
             minus_v[:, C:].zero_()
-            oc = phase2.forward(pair, minus_v, w, S, Kept(*kept[:3]), rule.scale, sizes)
+            decay = _decay(layout, log_alpha, i, j, dtype)
+            oc = phase2.forward(pair, minus_v, w, S, Kept(*kept[:3]), options.scale, sizes, decay)
             layout.store(oc, o, i, j)
         for x in saved[1:]:
             x[layout.rows(0, len(layout.active)).stop :].zero_()
     return o, layout.unsort(S), layout.unsort(d), saved
 
 
-def saved_like(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_gamma: Tensor | None,
-    initial_state: Tensor,
-    initial_precond: Tensor,
-    cu_seqlens: Tensor | None,
-    rule: Rule,
-    save: bool,
-) -> list[Tensor]:
+def saved_like(operands: Operands, options: Options, save: bool) -> list[Tensor]:
     """[whether the clip acted: 0 or 1, 0 until it is written] and the tensors of _kept."""
     if not save:
         return []
-    C, R = size_of(k, cu_seqlens)
-    kept = _kept(initial_precond, R, C, v.shape[-1], rule, log_gamma)
-    return [initial_precond.new_zeros(1), *kept]
+    C, R = size_of(operands.k, operands.cu_seqlens)
+    d, V = operands.initial_precond, operands.v.shape[-1]
+    return [d.new_zeros(1), *_kept(d, R, C, V, options, operands.log_gamma)]
 
 
 def backward(
     do: Tensor,
     dfinal_state: Tensor,
     dfinal_precond: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_gamma: Tensor | None,
-    initial_state: Tensor,
-    initial_precond: Tensor,
-    cu_seqlens: Tensor | None,
+    operands: Operands,
     saved: list[Tensor],
-    rule: Rule,
+    options: Options,
 ) -> list[Tensor]:
-    """[dq, dk, dv, dbeta, dinitial_state, dinitial_precond] + [dlog_gamma] where it was given."""
-    dtype, constant = initial_state.dtype, rule.constant_precond(log_gamma is not None)
+    """The gradients of operands.differentiable(), in its order."""
+    q, k, v, beta, log_gamma, log_alpha, _, initial_precond, cu_seqlens = operands
+    dtype, constant = operands.dtype, options.constant_precond(log_gamma is not None)
     layout = layout_of(k, cu_seqlens)
     groups, C = _groups(layout, q.device, max(q.shape[-1], v.shape[-1])), layout.C
     d0, clipped = layout.sort(initial_precond), bool(saved[0])
     dS, lam = layout.sort(dfinal_state), layout.sort(dfinal_precond)
     out = [x.new_empty(x.shape) for x in (q, k, v, beta)]
-    out += [] if log_gamma is None else [log_gamma.new_empty(log_gamma.shape)]
+    out += [x.new_empty(x.shape) for x in (log_gamma, log_alpha) if x is not None]
     with _exactly(q.device), torch.inference_mode():
         for i, j, sizes in reversed(groups):
             rows = layout.rows(i, j)
@@ -210,11 +193,13 @@ def backward(
             pair = _pair(layout, k, q, i, j, dtype)
             kc, b = pair[:, :C], layout.load(beta, i, j, dtype).unsqueeze(-1)
             y = do.new_empty(len(kc), 2 * C, do.shape[-1], dtype=dtype)
-            layout.load_into(y[:, C:], do, i, j).mul_(rule.scale)
+            layout.load_into(y[:, C:], do, i, j).mul_(options.scale)
             path = _hand_out(d0, sizes) if constant else kept[3]
             scaled = path * kc
             w = scaled * b
-            dpair, dv, dw = phase2.backward(pair, w, y, dS, Kept(*kept[:3]), sizes)
+            decay = _decay(layout, log_alpha, i, j, dtype)
+            made = phase2.backward(pair, w, y, dS, Kept(*kept[:3]), sizes, decay)
+            dpair, dv, dw, dlog_alpha = made
             dk, dq = dpair[:, :C], dpair[:, C:]
             db = torch.linalg.vecdot(dw, scaled)
             dk.addcmul_(dw.mul_(b), path)
@@ -224,43 +209,38 @@ def backward(
                     lam[: len(total)] += total
             else:
                 gamma = None if log_gamma is None else layout.load(log_gamma, i, j, dtype).exp_()
-                z = _learning_target(kc, b[..., 0], rule, scaled)
+                z = _learning_target(kc, b[..., 0], options, scaled)
                 p = phase1.Chunks(z, gamma, sizes, *kept[4:])
-                dz, dlog_gamma = phase1.backward(p, path, dw.mul_(kc), w, lam, rule, clipped)
-                if rule.beta_aware:
+                dz, dlog_gamma = phase1.backward(p, path, dw.mul_(kc), w, lam, options, clipped)
+                if options.beta_aware:
                     db += torch.linalg.vecdot(dz, kc * kc)
                     dz.mul_(b)
                 dk.addcmul_(dz, kc, value=2)
                 results += [] if dlog_gamma is None else [dlog_gamma]
+            results += [] if dlog_alpha is None else [dlog_alpha]
             for x, y in zip(results, out):
                 layout.store(x, y, i, j)
-    return [*out[:4], layout.unsort(dS), layout.unsort(lam), *out[4:]]
+    return [*out, layout.unsort(dS), layout.unsort(lam)]
 
 
-def step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_gamma: Tensor | None,
-    state: Tensor,
-    precond: Tensor,
-    rule: Rule,
-) -> Tensor:
+def step(token: Token, options: Options) -> Tensor:
     """One token: updates state [B, H, K, V] and precond [B, H, K] in place, returns o [B, H, V]."""
+    q, k, v, beta, log_gamma, log_alpha, state, precond, *_ = token
     with _exactly(q.device):
         S, d, dtype = state.flatten(0, 1), precond.flatten(0, 1), v.dtype
         q, k, v = (x.flatten(0, 1).to(S.dtype) for x in (q, k, v))
         b = beta.flatten()[:, None]
+        if log_alpha is not None:
+            S.mul_(log_alpha.exp().flatten()[:, None, None])
         e = torch.baddbmm(v.unsqueeze(1), k.unsqueeze(1), S, alpha=-1)
         S.baddbmm_((d * k).mul_(b).unsqueeze(2), e)
-        o = torch.bmm(q.unsqueeze(1), S).mul_(rule.scale)
-        if not rule.constant_precond(log_gamma is not None):
-            z = k * k * b if rule.beta_aware else k * k
+        o = torch.bmm(q.unsqueeze(1), S).mul_(options.scale)
+        if not options.constant_precond(log_gamma is not None):
+            z = k * k * b if options.beta_aware else k * k
             x = 1 - torch.linalg.vecdot(d, z).unsqueeze(-1)
             if log_gamma is not None:
                 d.mul_(log_gamma.exp().flatten()[:, None])
-            d.addcmul_(x, z, value=rule.eta)
-            if rule.precond_min is not None:
-                d.clamp_(rule.precond_min, rule.precond_max)
+            d.addcmul_(x, z, value=options.eta)
+            if options.precond_min is not None:
+                d.clamp_(options.precond_min, options.precond_max)
         return o.view(*state.shape[:2], v.shape[-1]).to(dtype)

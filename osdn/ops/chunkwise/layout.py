@@ -12,12 +12,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from osdn.ops.validation import mark_of
+from osdn.ops.packing import remember
 
-# 32 and not 64: fewer operations a token at K = V = 64, measured in docs/LOG.md.
+# 32 and not 64: fewer operations a token at K = V = 64 (docs/log/2026-11-23-chunkwise.md).
 LARGEST_CHUNK, SMALLEST_CHUNK = 32, 8
-
-_last_ragged: tuple[Tensor, list[int] | int, RaggedLayout] | None = None
 
 
 class Layout:
@@ -173,21 +171,8 @@ def size_of(tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
 
 
 def layout_of(tokens: Tensor, cu_seqlens: Tensor | None) -> Layout:
-    """The layout of tokens [B, T, H, ...]; that of the last cu_seqlens is kept.
-
-    Reading cu_seqlens synchronises with a GPU, so all layers and the backward share one layout as
-    long as they are handed the same tensor, unchanged.
-    """
+    """The layout of tokens [B, T, H, ...]; one is kept for each cu_seqlens, T and H."""
     B, T, H = tokens.shape[:3]
     if cu_seqlens is None:
         return Layout(B, T, H)
-    global _last_ragged
-    mark = mark_of(cu_seqlens)
-    if _last_ragged is not None:
-        last, last_mark, layout = _last_ragged
-        if last is cu_seqlens and last_mark == mark and (layout.T, layout.H) == (T, H):
-            return layout
-    layout = RaggedLayout(cu_seqlens, T, H)
-    if mark is not None:
-        _last_ragged = (cu_seqlens, mark, layout)
-    return layout
+    return remember(cu_seqlens, ("chunkwise layout", T, H), lambda: RaggedLayout(cu_seqlens, T, H))

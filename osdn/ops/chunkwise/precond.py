@@ -20,7 +20,7 @@ Gradient, with λ_t = dL/dd_t along the whole recurrence, g_t the direct gradien
 
 Rows are [R, C, ·] as in `layout`; a vector over a chunk is kept as a row, [R, 1, C], which
 products take far faster than a column. Source of the recurrence: arXiv 2605.13473; the chunked form
-is derived in docs/operator.md.
+is derived in docs/explanation/operator.md.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from torch import Tensor
 from torch.linalg import solve_triangular as solve
 
 from osdn.ops.chunkwise.layout import first_rows
-from osdn.ops.operands import Rule
+from osdn.ops.chunkwise.retention import stretches
+from osdn.ops.operands import Options
 
 
 class Chunks(NamedTuple):
@@ -80,27 +81,22 @@ def _prepare(p: Chunks, eta: float) -> None:
     """Write L and P, the parallel part."""
     p.L.baddbmm_(p.z, p.z.mT, beta=0, alpha=eta)
     if p.gamma is not None and p.kept is not None:
-        # Products of γ over each stretch, never quotients of products, which may be 0 over 0.
-        outside = p.z.new_ones(*p.kept.shape[1:]).tril_(-1)[:, :-1]
-        factors = torch.addcmul(outside, 1 - outside, p.gamma[:, None])
-        torch.cumprod(factors, -1, out=p.kept[:, :, 1:])
-        p.kept[:, :, 0] = 1
-        p.L.mul_(p.kept.triu_()[:, 1:, :-1].mT)
+        p.L.mul_(stretches(p.gamma, p.kept)[:, 1:, :-1].mT)
 
 
-def forward(p: Chunks, path: Tensor, d: Tensor, rule: Rule) -> bool:
+def forward(p: Chunks, path: Tensor, d: Tensor, options: Options) -> bool:
     """Write x, L, P and d_1..d_C of every chunk, path [R, C, K]; whether the clip may have acted.
 
     d [N·H, K] goes to the end of the group.
     """
-    _prepare(p, rule.eta)
-    start = None if rule.precond_min is None else d.clone()
-    _without_box(p, path, d, rule.eta)
-    if start is None or (_inside(path, rule) and _inside(d, rule)):
+    _prepare(p, options.eta)
+    start = None if options.precond_min is None else d.clone()
+    _without_box(p, path, d, options.eta)
+    if start is None or (_inside(path, options) and _inside(d, options)):
         return False
     d.copy_(start)
     for rows in p.rows():
-        _with_box(p.at(rows), path[rows], d, rule)
+        _with_box(p.at(rows), path[rows], d, options)
     return True
 
 
@@ -124,29 +120,29 @@ def _without_box(p: Chunks, path: Tensor, d: Tensor, eta: float) -> None:
         torch.bmm(p.kept[:, :-1, :-1].mT, terms, out=path)
 
 
-def _with_box(p: Chunks, path: Tensor, d: Tensor, rule: Rule) -> None:
+def _with_box(p: Chunks, path: Tensor, d: Tensor, options: Options) -> None:
     """The path of one step with the box; d moves on."""
     n = len(p.z)
     start = d[:n].clone()
-    _without_box(p, path, d, rule.eta)
-    inside = _passing(path[:, 1:], rule).flatten(1).all(1) & _passing(d[:n], rule).all(1)
+    _without_box(p, path, d, options.eta)
+    inside = _passing(path[:, 1:], options).flatten(1).all(1) & _passing(d[:n], options).all(1)
     bad = inside.logical_not_().nonzero()[:, 0]
     if len(bad):
         gamma = None if p.gamma is None else p.gamma[bad]
-        tokens = _scan(p.z[bad], gamma, start[bad], rule)
+        tokens = _scan(p.z[bad], gamma, start[bad], options)
         repaired = tokens[:-1].transpose(0, 1)
         path.index_copy_(0, bad, repaired)
         x = 1 - torch.linalg.vecdot(repaired, p.z[bad])
-        p.x.index_copy_(0, bad, x.mul_(rule.eta).unsqueeze(1))
+        p.x.index_copy_(0, bad, x.mul_(options.eta).unsqueeze(1))
         d.index_copy_(0, bad, tokens[-1])
 
 
-def _scan(z: Tensor, gamma: Tensor | None, start: Tensor, rule: Rule) -> Tensor:
+def _scan(z: Tensor, gamma: Tensor | None, start: Tensor, options: Options) -> Tensor:
     """The recurrence token by token over one chunk, z [R, C, K]: d_1..d_{C+1}, [C+1, R, K]."""
     z = z.transpose(0, 1).contiguous()
     path = z.new_empty(z.shape[0] + 1, *z.shape[1:])
     path[0] = start
-    pushes = (z * rule.eta).unbind(0)
+    pushes = (z * options.eta).unbind(0)
     gammas = None if gamma is None else gamma.t().unsqueeze(-1).unbind(0)
     states, u = path.unbind(0), torch.empty_like(start)
     for t, z_t in enumerate(z.unbind(0)):
@@ -156,13 +152,13 @@ def _scan(z: Tensor, gamma: Tensor | None, start: Tensor, rule: Rule) -> Tensor:
             torch.add(now, pushes[t], out=u)
         else:
             torch.addcmul(pushes[t], now, gammas[t], out=u)
-        u.addcmul_(dot, z_t, value=-rule.eta)
-        torch.clamp(u, rule.precond_min, rule.precond_max, out=states[t + 1])
+        u.addcmul_(dot, z_t, value=-options.eta)
+        torch.clamp(u, options.precond_min, options.precond_max, out=states[t + 1])
     return path
 
 
 def backward(
-    p: Chunks, path: Tensor, g: Tensor, out: Tensor, lam: Tensor, rule: Rule, clipped: bool
+    p: Chunks, path: Tensor, g: Tensor, out: Tensor, lam: Tensor, options: Options, clipped: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(dz [R, C, K], dlog_gamma [R, C] or None) of a group of chunks, from its end to its start.
 
@@ -170,8 +166,8 @@ def backward(
     out: where dz goes.  lam: [N·H, K] dL/dd at the end of the group; becomes that at its start.
     clipped: as forward said.
     """
-    z, eta, ends = p.z, rule.eta, g.new_empty(len(g), 1, g.shape[-1])
-    passed = _passed(p, path, rule) if clipped else None
+    z, eta, ends = p.z, options.eta, g.new_empty(len(g), 1, g.shape[-1])
+    passed = _passed(p, path, options) if clipped else None
     direct = g.sum(1, keepdim=True) if p.kept is None else torch.bmm(p.kept[:, :1, :-1], g)
     a = torch.bmm(z, g.mT)  # what becomes η a, [R, 1, C]
     a = a.triu_(1) if p.kept is None else a.mul_(p.kept[:, 1:, :-1])
@@ -213,10 +209,10 @@ def _later(p: Chunks, g: Tensor, ends: Tensor, out: Tensor) -> Tensor:
     return out.addcmul_(p.kept[:, 1:, -1:], ends)
 
 
-def _passed(p: Chunks, path: Tensor, rule: Rule) -> Tensor | None:
+def _passed(p: Chunks, path: Tensor, options: Options) -> Tensor | None:
     """1 where clip passed u = γ d + η x z unchanged, else 0, in z's dtype; None if everywhere."""
     u = path if p.gamma is None else path * p.gamma.unsqueeze(-1)
-    passing = _passing(torch.addcmul(u, p.z, p.x.mT), rule)
+    passing = _passing(torch.addcmul(u, p.z, p.x.mT), options)
     return None if bool(passing.all()) else passing.to(path.dtype)
 
 
@@ -247,14 +243,14 @@ def _scan_back(
     return clipped.transpose(0, 1), lam
 
 
-def _passing(u: Tensor, rule: Rule) -> Tensor:
+def _passing(u: Tensor, options: Options) -> Tensor:
     """Where u is in the box."""
-    assert rule.precond_min is not None and rule.precond_max is not None
-    return (u >= rule.precond_min).logical_and_(u <= rule.precond_max)
+    assert options.precond_min is not None and options.precond_max is not None
+    return (u >= options.precond_min).logical_and_(u <= options.precond_max)
 
 
-def _inside(u: Tensor, rule: Rule) -> bool:
+def _inside(u: Tensor, options: Options) -> bool:
     """Whether all of u is in the box (a NaN is not)."""
-    assert rule.precond_min is not None and rule.precond_max is not None
+    assert options.precond_min is not None and options.precond_max is not None
     least, most = torch.aminmax(u)
-    return bool((least >= rule.precond_min) & (most <= rule.precond_max))
+    return bool((least >= options.precond_min) & (most <= options.precond_max))

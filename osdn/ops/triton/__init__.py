@@ -3,13 +3,13 @@
 Phase 1 makes the preconditioner's path from the keys alone: in chunks (`precond_forward`,
 `precond_backward`), and token by token from where a box clips it (`precond_tokens`). `write_keys`
 turns it into the operands of phase 2, which walks the memory (`memory_forward`, `memory_backward`).
-`decode` is one token. docs/kernels.md says what each kernel reads, writes and costs.
+`decode` is one token. docs/explanation/kernels.md says what each kernel reads, writes and costs.
 """
 
 import torch
 from torch import Tensor
 
-from osdn.ops.operands import Rule
+from osdn.ops.operands import Operands, Options, Token
 from osdn.ops.triton.chunks import CHUNK, Chunks, chunk_bound, cut, on_device
 from osdn.ops.triton.memory_backward import gradients, memory_reverse, states
 from osdn.ops.triton.memory_forward import memory, segments_like
@@ -23,61 +23,43 @@ from osdn.ops.triton.write_keys import write_keys
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_gamma: Tensor | None,
-    initial_state: Tensor,
-    initial_precond: Tensor,
-    cu_seqlens: Tensor | None,
-    rule: Rule,
-    save: bool,
+    operands: Operands, options: Options, save: bool
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """(o, final_state, final_precond, saved); the contract is osdn.ops.registration's."""
+    q, k, v, beta, log_gamma, _, initial_state, initial_precond, cu_seqlens = operands
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     with on_device(q):
         chunks = cut(q.shape[0], q.shape[1], cu_seqlens)
-        x, starts, w, ka, A, clipped = _operands(k, beta, initial_precond, cu_seqlens)
+        x, starts, w, ka, A, clipped = _intermediates(k, beta, initial_precond, cu_seqlens)
         e = torch.empty_like(v) if save else None
         gates = (k, beta, log_gamma)
         if cu_seqlens is not None:
             starts.zero_()  # those past the last chunk are never written
-        if rule.constant_precond(log_gamma is not None):
+        if options.constant_precond(log_gamma is not None):
             precond = initial_precond.clone()
             starts.copy_(_at_chunks(initial_precond, chunks))
             x.zero_()
             inverse, M = _solve_like(k, cu_seqlens, constant=True)
         else:
-            precond, inverse, M = chunk_scan(*gates, initial_precond, x, starts, chunks, rule)
-        write_keys(*gates, x, starts, w, A, ka, clipped, chunks, rule, repair=False)
-        if rule.precond_min is not None:  # both return at once where no token left the box
-            token_scan(*gates, w, x, starts, precond, clipped, chunks, rule)
-            write_keys(*gates, x, starts, w, A, ka, clipped, chunks, rule, repair=True)
-        o, state, segments = memory(q, w, ka, v, A, initial_state, e, chunks, rule)
+            precond, inverse, M = chunk_scan(*gates, initial_precond, x, starts, chunks, options)
+        write_keys(*gates, x, starts, w, A, ka, clipped, chunks, options, repair=False)
+        if options.precond_min is not None:  # both return at once where no token left the box
+            token_scan(*gates, w, x, starts, precond, clipped, chunks, options)
+            write_keys(*gates, x, starts, w, A, ka, clipped, chunks, options, repair=True)
+        o, state, segments = memory(q, w, ka, v, A, initial_state, e, chunks, options)
     if e is None:
         return o, state, precond, []
     return o, state, precond, [x, starts, w, ka, A, clipped, e, inverse, M, *segments]
 
 
-def saved_like(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_gamma: Tensor | None,
-    initial_state: Tensor,
-    initial_precond: Tensor,
-    cu_seqlens: Tensor | None,
-    rule: Rule,
-    save: bool,
-) -> list[Tensor]:
-    """Empty: `_operands`, e [B, T, H, V], phase 1's solve, and what `memory` leaves of segments."""
+def saved_like(operands: Operands, options: Options, save: bool) -> list[Tensor]:
+    """Empty: `_intermediates`, e [B, T, H, V], phase 1's solve, and `memory`'s of segments."""
     if not save:
         return []
-    operands = _operands(k, beta, initial_precond, cu_seqlens)
-    solve = _solve_like(k, cu_seqlens, rule.constant_precond(log_gamma is not None))
-    return [*operands, v.new_empty(v.shape), *solve, *segments_like(q, v, cu_seqlens)]
+    q, k, v, beta, log_gamma, _, _, initial_precond, cu_seqlens = operands
+    made = _intermediates(k, beta, initial_precond, cu_seqlens)
+    solve = _solve_like(k, cu_seqlens, options.constant_precond(log_gamma is not None))
+    return [*made, v.new_empty(v.shape), *solve, *segments_like(q, v, cu_seqlens)]
 
 
 def _solve_like(k: Tensor, cu_seqlens: Tensor | None, constant: bool) -> tuple[Tensor, Tensor]:
@@ -89,7 +71,9 @@ def _solve_like(k: Tensor, cu_seqlens: Tensor | None, constant: bool) -> tuple[T
     return inverse, transfers_like(k, cu_seqlens)
 
 
-def _operands(k: Tensor, beta: Tensor, precond: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
+def _intermediates(
+    k: Tensor, beta: Tensor, precond: Tensor, cu_seqlens: Tensor | None
+) -> list[Tensor]:
     """Empty x [B, T, H], d [chunks, H, K], w and A k [B, T, H, K], A [B, T, H, CHUNK], and
     clipped [N, H] int32: with a box, the number of the first chunk where d left it, or the bound.
     """
@@ -108,57 +92,41 @@ def backward(
     do: Tensor,
     dfinal_state: Tensor,
     dfinal_precond: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_gamma: Tensor | None,
-    initial_state: Tensor,
-    initial_precond: Tensor,
-    cu_seqlens: Tensor | None,
+    operands: Operands,
     saved: list[Tensor],
-    rule: Rule,
+    options: Options,
 ) -> list[Tensor]:
-    """[dq, dk, dv, dβ, dinitial_state, dinitial_precond] and dlog γ, as the contract has them."""
+    """The gradients of operands.differentiable(), in its order."""
+    q, k, _, beta, log_gamma, _, initial_state, _, cu_seqlens = operands
     x, starts, w, ka, A, clipped, e, inverse, M, *segments = saved
     q, k, do = q.contiguous(), k.contiguous(), do.contiguous()
     dfinal_state, dfinal_precond = dfinal_state.contiguous(), dfinal_precond.contiguous()
     with on_device(q):
         chunks = cut(q.shape[0], q.shape[1], cu_seqlens)
-        dv, dS, dstate = memory_reverse(q, w, ka, A, do, dfinal_state, segments, chunks, rule)
+        dv, dS, dstate = memory_reverse(q, w, ka, A, do, dfinal_state, segments, chunks, options)
         S = states(w, e, initial_state, segments, chunks)
-        dq, dk, dw = gradients(q, k, w, e, do, dv, S, dS, chunks, rule)
+        dq, dk, dw = gradients(q, k, w, e, do, dv, S, dS, chunks, options)
         del S, dS
         gates = (k, beta, log_gamma)
         dbeta = torch.empty_like(beta)
         dlog_gamma = None if log_gamma is None else torch.empty_like(beta)
         found = (dk, dbeta, dlog_gamma)
-        if rule.precond_min is not None:
+        if options.precond_min is not None:
             dfinal_precond = token_scan_reverse(
-                *gates, x, starts, dw, dfinal_precond, *found, clipped, chunks, rule
+                *gates, x, starts, dw, dfinal_precond, *found, clipped, chunks, options
             )
         dprecond = chunk_scan_reverse(
-            *gates, x, starts, inverse, M, dw, dfinal_precond, *found, clipped, chunks, rule
+            *gates, x, starts, inverse, M, dw, dfinal_precond, *found, clipped, chunks, options
         )
-    gradient = [dq, dk, dv, dbeta, dstate, dprecond]
-    return gradient if dlog_gamma is None else [*gradient, dlog_gamma]
+    gates_given = [dbeta] if dlog_gamma is None else [dbeta, dlog_gamma]
+    return [dq, dk, dv, *gates_given, dstate, dprecond]
 
 
-def step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_gamma: Tensor | None,
-    state: Tensor,
-    precond: Tensor,
-    rule: Rule,
-    slots: Tensor | None = None,
-) -> Tensor:
-    """o [B, H, V]; state and precond are updated in place. `slots` as in `decode.decode`."""
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    with on_device(q):
-        return decode(q, k, v, beta, log_gamma, state, precond, rule, slots)
+def step(token: Token, options: Options) -> Tensor:
+    """o [B, H, V]; state and precond are updated in place."""
+    token = token._replace(q=token.q.contiguous(), k=token.k.contiguous(), v=token.v.contiguous())
+    with on_device(token.q):
+        return decode(token, options)
 
 
 def _at_chunks(precond: Tensor, chunks: Chunks) -> Tensor:

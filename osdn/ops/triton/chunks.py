@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from osdn.ops.validation import capturing, mark_of
+from osdn.ops.packing import remember
 
 CHUNK = 64
 # A walk over at least LONG chunks is cut into segments where it would run on at most FEW programs,
@@ -42,9 +42,6 @@ class Chunks(NamedTuple):
     indices: Tensor | None
 
 
-_last: tuple[Tensor, list[int] | int, Chunks] | None = None
-
-
 def chunk_bound(B: int, T: int, cu_seqlens: Tensor | None) -> int:
     """The first dimension of a per-chunk tensor."""
     if cu_seqlens is None:
@@ -53,21 +50,15 @@ def chunk_bound(B: int, T: int, cu_seqlens: Tensor | None) -> int:
 
 
 def cut(B: int, T: int, cu_seqlens: Tensor | None) -> Chunks:
-    """The chunks of [B, T] tokens; built on the device, once for each cu_seqlens tensor.
-
-    Every layer of a model is handed the same cu_seqlens, so the last one is remembered. Not one
-    that does not tell when it is changed (see `mark_of`); and not while a CUDA graph is captured:
-    it must make the tables itself, to follow offsets that change before a replay, and its memory
-    must not outlive it.
-    """
-    bound = chunk_bound(B, T, cu_seqlens)
+    """The chunks of [B, T] tokens; built on the device, once for each cu_seqlens tensor."""
     if cu_seqlens is None:
+        bound = chunk_bound(B, T, None)
         return Chunks(B, bound, bound // B, None, None, None)
-    global _last
-    mark = None if capturing(cu_seqlens) else mark_of(cu_seqlens)
-    known = None if mark is None else _last
-    if known is not None and known[0] is cu_seqlens and known[1] == mark:
-        return known[2]
+    return remember(cu_seqlens, ("triton chunks", T), lambda: _cut_packed(cu_seqlens, T))
+
+
+def _cut_packed(cu_seqlens: Tensor, T: int) -> Chunks:
+    bound = chunk_bound(1, T, cu_seqlens)
     lengths = cu_seqlens.diff()
     ends = ((lengths + CHUNK - 1) // CHUNK).cumsum(0)
     starts = torch.cat([ends.new_zeros(1), ends])
@@ -76,11 +67,9 @@ def cut(B: int, T: int, cu_seqlens: Tensor | None) -> Chunks:
     local = number - starts[sequence]
     used = sequence < lengths.numel()
     pairs = torch.stack([torch.where(used, sequence, -1), torch.where(used, local, 0)], 1)
-    tables = cu_seqlens.long().contiguous(), starts[:-1].int(), pairs.int()
-    chunks = Chunks(lengths.numel(), bound, bound, *tables)
-    if mark is not None:
-        _last = (cu_seqlens, mark, chunks)
-    return chunks
+    # A copy always: the tensor itself would never be freed, see `remember`.
+    offsets = cu_seqlens.to(torch.int64, copy=True, memory_format=torch.contiguous_format)
+    return Chunks(lengths.numel(), bound, bound, offsets, starts[:-1].int(), pairs.int())
 
 
 def count_segments(B: int, T: int, programs: int, ease: int = 1) -> int:

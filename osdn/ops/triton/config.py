@@ -1,7 +1,8 @@
 """Warps and pipeline stages of each kernel, and the blocks of those that split a dimension.
 
 Fixed rather than autotuned, so that a first call compiles each kernel once and results do not
-depend on timings; chosen by benchmarks/op_gpu.py on an H100 at K = V = 128 (docs/kernels.md).
+depend on timings; chosen by benchmarks/op_gpu.py on an H100 at K = V = 128
+(docs/explanation/kernels.md).
 """
 
 from functools import cache

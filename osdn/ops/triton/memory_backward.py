@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from osdn.ops.operands import Rule
+from osdn.ops.operands import Options
 from osdn.ops.triton.chunks import (
     CHUNK,
     Chunks,
@@ -228,7 +228,7 @@ def memory_reverse(
     dfinal_state: Tensor,
     segments: list[Tensor],
     chunks: Chunks,
-    rule: Rule,
+    rule: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dv, dS [chunks, H, K, V] at every chunk's end, dinitial_state)."""
     H, K, V = *q.shape[2:], do.shape[-1]
@@ -257,7 +257,7 @@ def _walk(
     dS: Tensor | None,
     dinitial: Tensor,
     chunks: Chunks,
-    rule: Rule,
+    rule: Options,
 ) -> None:
     """Launch the reverse kernel; without dv and dS only dinitial is written, from zero."""
     (T, H, K), V = q.shape[1:], do.shape[-1]
@@ -280,7 +280,7 @@ def gradients(
     S: Tensor,
     dS: Tensor,
     chunks: Chunks,
-    rule: Rule,
+    rule: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, phase 2's part of dk, dw)."""
     (T, H, K), V = q.shape[1:], e.shape[-1]

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from osdn.ops.operands import Rule
+from osdn.ops.operands import Options
 from osdn.ops.triton.chunks import (
     CHUNK,
     Chunks,
@@ -118,7 +118,7 @@ def memory(
     initial_state: Tensor,
     e: Tensor | None,
     chunks: Chunks,
-    rule: Rule,
+    rule: Options,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """(o, final_state, segments); the residuals go into e [B, T, H, V] where it is given.
 
@@ -159,7 +159,7 @@ def _walk(
     e: Tensor | None,
     final: Tensor,
     chunks: Chunks,
-    rule: Rule,
+    rule: Options,
 ) -> None:
     """Launch the kernel; without v the values are zero, without o nothing is read, initial too."""
     (T, H, K), V = w.shape[1:], final.shape[-1]

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from osdn.ops.operands import Rule
+from osdn.ops.operands import Options
 from osdn.ops.triton.chunks import CHUNK, Chunks, load_tile, locate_chunk, locate_sequence, tile
 from osdn.ops.triton.config import launch
 from osdn.ops.triton.precond_gates import (
@@ -179,7 +179,7 @@ def scan_kernel(
 
 
 def chunk_inverse(
-    k: Tensor, beta: Tensor, log_gamma: Tensor | None, chunks: Chunks, rule: Rule
+    k: Tensor, beta: Tensor, log_gamma: Tensor | None, chunks: Chunks, rule: Options
 ) -> Tensor:
     """(I + L)⁻¹ of phase 1: [B, T, H, CHUNK] float32."""
     B, T, H, K = k.shape
@@ -202,7 +202,7 @@ def chunk_scan(
     x: Tensor,
     starts: Tensor,
     chunks: Chunks,
-    rule: Rule,
+    rule: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fill x [B, T, H] and starts [chunks, H, K].
 

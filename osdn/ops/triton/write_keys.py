@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from osdn.ops.operands import Rule
+from osdn.ops.operands import Options
 from osdn.ops.triton.chunks import (
     CHUNK,
     Chunks,
@@ -190,7 +190,7 @@ def write_keys(
     ka: Tensor,
     clipped: Tensor,
     chunks: Chunks,
-    rule: Rule,
+    rule: Options,
     *,
     repair: bool,
 ) -> None:

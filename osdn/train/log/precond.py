@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from osdn.layers.osdn import OSDN
 from osdn.model.modeling import OSDNForCausalLM
-from osdn.ops.operands import Rule
+from osdn.ops.operands import Options
 from osdn.ops.reference import adapt
 
 TOKENS = 4096  # of the pass that are measured: the definition walks through them one by one
@@ -28,7 +28,7 @@ class Keys(NamedTuple):
     beta: Tensor
     log_gamma: Tensor | None
     start: Tensor
-    rule: Rule
+    rule: Options
     sequences: list[int]
 
 
@@ -71,15 +71,13 @@ class _Hook:
 
 def keys(layer: OSDN, hidden_states: Tensor, cu_seqlens: Tensor) -> Keys:
     """What the layer makes of the first TOKENS of hidden_states [1, T, D]."""
-    x, _ = layer.k_conv1d(layer.k_proj(hidden_states), None, cu_seqlens)
-    k = x[0, :TOKENS].unflatten(-1, (layer.num_heads, -1)).float()
-    beta, log_gamma = (None if x is None else x[0, :TOKENS] for x in layer.gates(hidden_states))
-    assert beta is not None
+    given = layer.operands(hidden_states, cu_seqlens=cu_seqlens)
+    k, beta, start = given.k[0, :TOKENS].float(), given.beta[0, :TOKENS], given.initial_precond
+    log_gamma = None if given.log_gamma is None else given.log_gamma[0, :TOKENS]
     options = {"beta_aware": False, "precond_min": None, "precond_max": None, **layer.rule}
-    start = layer.start_precond()
     start = torch.ones_like(k[0]) if start is None else start.detach().clone().float()
     sequences = [first for first in cu_seqlens[:-1].tolist() if first < TOKENS]
-    return Keys(k, beta, log_gamma, start, Rule(scale=1.0, **options), sequences)
+    return Keys(k, beta, log_gamma, start, Options(scale=1.0, **options), sequences)
 
 
 def _by_name(layers: list[Keys]) -> Measured:

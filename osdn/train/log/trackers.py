@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,7 +34,8 @@ def open_trackers(
         UserError: a package is not installed.
     """
     found: list[Tracker] = []
-    if recipe.logging.tensorboard:
+    wanted = recipe.logging.tensorboard
+    if find_spec("tensorboard") is not None if wanted is None else wanted:
         try:
             found.append(TensorBoard(out, step))
         except OSError as error:
@@ -73,7 +75,7 @@ class TensorBoard:
             from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError as error:
             raise UserError(
-                "logging.tensorboard: needs the tensorboard package: pip install tensorboard; or "
+                "logging.tensorboard: needs the package tensorboard: pip install 'osdn[log]'; or "
                 "set it to false"
             ) from error
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
