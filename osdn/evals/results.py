@@ -214,14 +214,22 @@ class Table(Outside):
     rows: list[list[Any]]
 
 
+class Differences(Outside):
+    """Values and the interval of their mean."""
+
+    values: list[Number]
+    interval: list[Number]
+
+
 class Curve(Outside):
-    """One of a result's curves: points [x, y, low, high], or values where `strip` is set."""
+    """One of a result's curves: points [x, y, low, high]; values (`strip`); or `differences`."""
 
     title: str
     x: str
     y: str = ""
     strip: bool = False
-    series: dict[str, list[Number] | list[list[Number]]]
+    differences: bool = False
+    series: dict[str, list[Number] | list[list[Number]] | Differences]
 
 
 class Map(Outside):
