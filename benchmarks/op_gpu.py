@@ -15,7 +15,7 @@ import sys
 import torch
 from torch.nn.functional import normalize
 
-from osdn.ops.operands import Operands, Options
+from osdn.ops.operands import Operands, Options, Token
 from osdn.ops.triton import (
     chunk_scan,
     chunk_scan_reverse,
@@ -117,7 +117,8 @@ def stages(B, T, H):
 
     def step():
         state, precond = state0.clone(), precond0.clone()
-        o = decode(*row, beta.view(-1, H)[:64], None, state, precond, OPTIONS)
+        token = Token(*row, beta.view(-1, H)[:64], None, None, state, precond, None, None)
+        o = decode(token, OPTIONS)
         return o, state, precond
 
     return {

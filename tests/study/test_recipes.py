@@ -1,6 +1,5 @@
 """The study's recipes: every run can be built, and matched models are matched."""
 
-import argparse
 import re
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 
 from osdn import OSDNConfig, OSDNForCausalLM
-from osdn.cli import eval as command
 from osdn.errors import UserError
 from osdn.train.recipe import load_sections
 from study.__main__ import main
@@ -59,6 +57,7 @@ def test_mqar_runs_are_built_as_their_specs_say():
         ("mqar", "many_seeds", 216),
         ("language", "language", 31),
         ("language", "longer_2026_11_26", 4),
+        ("repeats", "repeats", 20),
     ],
 )
 def test_the_records_that_are_kept_are_runs_of_the_recipes(study, kept, count, tmp_path):
@@ -173,11 +172,9 @@ def test_language_models_are_matched_and_their_evaluations_parse():
         first = 262_144_000 if run.experiment == "longer" else 98_304_000
         assert tokens == [first, 32_768_000][: len(tokens)]
     assert min(counts.values()) > 30e6 and max(counts.values()) / min(counts.values()) < 1.001
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    for task, *words in runs[0].spec["evaluations"].values():
-        args = parser.parse_args([task, "model", *words])
-        assert args.task == task and args.limit if task != "needle" else args.samples == 4
+    for one in study.language["models"].evaluations.values():
+        evaluation = one.evaluation()
+        assert evaluation.samples == 4 if one.task == "needle" else evaluation.limit
     assert all(one.spec["evaluations"] == runs[0].spec["evaluations"] for one in runs)
 
 

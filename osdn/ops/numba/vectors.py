@@ -213,21 +213,29 @@ def entry(function):
     The cache compares the text of the function's own file alone, so the text of all files that its
     machine code comes from goes into its name.
     """
-    text = b"".join(
-        path.read_bytes() for path in sorted(Path(__file__).parent.glob("compiled_*.py"))
-    )
+    text = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     function.__qualname__ += "_" + hashlib.sha256(text).hexdigest()[:16]
     try:
         compiled: Any = njit(nogil=True, error_model="numpy", cache=True)(function)
     except RuntimeError:  # numba found no directory to write to: compile in every process
         return inlined(function)
-    save = compiled._cache.save_overload
+    cache = compiled._cache
+    save, load = cache.save_overload, cache.load_overload
+
+    def load_if_sound(signature, target):
+        try:
+            return load(signature, target)
+        except Exception:  # unpickling a damaged file may raise anything
+            with suppress(OSError):
+                cache.flush()  # an empty index; what is compiled now is written over the rest
+            return None
 
     def save_if_there_is_room(signature, data):
         with suppress(OSError):  # a full disk; this process has the machine code all the same
             save(signature, data)
 
-    compiled._cache.save_overload = save_if_there_is_room
+    cache.load_overload = load_if_sound
+    cache.save_overload = save_if_there_is_room
     return compiled
 
 

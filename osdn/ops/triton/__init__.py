@@ -123,11 +123,10 @@ def backward(
 
 
 def step(token: Token, options: Options) -> Tensor:
-    """o [B, H, V]; state and precond are updated in place. `slots` as in `step.decode`."""
-    q, k, v, beta, log_gamma, _, state, precond, slots = token
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    with on_device(q):
-        return decode(q, k, v, beta, log_gamma, state, precond, options, slots)
+    """o [B, H, V]; state and precond are updated in place."""
+    token = token._replace(q=token.q.contiguous(), k=token.k.contiguous(), v=token.v.contiguous())
+    with on_device(token.q):
+        return decode(token, options)
 
 
 def _at_chunks(precond: Tensor, chunks: Chunks) -> Tensor:
