@@ -123,7 +123,8 @@ def command_lines(text: str) -> list[str]:
         r"^\s*(?:torchrun [^\n]*?-m )?((?:osdn|python -m study) .+)", text, re.MULTILINE
     )
     inline = re.findall(r"`((?:osdn|python -m study) [^`\n]+)`", text)
-    lines += [line for line in inline if len(line.split()) > 3]  # no names in a sentence
+    bare = [line.removeprefix("python -m ") for line in inline]
+    lines += [line for line in bare if len(line.split()) > 3]  # no names in a sentence
     return [line for line in lines if not re.search(r"COMMAND|NAME DIR|\[", line)]  # patterns
 
 
