@@ -294,6 +294,7 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             cache=past_key_values,
         )
+        named: dict[str, Any]
         plain = (
             (labels is None and inputs_embeds is None and cu_seqlens is None)
             and (use_cache or (use_cache is None and self.config.use_cache))
@@ -304,7 +305,7 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         if plain and isinstance(past_key_values, OSDNCache) and past_key_values.captured:
             logits = last_logits(self, input_ids, attention_mask, past_key_values)
             if logits is not None:
-                named: dict[str, Any] = {CACHE: past_key_values}
+                named = {CACHE: past_key_values}
                 return CausalLMOutputWithPast(logits=logits, **named)
         outputs = self.model(
             input_ids,
@@ -331,7 +332,7 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
                 num_items_in_batch = num_items_in_batch.to(device)
             whole = logits if isinstance(kept, int) and kept == 0 else None
             loss = self._loss(hidden_states, whole, targets, num_items_in_batch)
-        named: dict[str, Any] = {CACHE: getattr(outputs, CACHE)}
+        named = {CACHE: getattr(outputs, CACHE)}
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
