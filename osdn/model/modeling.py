@@ -304,8 +304,8 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         if plain and isinstance(past_key_values, OSDNCache) and past_key_values.captured:
             logits = last_logits(self, input_ids, attention_mask, past_key_values)
             if logits is not None:
-                named: dict[str, Any] = {CACHE: past_key_values}
-                return CausalLMOutputWithPast(logits=logits, **named)
+                taken: dict[str, Any] = {CACHE: past_key_values}
+                return CausalLMOutputWithPast(logits=logits, **taken)
         outputs = self.model(
             input_ids,
             attention_mask,
