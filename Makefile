@@ -6,7 +6,7 @@ READY := $(VENV)/ready
 # One thread per library and passive waiting: two test processes share two cores.
 QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
-.PHONY: demo test slow lint study docs clean
+.PHONY: demo test slow smoke lint study docs clean
 
 demo: $(READY)
 	@$(BIN)/osdn demo $(ARGS)
@@ -20,7 +20,16 @@ runs/corpus/manifest.json:
 	$(BIN)/python -m study corpus study/recipes/corpus.yaml --out runs/corpus
 
 test: $(READY)
-	$(QUIET) $(BIN)/pytest -n 2 -m 'not slow' $(ARGS)
+	$(QUIET) $(BIN)/pytest -n 2 -m 'not slow and not smoke' $(ARGS)
+
+# PEFT, TRL, accelerate, lm_eval and torchao, in an environment of their own.
+smoke: $(VENV)-smoke/ready
+	$(QUIET) $(VENV)-smoke/bin/python -m pytest -m smoke tests/smoke $(ARGS)
+
+$(VENV)-smoke/ready: pyproject.toml constraints-smoke.txt
+	$(PYTHON) -m venv $(VENV)-smoke
+	$(VENV)-smoke/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-smoke.txt -e '.[cpu,eval]' pytest hypothesis peft trl torchao
+	touch $@
 
 # What takes longer than a few seconds each; CI runs it after the rest.
 slow: $(READY)

@@ -16,6 +16,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -191,7 +192,7 @@ def cell(text: str) -> str:
 # --- the study ------------------------------------------------------------------------------------
 
 
-def tables_page(found: dict[str, list[dict[str, Any]]]) -> str:
+def tables_page() -> str:
     """Every table of every experiment whose records are kept."""
     parts = [
         NOTE + "# Study tables\n",
@@ -199,7 +200,7 @@ def tables_page(found: dict[str, list[dict[str, Any]]]) -> str:
         "Student's t over seeds. Differences are paired by seed. [Quality](quality.md) describes "
         "the experiments, and keeps the tables whose records are lost.\n",
     ]
-    for title, tables in found.items():
+    for title, tables in study_tables().items():
         parts.append(f"## {title}\n")
         parts += [markdown(drop_empty(one)) + "\n" for one in tables]
     return "\n".join(parts)
@@ -219,6 +220,7 @@ def drop_empty(table: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@cache
 def study_tables() -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for packed, recipe in STUDIES:
@@ -253,8 +255,9 @@ def select(table: dict[str, Any], rows: dict[str, str], columns: dict[str, str],
     return "\n".join(lines) + "\n"
 
 
-def findings_tables(found: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
+def findings_tables() -> dict[str, str]:
     """The short tables of the findings page, by their marker."""
+    found = study_tables()
     (pooled,) = found["Language models: all experiments"]
     language = {
         "bits per byte, validation": "bits per byte, trained length",
@@ -336,14 +339,14 @@ def lines(text: str) -> list[str]:
 
 def pages() -> dict[Path, Callable[[], str]]:
     """Path -> what writes its text."""
-    docs, found = ROOT / "docs", study_tables()
+    docs = ROOT / "docs"
     findings, logs = docs / "explanation" / "findings.md", docs / "log" / "index.md"
     made: dict[Path, Callable[[], str]] = {
         docs / "reference" / "cli.md": cli_page,
         docs / "reference" / "recipe.md": recipe_page,
-        docs / "reference" / "study-tables.md": lambda: tables_page(found),
+        docs / "reference" / "study-tables.md": tables_page,
         logs: lambda: insert(logs.read_text("utf-8"), {"log": log_table(docs / "log")}),
-        findings: lambda: insert(findings.read_text(encoding="utf-8"), findings_tables(found)),
+        findings: lambda: insert(findings.read_text(encoding="utf-8"), findings_tables()),
     }
     for name in TUTORIALS:
         page = docs / "tutorial" / f"{name}.md"

@@ -77,22 +77,46 @@ def language_result(study: Study, records: Records, name: str) -> Result | None:
             }
             for title, series in curves.items()
         ]
-        + headline(experiment.headline, first, pairs),
+        + headlines(experiment.headlines, first, pairs),
     )
 
 
-def headline(measure: str | None, first: str, pairs: dict[str, list[Pair]]) -> list[dict[str, Any]]:
-    """The plot of the differences of one measure to the first variant's, paired by seed."""
-    series = {}
-    for label, some in pairs.items():
-        both = [(_measures(own), _measures(other)) for own, other in some]
-        values = [a[measure] - b[measure] for a, b in both if measure in a and measure in b]
-        if values and all(map(isfinite, values)):
-            series[label] = {"values": values, "interval": interval(values)}
-    if not series:
-        return []
-    title = f"{measure}: less {first}, paired by seed, 95%"
-    return [{"title": title, "x": "difference", "differences": True, "series": series}]
+def headlines(
+    measures: list[str], first: str, pairs: dict[str, list[Pair]]
+) -> list[dict[str, Any]]:
+    """A plot for each measure: the differences to the first variant's, paired by seed."""
+    plots = []
+    for measure in measures:
+        series = {}
+        for label, some in pairs.items():
+            both = [(_measures(own), _measures(other)) for own, other in some]
+            values = [a[measure] - b[measure] for a, b in both if measure in a and measure in b]
+            if values and all(map(isfinite, values)):
+                series[label] = {"values": values, "interval": interval(values)}
+        if series:
+            plot = {"title": f"{measure}, less {first}", "differences": True, "series": series}
+            plots.append(plot | {"x": "difference: each seed, mean and 95% interval"})
+    return plots
+
+
+def headline_result(study: Study, records: Records) -> Result | None:
+    """The headlines of all experiments that begin with the same variant, in one figure."""
+    pairs: dict[tuple[str, tuple[str, ...]], dict[str, list[Pair]]] = {}
+    for name, experiment in study.language.items():
+        first, *others = experiment.labels()
+        found = finished(study, records, name)
+        known = pairs.setdefault((first, tuple(experiment.headlines)), {})
+        for label in others:
+            known.setdefault(label, paired(found, label, first))
+    plots = [
+        plot
+        for (first, measures), some in pairs.items()
+        for plot in headlines(list(measures), first, some)
+    ]
+    if not plots:
+        return None
+    protocol = {"protocol": "headlines"}
+    return make_result("study", protocol=protocol, model=None, samples=0, scores=[], curves=plots)
 
 
 def pooled_result(study: Study, records: Records) -> Result | None:

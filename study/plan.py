@@ -68,7 +68,7 @@ class LanguageExperiment(Section):
     measured: variants that are evaluated and reported; null: all. The others only lend weights.
     seconds: what one run takes, until one has been measured; the study's own assumption.
     question: what it is to answer.
-    headline: the measure whose differences to the first variant are drawn, as the tables name it.
+    headlines: measures whose differences to the first variant are drawn, as the tables name them.
     """
 
     recipe: str
@@ -79,7 +79,7 @@ class LanguageExperiment(Section):
     measured: list[str] | None = None
     seconds: float = Field(default=300, gt=0)
     question: str = ""
-    headline: str | None = None
+    headlines: list[str] = Field(default=[])
 
     @model_validator(mode="after")
     def _known(self) -> "LanguageExperiment":

@@ -7,7 +7,7 @@ from osdn.evals.plots import save
 from osdn.evals.report import as_html, as_markdown, group
 from osdn.evals.results import RESULT, make_result, write_json
 from osdn.system.files import write_whole
-from study.language_report import Result, language_result, pooled_result
+from study.language_report import Result, headline_result, language_result, pooled_result
 from study.plan import Study, mqar_spec
 from study.records import Records
 from study.statistics import Points, best_rate, edge, gains, mean_course, row, spread
@@ -36,6 +36,8 @@ def write_report(study: Study, records: Records, out: Path) -> Path:
             results[name] = result
     if result := pooled_result(study, records):
         results["all"] = result
+    if result := headline_result(study, records):
+        results["headlines"] = result
     for name, result in results.items():
         directory = out / "results" / name
         write_json(directory / RESULT, result)

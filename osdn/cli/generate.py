@@ -11,16 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import AutoTokenizer, TextStreamer
 
 from osdn.errors import UserError
 from osdn.model.cache import CACHE, OSDNCache, state_bytes
 from osdn.model.loading import fetch, load_weights
 
-Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
-
-def load(directory: str | Path) -> Loaded:
+def load(directory: str | Path) -> tuple[Any, Any]:
     """(model, tokenizer) of a local checkpoint directory, or a Hugging Face name.
 
     Raises:
@@ -152,7 +150,7 @@ def read_prompts(given: list[str] | None) -> Iterator[str]:
             yield line
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
+def encode(tokenizer: Any, prompt: str) -> Tensor:
     """The prompt's tokens [1, T]; for an empty prompt the token that begins a document.
 
     Raises:

@@ -9,7 +9,7 @@ from osdn.evals.mqar.recipe import MQARRecipe
 from osdn.evals.results import RESULT, markdown
 from osdn.train.recipe import load_sections
 
-FIELDS = recipes.fields(MQARRecipe)
+FIELDS = tuple(recipes.fields(MQARRecipe))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from osdn.plan.memory import count_model
 from osdn.plan.predict import Plan, model_config, predict, smaller
 from osdn.train.recipe import Recipe, load_recipe
 
-FIELDS = recipes.fields(Recipe)
+FIELDS = tuple(recipes.fields(Recipe))
 
 MOST = 4096
 

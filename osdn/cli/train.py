@@ -13,7 +13,7 @@ from osdn.train.log.run_log import TrainResult
 from osdn.train.loop import train
 from osdn.train.recipe import Recipe, load_recipe
 
-FIELDS = recipes.fields(Recipe)
+FIELDS = tuple(recipes.fields(Recipe))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -137,7 +137,10 @@ def read_parquet(path: Path, offset: Offset, field: str) -> Found:
                                 yield piece, where, (row, end) if more else row + 1, more
                             inside = 0
                         row += 1
-    except (ArrowException, UnicodeDecodeError) as error:
+    except (ArrowException, UnicodeDecodeError, OSError) as error:
+        # Arrow raises OSError for damage too, without a number: trying again would not help.
+        if getattr(error, "errno", None) is not None:
+            raise
         reason = str(error).partition("\n")[0]
         raise UserError(f"data.corpus: {path}: damaged Parquet file: {reason}") from error
 

@@ -3,15 +3,15 @@
 **The global order.** Documents are dealt to `lanes` lanes, a number that belongs to the recipe and
 not to the machines. Each lane is a `TrainingRows` of its own over its share of the corpus, and
 global row i is the next row of lane i mod lanes. Rank r of w gives rows r, r + w, r + 2w, ... of
-that order, so that the rows of one optimiser step, over all ranks, are the next `batch_rows` rows
+that order, so that the rows of one optimizer step, over all ranks, are the next `batch_rows` rows
 of the global order for every w that divides batch_rows: global row s·batch_rows + j·w + r of step s
 is the j-th row that rank r gives in it. lanes = 1 is one stream, in the order of `TrainingRows`.
 
 **What a rank reads.** A rank makes rows of the lanes ≡ r modulo gcd(lanes, w). Where w divides
-lanes, nobody else uses these lanes: all text is tokenised once, by one rank. Otherwise the ranks
-that share a lane each tokenise all of it (of pre-tokenised shards: pass over it without a look)
+lanes, nobody else uses these lanes: all text is tokenized once, by one rank. Otherwise the ranks
+that share a lane each tokenize all of it (of pre-tokenized shards: pass over it without a look)
 and keep every so-manieth row. A lane reads files of its own if the corpus has `lanes` files or
-more; of fewer files each is read by lanes/files lanes, parsed in all and tokenised in part. So at
+more; of fewer files each is read by lanes/files lanes, parsed in all and tokenized in part. So at
 scale: as many lanes as ranks or a multiple, and at least as many files as lanes.
 A lane goes through its share again when it has come to its end, and shares of whole files differ
 in size, so lanes may be in different epochs; over one epoch of all lanes every document comes once.

@@ -82,6 +82,6 @@ class ShardDocuments:
                 raise UserError(
                     f"data.corpus: no training document in {self.corpus.directory} for part "
                     f"{self.share.part + 1} of {self.share.of}; hold out less (data.validation), "
-                    "lower data.lanes, or tokenise more text"
+                    "lower data.lanes, or tokenize more text"
                 )
             state.update(epoch=state["epoch"] + 1, shard=0, done=0)

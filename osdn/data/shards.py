@@ -1,4 +1,4 @@
-"""A pre-tokenised corpus: shards of tokens that are mapped into memory, as `osdn tokenize` writes.
+"""A pre-tokenized corpus: shards of tokens that are mapped into memory, as `osdn tokenize` writes.
 
     manifest.json          what made it, and each shard's name, counts and SHA-256
     shard_00000.tokens     the documents' tokens end to end, uint16 or uint32 by the vocabulary
@@ -99,7 +99,7 @@ def open_shards(directory: Path) -> "ShardCorpus":
     if not (directory / MANIFEST).is_file():
         raise UserError(
             f"data.corpus: {directory} is not finished; give the osdn tokenize command that began "
-            "it once more, which goes on with it"
+            "it once more, which finishes it"
         )
     return ShardCorpus(directory)
 

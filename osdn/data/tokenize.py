@@ -59,7 +59,7 @@ def write_shards(
     processes: int,
     bar: "tqdm[Any]",
 ) -> dict[str, Any]:
-    """Write a corpus's shards and manifest into `out`, or go on with it; returns the manifest.
+    """Write a corpus's shards and manifest into `out`, or finish it; returns the manifest.
 
     Args:
         name: of the tokenizer, as a recipe would give it.

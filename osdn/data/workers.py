@@ -33,7 +33,7 @@ def open_rows(
     Args:
         source: what the rows are.
         rank, world: which of them are given; osdn.data.rows says how.
-        workers: processes that read and tokenise ahead, started at the first row; 0 does it in
+        workers: processes that read and tokenize ahead, started at the first row; 0 does it in
             this process. It changes neither the rows nor their order nor what a state restores.
             Each costs a few seconds at the start and a copy of the tokenizer and shuffled block.
     """

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from osdn.evals.plots import png
-from osdn.evals.results import markdown, read_result
+from osdn.evals.results import as_code, as_text, markdown, read_result
 
 Result = dict[str, Any]
 STYLE = """
@@ -169,12 +169,12 @@ def as_markdown(groups: list[list[tuple[str, Result]]]) -> str:
     """The same without the plots."""
     parts = ["# OSDN evaluation"]
     for members in groups:
-        parts.append(f"## {heading(members)}")
+        parts.append(f"## {as_text(heading(members))}")
         for table in tables(members):
-            parts += [f"### {table['title']}", markdown(table)]
+            parts += [f"### {as_text(table['title'])}", markdown(table)]
         protocol = json.dumps(members[0][1]["protocol"], ensure_ascii=False)
-        parts.append(f"Protocol: `{protocol}`")
+        parts.append(f"Protocol: {as_code(protocol)}")
         for member in members:
             first, command, rest = facts(*member)
-            parts.append(f"{first}  \n`{command}`  \n{rest}")
+            parts.append(f"{as_text(first)}  \n{as_code(command)}  \n{as_text(rest)}")
     return "\n\n".join(parts) + "\n"

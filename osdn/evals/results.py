@@ -12,6 +12,7 @@ maps                [{title, x, y, columns, rows, values}]: values[row][column]
 provenance          command, commit, versions, hardware, time
 """
 
+import html
 import os
 import platform
 import shlex
@@ -85,11 +86,21 @@ def score(
     }
 
 
+def as_text(x: Any) -> str:
+    """What Markdown shows as it is and on one line: no HTML in it, whatever it is called."""
+    return html.escape(" ".join(str(x).splitlines()), quote=False)
+
+
+def as_code(x: Any) -> str:
+    """A code span, in which HTML is text; a backtick would end it and becomes a quote."""
+    return "`" + " ".join(str(x).splitlines()).replace("`", "'") + "`"
+
+
 def markdown(table: dict[str, Any]) -> str:
     """A table of a result in Markdown; a cell's bars and line breaks end no cell and no row."""
 
     def cell(x: Any) -> str:
-        return " ".join(str(x).splitlines()).replace("|", r"\|")
+        return as_text(x).replace("|", r"\|")
 
     lines = [table["columns"], ["---"] * len(table["columns"]), *table["rows"]]
     return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
@@ -203,14 +214,22 @@ class Table(Outside):
     rows: list[list[Any]]
 
 
+class Differences(Outside):
+    """Values and the interval of their mean."""
+
+    values: list[Number]
+    interval: list[Number]
+
+
 class Curve(Outside):
-    """One of a result's curves: points [x, y, low, high], or values where `strip` is set."""
+    """One of a result's curves: points [x, y, low, high]; values (`strip`); or `differences`."""
 
     title: str
     x: str
     y: str = ""
     strip: bool = False
-    series: dict[str, list[Number] | list[list[Number]]]
+    differences: bool = False
+    series: dict[str, list[Number] | list[list[Number]] | Differences]
 
 
 class Map(Outside):

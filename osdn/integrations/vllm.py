@@ -158,6 +158,7 @@ class PagedOSDN(MambaBase, OSDN):
             cu_seqlens=cu_seqlens, backend=self.backend, **self.rule,
         )  # fmt: skip
         if pages is not None:
+            assert state is not None and precond is not None
             S[at], d[at] = state, precond
         return self._finish(o[0], hidden_states)
 

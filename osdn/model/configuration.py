@@ -101,7 +101,7 @@ class OSDNConfig(PretrainedConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         fields = [name for name in type(self).__annotations__ if name not in vars(PretrainedConfig)]
         for name in kwargs:
             if close := get_close_matches(name, fields, n=1, cutoff=0.75):

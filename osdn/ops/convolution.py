@@ -243,7 +243,7 @@ def _operator(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, head_dim: in
 
 
 @_operator.register_fake
-def _(x, weight, cu_seqlens, head_dim):
+def _(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, head_dim: int | None) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -255,7 +255,9 @@ def _backward(
 
 
 @_backward.register_fake
-def _(dy, x, weight, cu_seqlens, head_dim):
+def _(
+    dy: Tensor, x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, head_dim: int | None
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 

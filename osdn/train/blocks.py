@@ -29,7 +29,7 @@ MIXERS = ("osdn", "torch_attn")  # whose operators are kept: ours, and variable-
 
 
 def _keep(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Matrix products and mixers are kept; norms, gates, casts and convolutions made again."""
+    """Matrix products and mixers are kept; norms, gates, casts and convolutions recomputed."""
     kept = operator in PRODUCTS or getattr(operator, "namespace", None) in MIXERS
     kept = kept and operator is not torch.ops.osdn.short_convolution.default
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -23,7 +23,7 @@ BUSY = (
 def train(
     recipe: Recipe, out: str | Path, *, make_trainer: Callable[..., Trainer] = Trainer
 ) -> TrainResult:
-    """Train as the recipe says, or go on from the newest checkpoint in the directory `out`.
+    """Train as the recipe says, or resume from the newest checkpoint in the directory `out`.
 
     out/log.jsonl      a line per logged step and per validation
     out/tensorboard/   the same, as events
@@ -41,9 +41,11 @@ def train(
         UserError: something the user can put right, in one line.
         KeyboardInterrupt, SystemExit(143): Ctrl-C or SIGTERM came; a checkpoint was saved first.
     """
+    # The processes meet first: what follows may fail in one of them, and all must hear of it.
     parallel = Parallel(recipe, make_device(recipe.train.device))
     lock = DirectoryLock(Path(out), LOCK, BUSY)
     try:
+        # Before anything is read: another process could save or cut the log meanwhile.
         parallel.from_main(lock.take)
         return _train(recipe, Path(out), parallel, lock, make_trainer)
     finally:
@@ -60,6 +62,7 @@ def _train(
 ) -> TrainResult:
     found, finished = parallel.from_main(lambda: _find(recipe, out))
     if found is None or found.state.step < recipe.train.steps or not finished:
+        # A run that has all steps and no model comes here too: only the export is left.
         trainer = make_trainer(recipe, out, found, parallel, lock)
         try:
             with Signals() as signals:
@@ -80,7 +83,7 @@ def _train(
 
 
 def _find(recipe: Recipe, out: Path) -> tuple[checkpoint.Checkpoint | None, bool]:
-    """The checkpoint to go on from, and whether the finished model is there."""
+    """The checkpoint to resume from, and whether the finished model is there."""
     found = checkpoint.load_newest(out / "checkpoints", recipe.resolved(), tell)
     finished = out / "model"
     if found is not None and found.state.step > recipe.train.steps:

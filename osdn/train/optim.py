@@ -1,4 +1,4 @@
-"""The optimiser and its schedule."""
+"""The optimizer and its schedule."""
 
 import math
 from typing import Any
@@ -24,6 +24,7 @@ def make_optimizer(model: nn.Module, options: Optimizer) -> torch.optim.AdamW:
         exempt = parameter.ndim < 2 or id(parameter) in embeddings
         exempt = exempt or name.endswith("initial_precond")
         (others if exempt else decayed).append(parameter)
+    # Four groups at most: with decay and without, each sharded and whole.
     groups: list[dict[str, Any]] = []
     for parameters, decay in ((decayed, options.weight_decay), (others, 0.0)):
         for sharded in (False, True):

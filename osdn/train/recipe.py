@@ -75,7 +75,7 @@ class Data(Section):
     shuffle_bytes: UTF-8 bytes of training documents that are shuffled together in memory.
     lanes: streams that the training documents are dealt to, part of the order of rows; where they
         are a multiple of processes × workers each reads its own (osdn/data/rows.py).
-    workers: processes that read and tokenise ahead, for each process of the run; 0 for none. They
+    workers: processes that read and tokenize ahead, for each process of the run; 0 for none. They
         change nothing but the speed.
     """
 
@@ -120,7 +120,7 @@ class Optimizer(Section):
 class Schedule(Section):
     """The learning rate over the steps: linear warm-up, then a cosine down to min_ratio · lr.
 
-    warmup_steps: optimiser steps up to the full learning rate.
+    warmup_steps: optimizer steps up to the full learning rate.
     min_ratio: the last step's learning rate as a share of the full one, in [0, 1].
     """
 
@@ -131,13 +131,13 @@ class Schedule(Section):
 class Train(Section):
     """The run.
 
-    steps: optimiser steps.
+    steps: optimizer steps.
     seq_len: tokens in a row.
     rows: rows in a forward pass of one process.
     batch_rows: rows in a step, over all processes; a step sees seq_len · batch_rows tokens, in
         batch_rows / (rows · processes) forward passes of each process.
     seed: of the initial weights and of the order of the documents.
-    precision: "float32", or "bfloat16" in compute (weights, optimiser and the reduction of
+    precision: "float32", or "bfloat16" in compute (weights, optimizer and the reduction of
         gradients stay float32).
     z_loss: times the mean squared log-partition, added to the loss (PaLM, arXiv 2204.02311); 0
         for none.
@@ -145,8 +145,8 @@ class Train(Section):
         "selective" (all but matrix products and mixers) or "full" (whole blocks).
     compile: run every block through torch.compile.
     device: "auto" (CUDA where there is one), or a PyTorch device name.
-    validate_every: optimiser steps between validations; one is made at the end in any case.
-    checkpoint_every: optimiser steps between checkpoints; one is saved at the end in any case.
+    validate_every: optimizer steps between validations; one is made at the end in any case.
+    checkpoint_every: optimizer steps between checkpoints; one is saved at the end in any case.
     keep_checkpoints: how many of the newest are kept.
     optimizer, schedule: the sections Optimizer and Schedule.
     """
@@ -171,7 +171,7 @@ class Train(Section):
 class Parallel(Section):
     """Several processes, started by torchrun, as a mesh of (processes / shard) × shard.
 
-    shard: over how many processes the weights and the optimiser's state are divided: 1 (each
+    shard: over how many processes the weights and the optimizer's state are divided: 1 (each
         process holds all of them: DDP), "all" (FSDP2), or a divisor of the processes (HSDP).
     timeout_seconds: how long a process waits for the others before it gives up.
     stall_seconds: after how long a process for which the others wait is named.
@@ -185,10 +185,10 @@ class Parallel(Section):
 class Logging(Section):
     """What is written down; none of it changes the run.
 
-    every: optimiser steps between lines of log.jsonl.
+    every: optimizer steps between lines of log.jsonl.
     tensorboard: also write TensorBoard events; null: where tensorboard is installed.
     wandb: the Weights & Biases project that gets the same; null: none.
-    precond_every: optimiser steps between lines about the preconditioners, by layer; null: none.
+    precond_every: optimizer steps between lines about the preconditioners, by layer; null: none.
     progress: show a progress bar on a terminal.
     """
 

@@ -102,6 +102,7 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> OSDNForCau
 def make_sharded(recipe: Recipe, config: OSDNConfig, parallel: Parallel) -> Sharded:
     """The model in training, this process's share of it, with its initial weights."""
     options = recipe.train
+    # Without values: they are drawn block by block, so that no process holds more than its share.
     bfloat16 = options.precision == "bfloat16"
     model = empty_model(config)
     prepare_blocks(model, checkpointing=options.activation_checkpointing, compile=options.compile)
@@ -122,7 +123,7 @@ def passes(recipe: Recipe, processes: int) -> int:
         share = gcd(rows, batch // processes) if batch % processes == 0 else 0
         advice = f"set train.batch_rows={-(-batch // once) * once}"
         if share:
-            advice += f", or train.rows={share}, which changes the speed alone"
+            advice += f", or train.rows={share}, which changes only the speed"
         raise UserError(
             f"train.batch_rows: {batch} is no multiple of the {once} rows of a forward pass "
             f"(train.rows={rows} in each of {processes} processes); {advice}"
@@ -237,6 +238,7 @@ def _write_model(
     model = empty_model(config)
     model.load_state_dict(parameters, strict=False, assign=True)  # tied ones have one name here
     model.tie_weights()
+    # Beside its place first: whoever loads out/model finds all of it or nothing.
     target, unfinished = out / "model", out / f"{TEMPORARY}model"
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -244,6 +246,7 @@ def _write_model(
             model.save_pretrained(unfinished)
             let_read(unfinished)
             tokenizer.save_pretrained(unfinished)
+        # On the disk before the name: after a power cut the name must not hold empty files.
         for path in (*unfinished.iterdir(), unfinished):
             sync(path)
         if target.exists():  # of a run whose last checkpoint was damaged
@@ -254,5 +257,5 @@ def _write_model(
         shutil.rmtree(unfinished, ignore_errors=True)
         raise UserError(
             f"{target}: cannot write the finished model: {error}; make room and give the same "
-            "command again, which goes on from the newest checkpoint there is"
+            "command again, which resumes from the newest checkpoint"
         ) from error

@@ -1,4 +1,4 @@
-"""One optimiser step: rows to gradient to update, over all processes of the run.
+"""One optimizer step: rows to gradient to update, over all processes of the run.
 
 A step is launched and not waited for, so that a GPU that is done with it finds the next one's work:
 whether it is finite is decided on the device, and its numbers are read when they are asked for.
@@ -93,13 +93,16 @@ class Stepper:
         batches = [
             collate([next(rows) for _ in range(self.options.rows)]) for _ in range(self.passes)
         ]
+        # The loss is a mean over all targets of the step, so their number comes before the forward.
         self.beat(step, "counting targets")
         targets = self.parallel.total(sum(batch.targets for batch in batches))
         loss, precond = self._backward(step, batches, targets, measure and self.parallel.main)
         self.beat(step, "reducing the gradient")
         limit = self.options.optimizer.clip
         norm = self.sharded.clip(math.inf if limit is None else limit)
+        # Loss and norm are kept on the device: reading them here would wait for the whole step.
         numbers = torch.stack([loss, norm]).float()
+        # The rate of this step, counted from 1: no state of a scheduler has to be saved.
         lr = learning_rate(
             step,
             steps=self.options.steps,
@@ -108,7 +111,7 @@ class Stepper:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        # The fused optimiser's own way to leave out a step, which torch.amp.GradScaler uses.
+        # The fused optimizer's own way to leave out a step, which torch.amp.GradScaler uses.
         self.optimizer.found_inf = (~numbers.isfinite().all()).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -118,13 +121,16 @@ class Stepper:
         self, step: int, batches: list[Batch], targets: int, measure: bool
     ) -> tuple[Tensor, Measured | None]:
         """Accumulate the gradient; (loss over all processes, what the first pass measured)."""
+        # Gradients add up over the passes; DDP and FSDP2 exchange them in the last one only.
         size, device = self.parallel.size, self.parallel.device
         # DDP and FSDP2 take the mean over the processes where the sum is wanted.
         count = targets / size if size > 1 else targets
         self.sharded.objective.train()
+        # Summed on the device, as the parts come; the sum is what the log shows.
         loss, read = torch.zeros((), device=device), None
         for i, batch in enumerate(batches):
             self.beat(step, f"forward pass {i + 1} of {len(batches)}")
+            # Preconditioners are measured in the first pass: one is enough, and hooks cost time.
             wanted = measured(self.sharded.model) if measure and i == 0 else nullcontext()
             with self.sharded.accumulating(i == len(batches) - 1):
                 with wanted as reader:

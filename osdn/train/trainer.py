@@ -110,7 +110,7 @@ class Trainer:
         fill_state(self.optimizer, self.step - self.nonfinite)  # skipped steps were no updates
         tensors = named_state(self.sharded.model, self.optimizer)
         checkpoint.load_tensors(found.directory, tensors, self.parallel)
-        self.tell(f"going on from {found.directory}")
+        self.tell(f"resuming from {found.directory}")
 
     def _open_log(self, found: checkpoint.Checkpoint | None) -> None:
         """In the process that writes it."""
@@ -283,7 +283,7 @@ class Trainer:
             self.save()
             self.checkpoints.finish()
         if self.step and self.checkpoints.saved == self.step:
-            self.tell(f"saved step {self.step}; give the same command again to go on")
+            self.tell(f"saved step {self.step}; give the same command again to resume")
         signals.leave()
 
     def close(self) -> None:

@@ -30,12 +30,14 @@ def bits_per_byte(
         at_once: rows in a forward pass.
         cut_off: asked, in all processes together, before each pass; on True the result is None.
     """
+    # Evaluation mode leaves out the z-loss and recomputation.
     sharded.objective.eval()
     batches = [rows[first : first + at_once] for first in range(0, len(rows), at_once)]
     nats: list[float] = []
     for first in range(0, len(batches), parallel.size):
         if cut_off():
             return None
+        # A process without a batch of its own takes part with the last one; it is not counted.
         own = first + parallel.rank
         batch = collate(batches[min(own, len(batches) - 1)])
         loss = sharded.evaluate(*inputs(batch, parallel.device), 1).item()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from osdn.data import RankRows, Row, RowSource, byte_tokenizer, open_corpus, open_rows
 from osdn.errors import UserError
+from tests.train.tiny import HANG
 
 
 def make_source(directory, files=12, lanes=1, documents=15):
@@ -209,7 +210,7 @@ def test_a_killed_worker_ends_the_run_in_one_line(tmp_path):
     )  # fmt: skip
     assert run.stdout is not None
     os.kill(int(run.stdout.readline()), signal.SIGKILL)
-    _, errors = run.communicate(timeout=60)
+    _, errors = run.communicate(timeout=HANG)
     assert "UserError: data.workers: DataLoader worker" in errors and "killed" in errors
 
 
@@ -226,7 +227,7 @@ def test_python_ends_though_rows_were_not_closed(tmp_path):
     (tmp_path / "child.py").write_text(LEFT_OPEN)
     subprocess.run(
         [sys.executable, tmp_path / "child.py", tmp_path / "texts"],
-        env={**os.environ, "PYTHONPATH": os.getcwd()}, check=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": os.getcwd()}, check=True, timeout=HANG,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from osdn.cli.main import main
-from tests.train.tiny import curve, fields, write_texts
+from tests.train.tiny import HANG, curve, fields, write_texts
 
 STEPS = 16
 
@@ -32,6 +32,7 @@ def made(tmp_path_factory):
     return recipe, curves
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "number"), [(0, signal.SIGKILL), (1, signal.SIGTERM)])
 def test_interrupted_with_a_worker_the_curve_is_that_of_a_run_without(kind, number, made, tmp_path):
     recipe, curves = made
@@ -47,7 +48,7 @@ def test_interrupted_with_a_worker_the_curve_is_that_of_a_run_without(kind, numb
         process.kill()
     else:
         os.killpg(process.pid, number)  # the worker too, as a scheduler does
-    _, errors = process.communicate(timeout=120)  # until the worker, which has its stderr, is gone
+    _, errors = process.communicate(timeout=HANG)  # until the worker, which has its stderr, is gone
     assert process.returncode == (143 if number == signal.SIGTERM else -number), errors
     assert len(curve(tmp_path)) < len(expected)
     assert main([*line, "data.workers=2"]) == 0  # another number of them, the same rows

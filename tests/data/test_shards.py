@@ -25,6 +25,7 @@ from osdn.data import (
 from osdn.data.shards import held_out_keys, open_shards
 from osdn.errors import UserError
 from tests.data.test_rows import deal, ranks
+from tests.train.tiny import HANG
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def test_kill_9_keeps_finished_shards_and_leaves_nobody(texts, shards, tmp_path)
     while not list((tmp_path / "out").glob("shard_*.json")):
         time.sleep(0.002)
     child.kill()
-    child.communicate(timeout=60)  # ends when the last process that has its stderr has ended
+    child.communicate(timeout=HANG)  # ends when the last process that has its stderr has ended
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("shard_*.json")}
     (tmp_path / "out" / ".writing-shard_00099.tokens").write_text("half")
     assert tokenize(texts, tmp_path / "out", "--processes", "1") == 0

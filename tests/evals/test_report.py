@@ -48,6 +48,21 @@ def test_one_protocol_one_table(runs):
     assert "a<b" not in html
 
 
+def test_names_are_text_in_both_pages(tmp_path):
+    """Models and protocols may be called anything; neither page runs it."""
+    wild = "<img src=x onerror=alert(1)>`</code><script>alert(2)</script>`|"
+    curve = [{"title": wild, "x": "x", "y": "y", "series": {wild: [[1, 2, 1, 3]]}}]
+    result(tmp_path / "one", wild, [1.0], {"protocol": wild, "data": wild}, curve)
+    page = tmp_path / "page.html"
+    assert main(["report", str(tmp_path), "--out", str(page)]) == 0
+    assert "<script" not in page.read_text() and "<img src=x" not in page.read_text()
+    for line in page.with_suffix(".md").read_text().splitlines():
+        outside = "".join(line.split("`")[::2])  # code spans show HTML as it is
+        assert "<script" not in outside and "<img" not in outside, line
+        assert line.count("`") % 2 == 0 or "&lt;img" in line
+    assert "&lt;img src=x onerror=alert(1)&gt;" in page.with_suffix(".md").read_text()
+
+
 def test_the_page_stands_alone_and_is_light(runs):
     page = runs / "page.html"
     main(["report", str(runs / "one"), str(runs / "two"), "--out", str(page)])

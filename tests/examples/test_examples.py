@@ -27,6 +27,7 @@ def load(path: Path):
     return module
 
 
+@pytest.mark.slow
 def test_trainer_finetunes_a_converted_checkpoint(tmp_path, monkeypatch):
     models = pytest.importorskip("fla.models", reason="needs flash-linear-attention")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
@@ -168,6 +169,7 @@ def test_a_mistake_is_named_before_anything_is_trained(words, said, tmp_path, ca
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_own_rules_are_compared_and_finished_runs_are_kept(tmp_path):
     kept = tmp_path / "own.jsonl"
     small = [f"mqar.apf_again.train.{x}" for x in ("examples=64", "test_examples=16", "epochs=1")]

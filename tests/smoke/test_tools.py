@@ -1,12 +1,9 @@
-"""Pipelines, lm-evaluation-harness, torchao, AOTInductor's input and transformers' own server."""
+"""Pipelines, lm-evaluation-harness, torchao and torch.export."""
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -96,57 +93,3 @@ def test_export_loaded_elsewhere_computes_the_same(checkpoint, tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path / "model.pt2"), str(tmp_path / "logits")]
     subprocess.run(command, check=True, env=environment(tmp_path))
     assert_close(torch.load(tmp_path / "logits"), model(torch.arange(33)[None]).logits, 1e-5)
-
-
-# transformers 5.24 looks a served model's class up in its own module only.
-SERVE = """
-import osdn
-from transformers.cli.serving import model_manager
-model_manager.transformers.OSDNForCausalLM = osdn.OSDNForCausalLM
-from transformers.cli.transformers import main
-main()
-"""
-
-
-def test_serve_answers_a_client_library(checkpoint, tmp_path):
-    """transformers' server with our class in it, asked by the openai package, whole and streamed."""
-    openai = pytest.importorskip("openai")
-    for module in ("fastapi", "uvicorn"):
-        pytest.importorskip(module)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-c", SERVE, "serve", str(checkpoint),
-               "--host", "127.0.0.1", "--port", str(port), "--trust-remote-code",
-               "--device", "cpu", "--dtype", "float32"]  # fmt: skip
-    log = (tmp_path / "log").open("w")
-    server = subprocess.Popen(command, env=environment(tmp_path), stdout=log, stderr=log)
-    try:
-        wait_for(server, f"http://127.0.0.1:{port}/health", tmp_path / "log")
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-        asked = {"model": str(checkpoint), "messages": [{"role": "user", "content": "say it"}],
-                 "max_tokens": 8, "temperature": 0}  # fmt: skip
-        whole = client.chat.completions.create(**asked).choices[0].message.content
-        parts = client.chat.completions.create(**asked, stream=True)
-        streamed = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
-    finally:
-        server.terminate()
-        server.wait()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    ids = tokenizer.apply_chat_template(
-        asked["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    made = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
-    assert whole == streamed == tokenizer.decode(made, skip_special_tokens=True)
-
-
-def wait_for(server, address, log):
-    """Until the server answers, or has ended."""
-    while True:
-        assert server.poll() is None, log.read_text()[-2000:]
-        try:
-            urllib.request.urlopen(address).read()
-            return
-        except OSError:
-            time.sleep(0.5)

@@ -18,7 +18,7 @@ from osdn.errors import UserError
 from osdn.evals.plots import figure
 from study.__main__ import main
 from study.language import directory_of, perform, steps_left
-from study.language_report import _cell, _curves, _gain, headline
+from study.language_report import _cell, _curves, _gain, headlines
 from study.plan import all_runs, load_study
 from study.records import Clock
 from study.statistics import interval, mean_course
@@ -209,10 +209,10 @@ def test_the_headline_is_drawn_with_its_interval():
         return {"outcome": {"train": trained, "evaluations": {}}}
 
     pairs = {"a": [(record(3.0), record(1.0)), (record(5.0), record(1.0))], "b": []}
-    (plot,) = headline("loss, mean of the last 50 steps", "first", pairs)
+    (plot,) = headlines(["loss, mean of the last 50 steps"], "first", pairs)
     one = {"values": [2.0, 4.0], "interval": interval([2.0, 4.0])}
     assert plot["series"] == {"a": one} and "less first" in plot["title"]
-    assert headline("another", "first", pairs) == headline(None, "first", pairs) == []
+    assert headlines(["another"], "first", pairs) == headlines([], "first", pairs) == []
     (axes,) = figure([plot], []).axes
     drawn = [list(line.get_xdata()) for line in axes.lines]
     assert [2.0, 4.0] in drawn and [3.0] in drawn and list(one["interval"]) in drawn

@@ -67,7 +67,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, run, finished
     damage(newest(run))
     train(recipe(texts), run)
     told = capsys.readouterr().err
-    assert f"{newest(run)} is damaged" in told and "going on from" in told and "step_10" in told
+    assert f"{newest(run)} is damaged" in told and "resuming from" in told and "step_10" in told
     assert curve(run) == curve(finished)
     assert (run / "checkpoints" / "step_12.damaged").is_dir()  # kept, for whoever wants to look
     assert train(recipe(texts), run).steps == 12
@@ -195,7 +195,7 @@ def small_disk(tmp_path):
 def test_a_disk_that_is_really_full(texts, finished, small_disk, capsys):
     train(recipe(texts), small_disk)  # the model alone still fits
     told = capsys.readouterr().err
-    assert "no checkpoint at step 4: No space left on device; training goes on" in told
+    assert "no checkpoint at step 4: No space left on device; training continues" in told
     assert "step_2 is intact" in told
     assert [p.name for p in (small_disk / "checkpoints").iterdir()] == ["step_2"]
     assert curve(small_disk) == curve(finished)
@@ -205,7 +205,7 @@ def test_a_disk_that_is_really_full(texts, finished, small_disk, capsys):
             pass
     with pytest.raises(UserError, match=r"cannot write the finished model: .*No space left"):
         train(recipe(texts), small_disk)
-    assert "going on from" in capsys.readouterr().err
+    assert "resuming from" in capsys.readouterr().err
     subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
     train(recipe(texts), small_disk)  # the same command, once there is room
     assert curve(small_disk) == curve(finished)

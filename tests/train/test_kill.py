@@ -12,7 +12,7 @@ import pytest
 
 from osdn.errors import UserError
 from osdn.train import load_recipe, train
-from tests.train.tiny import curve, fields, start, wait_for_lines, write_texts
+from tests.train.tiny import HANG, curve, fields, start, wait_for_lines, write_texts
 
 STEPS = 40
 
@@ -31,11 +31,12 @@ def expected(recipe_path, tmp_path_factory):
     """The curve of a run that nobody interrupts."""
     out = tmp_path_factory.mktemp("uninterrupted")
     process = start(recipe_path, out)
-    process.join(120)
+    process.join(HANG)
     assert process.exitcode == 0
     return curve(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_killed_at_random_moments_the_curve_is_that_of_an_uninterrupted_run(
     seed, recipe_path, expected, tmp_path
@@ -49,7 +50,7 @@ def test_killed_at_random_moments_the_curve_is_that_of_an_uninterrupted_run(
         process.join()
         kills += process.exitcode == -signal.SIGKILL
     process = start(recipe_path, tmp_path)
-    process.join(120)
+    process.join(HANG)
     assert kills >= 2 and process.exitcode == 0
     assert curve(tmp_path) == expected
     assert (tmp_path / "model" / "config.json").exists()
@@ -60,13 +61,13 @@ def test_a_polite_stop_saves_first(number, code, recipe_path, expected, tmp_path
     process = start(recipe_path, tmp_path)
     wait_for_lines(tmp_path, 10, process)
     os.kill(process.pid, number)
-    process.join(120)
+    process.join(HANG)
     assert process.exitcode == code
     steps = [int(p.name.removeprefix("step_")) for p in (tmp_path / "checkpoints").iterdir()]
     logged = [line["step"] for line in curve(tmp_path) if line["kind"] == "train"]
     assert max(steps) == logged[-1] < STEPS  # nothing that was computed is lost
     process = start(recipe_path, tmp_path)
-    process.join(120)
+    process.join(HANG)
     assert process.exitcode == 0 and curve(tmp_path) == expected
 
 
@@ -78,11 +79,12 @@ def test_a_second_run_in_the_same_directory_is_refused(recipe_path, expected, tm
     with pytest.raises(UserError, match=rf"{out}: another process trains there"):
         train(load_recipe(recipe_path), out)
     os.kill(process.pid, signal.SIGCONT)
-    process.join(120)
+    process.join(HANG)
     assert process.exitcode == 0 and curve(out) == expected
     assert train(load_recipe(recipe_path), out).steps == STEPS  # it is free again
 
 
+@pytest.mark.slow
 def test_the_console_command_killed_and_given_again(recipe_path, expected, tmp_path):
     line = [sys.executable, "-m", "osdn", "train", str(recipe_path), "--out", str(tmp_path)]
     process = subprocess.Popen(line, stderr=subprocess.DEVNULL)
@@ -90,11 +92,11 @@ def test_the_console_command_killed_and_given_again(recipe_path, expected, tmp_p
         time.sleep(0.005)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "going on from" in done.stderr
+    done = subprocess.run(line, capture_output=True, text=True, timeout=HANG)
+    assert done.returncode == 0 and "resuming from" in done.stderr
     assert done.stdout.startswith(f"{STEPS} steps, ")
     assert curve(tmp_path) == expected
     line[5:5] = ["train.sed=1"]
-    other = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    other = subprocess.run(line, capture_output=True, text=True, timeout=HANG)
     assert other.returncode == 1 and len(other.stderr.splitlines()) == 1
     assert "did you mean 'seed'?" in other.stderr

@@ -12,6 +12,7 @@ import pytest
 
 from osdn.train import Recipe
 
+HANG = 1800.0  # seconds after which a test gives up; a slow machine needs a tenth of them
 WORDS = ["the", "delta", "rule", "writes", "what", "memory", "does", "not", "know", "yet", "ä"]
 
 
@@ -61,7 +62,7 @@ def errors(out: Path, rank: int) -> Path:
     return out.with_name(f"{out.name}-{rank}.err")
 
 
-def join(processes: list[Any], seconds: float = 120) -> list[int]:
+def join(processes: list[Any], seconds: float = HANG) -> list[int]:
     """The exit codes; processes that do not end are killed, and the test fails."""
     limit = time.monotonic() + seconds
     for process in processes:
@@ -76,7 +77,7 @@ def join(processes: list[Any], seconds: float = 120) -> list[int]:
 def wait_for_lines(out: Path, lines: int, process: Any) -> None:
     """Until the log has that many lines, or the run ended."""
     log = out / "log.jsonl"
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + HANG
     while process.is_alive() and time.monotonic() < limit:
         if log.exists() and log.read_bytes().count(b"\n") >= lines:
             return

@@ -13,7 +13,7 @@ from osdn.cli.hints import advise_numba
 from osdn.errors import UserError
 from osdn.train.recipe import Recipe
 
-FIELDS = recipes.fields(Recipe)
+FIELDS = tuple(recipes.fields(Recipe))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--seeds: expected at least 1, got {args.seeds}")
     recipe = text.read_recipe(recipes.find(args.recipe), args.overrides)
     print(
-        f"Three parts: a look at the rule, {2 * args.seeds} small recall models, a language model. "
+        f"Three parts: the rule by itself, {2 * args.seeds} small recall models, a language model. "
         "About six minutes\non two idle CPU cores. What is interrupted is resumed by the same "
         f"command. The end is {args.out / 'demo.png'}\n",
         flush=True,
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"\n2. Recall of {recall.PAIRS} pairs from a 16 × 16 memory", flush=True)
     recalled = recall.measure(args.out / "recall", args.seeds)
     print(pictures.tell_recall(recalled), flush=True)
-    print("\n3. A language model from nothing", flush=True)
+    print("\n3. A language model of Python's help pages, from nothing", flush=True)
     written = text.write(recipe, args.out)
     print(f"{pictures.tell_text(written)}:\n\n{written.passage}", flush=True)
     path = args.out / "demo.png"

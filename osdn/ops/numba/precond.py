@@ -4,7 +4,7 @@
     d_{t+1} = clip(γ_t d_t + η b_t x_t k_t ⊙ k_t, d_min, d_max)
 
 A row of d is K numbers padded to whole vectors of W lanes. Arrays and `sizes` are those of
-osdn.ops.numba.walk. Source: docs/operator.md.
+osdn.ops.numba.walk. Source: docs/explanation/operator.md.
 """
 
 import math

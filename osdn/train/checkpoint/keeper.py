@@ -92,7 +92,7 @@ class Keeper:
     def _not_saved(self, step: int, problem: str) -> None:
         last = f"step_{self.saved} is intact" if self.saved else "there is none yet"
         self.tell(
-            f"WARNING: no checkpoint at step {step}: {problem}; training goes on, "
+            f"WARNING: no checkpoint at step {step}: {problem}; training continues, "
             f"and of the earlier checkpoints {last}; make room"
         )
 

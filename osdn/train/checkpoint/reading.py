@@ -8,7 +8,7 @@ A checkpoint is a directory step_N with
     manifest.json                 the SHA-256 of every other file
 
 PyTorch's distributed checkpoint (DCP) plans who writes what, copies it to the host and writes it in
-another thread while training goes on, with its safetensors storage, whose plan is the header of
+another thread while training continues, with its safetensors storage, whose plan is the header of
 each file: the pickle of its default storage could hold code, so it is neither written nor read.
 It is written under a temporary name, every file is synced to the disk, then rank 0 adds the
 rest and gives the directory its name: after a crash at any moment what bears the name is whole.

@@ -30,7 +30,7 @@ from osdn.train.objective import Objective
 def kept_whole(model: nn.Module) -> list[nn.Parameter]:
     """Parameters that are float32 in compute: d_1, and the bias of the gate, near 6.9.
 
-    In bfloat16 d_1 near 1 moves in steps of 1/128, more than a step of the optimiser changes it,
+    In bfloat16 d_1 near 1 moves in steps of 1/128, more than a step of the optimizer changes it,
     and log γ = logsigmoid(6.9) has a relative error of 1.6%, which 4,096 tokens make 7% of γ^4096.
     """
     mixers = [module for module in model.modules() if isinstance(module, OSDN)]
@@ -100,6 +100,7 @@ class Sharded:
         """Scale the whole gradient down to the norm `limit`; returns the norm before, a scalar."""
         self._average_kept()
         parts = self.parameters_by_kind()
+        # FSDP2's norms are partial sums until full_tensor; whole parameters have theirs already.
         norms = [get_total_norm([p.grad for p in part if p.grad is not None]) for part in parts]
         whole = [x.full_tensor() if isinstance(x, DTensor) else x for x in norms]
         norm = whole[0] if len(whole) == 1 else torch.linalg.vector_norm(torch.stack(whole))

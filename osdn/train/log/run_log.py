@@ -25,7 +25,7 @@ class TrainResult:
 
     out: its directory; out/model holds the model and tokenizer.
     parameters: trained numbers.
-    steps: optimiser steps made, skipped ones included.
+    steps: optimizer steps made, skipped ones included.
     loss: (step, nats per token) of every logged step; None where the step was skipped.
     validation: (step, bits per byte of held-out text); None where they were not finite.
     tokens_per_s: median over the logged steps, validation and saving apart.
@@ -77,7 +77,7 @@ class RunLog:
     Args:
         out: the run's directory.
         step: of the checkpoint that the run resumes from. Later lines, and the validation at that
-            step, which will be made again, are cut off.
+            step, which will be repeated, are cut off.
         logged: the last step that was logged when the checkpoint was saved; None if it is not
             known, as in checkpoints of earlier versions.
         trackers: get the same.
