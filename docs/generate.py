@@ -44,6 +44,7 @@ STUDIES = (  # packed records, and the study whose runs they are
     ("many_seeds", "mqar"),
     ("language", "language"),
     ("longer_2026_11_26", "language"),
+    ("repeats", "repeats"),
 )
 
 
