@@ -78,7 +78,7 @@ def _saved(inputs: dict, bounds: dict) -> torch.Tensor:
     """The number of the first chunk that was clipped, [N, H]; the bound where none was."""
     rule = Rule(1.0, False, *bounds.values(), 0.25)
     tensors = {n: None if x is None else x.detach() for n, x in inputs.items()}
-    return backend_forward(*tensors.values(), None, rule, True)[3][5]
+    return backend_forward(*tensors.values(), None, rule, True)[3][4]
 
 
 def test_when_walks_are_cut_into_segments():
@@ -91,6 +91,7 @@ def test_when_walks_are_cut_into_segments():
 
 @pytest.mark.parametrize("T, V, options", [(300, 20, {}), (257, 70, BOX)])
 def test_walks_in_segments(monkeypatch, T, V, options):
+    monkeypatch.setattr("osdn.ops.triton.chunks.SPAN", 1)
     monkeypatch.setattr("osdn.ops.triton.chunks.LEAST", 1)
     monkeypatch.setattr("osdn.ops.triton.chunks.LONG", 2)
     assert count_segments(1, T, 2) == count_segments(1, T, 1, ease=2) == 5
@@ -98,6 +99,7 @@ def test_walks_in_segments(monkeypatch, T, V, options):
 
 
 def test_segments_and_a_box_that_is_left_late(monkeypatch):
+    monkeypatch.setattr("osdn.ops.triton.chunks.SPAN", 1)
     monkeypatch.setattr("osdn.ops.triton.chunks.LEAST", 1)
     monkeypatch.setattr("osdn.ops.triton.chunks.LONG", 2)
     inputs = make_inputs(1, 300, 1, 20, 16, gamma=False, dtype=torch.float32)
@@ -110,6 +112,7 @@ def test_segments_and_a_box_that_is_left_late(monkeypatch):
 
 
 def test_segments_of_several_sequences_and_heads(monkeypatch):
+    monkeypatch.setattr("osdn.ops.triton.chunks.SPAN", 2)
     monkeypatch.setattr("osdn.ops.triton.chunks.LEAST", 2)
     monkeypatch.setattr("osdn.ops.triton.chunks.LONG", 3)
     assert count_segments(2, 390, 2, ease=2) == 4  # of two chunks each, the last of one

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from osdn.ops.rule import Rule
-from osdn.ops.triton.chunks import CHUNK, Chunks, chunk_bound, cut, on_device
+from osdn.ops.triton.chunks import CHUNK, Chunks, chunk_bound, cut, on_device, span_bound
 from osdn.ops.triton.decode import decode
-from osdn.ops.triton.memory_backward import gradients, memory_reverse, states
-from osdn.ops.triton.memory_forward import memory, segments_like
+from osdn.ops.triton.memory_backward import gradients, memory_reverse
+from osdn.ops.triton.memory_forward import memory, transitions_like
 from osdn.ops.triton.precond_backward import chunk_scan_reverse
 from osdn.ops.triton.precond_forward import chunk_scan
 from osdn.ops.triton.precond_segments import transfers_like
@@ -38,8 +38,8 @@ def forward(
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     with on_device(q):
         chunks = cut(q.shape[0], q.shape[1], cu_seqlens)
-        x, starts, w, ka, A, clipped = _operands(k, beta, initial_precond, cu_seqlens)
-        e = torch.empty_like(v) if save else None
+        x, starts, w, A, clipped = _operands(k, beta, initial_precond, cu_seqlens)
+        e, kept = _residuals(k, v, cu_seqlens) if save else (None, None)
         gates = (k, beta, log_gamma)
         if cu_seqlens is not None:
             starts.zero_()  # those past the last chunk are never written
@@ -50,14 +50,14 @@ def forward(
             inverse, M = _solve_like(k, cu_seqlens, constant=True)
         else:
             precond, inverse, M = chunk_scan(*gates, initial_precond, x, starts, chunks, rule)
-        write_keys(*gates, x, starts, w, A, ka, clipped, chunks, rule, repair=False)
+        write_keys(*gates, x, starts, w, A, clipped, chunks, rule, repair=False)
         if rule.precond_min is not None:  # both return at once where no token left the box
             token_scan(*gates, w, x, starts, precond, clipped, chunks, rule)
-            write_keys(*gates, x, starts, w, A, ka, clipped, chunks, rule, repair=True)
-        o, state, segments = memory(q, w, ka, v, A, initial_state, e, chunks, rule)
-    if e is None:
+            write_keys(*gates, x, starts, w, A, clipped, chunks, rule, repair=True)
+        o, state, transitions = memory(q, k, w, v, A, initial_state, e, kept, chunks, rule)
+    if e is None or kept is None:
         return o, state, precond, []
-    return o, state, precond, [x, starts, w, ka, A, clipped, e, inverse, M, *segments]
+    return o, state, precond, [x, starts, w, A, clipped, e, kept, inverse, M, transitions]
 
 
 def saved_like(
@@ -72,12 +72,20 @@ def saved_like(
     rule: Rule,
     save: bool,
 ) -> list[Tensor]:
-    """Empty: `_operands`, e [B, T, H, V], phase 1's solve, and what `memory` leaves of segments."""
+    """Empty: `_operands`, `_residuals`, phase 1's solve, and the segments' maps of the memory."""
     if not save:
         return []
     operands = _operands(k, beta, initial_precond, cu_seqlens)
     solve = _solve_like(k, cu_seqlens, rule.constant_precond(log_gamma is not None))
-    return [*operands, v.new_empty(v.shape), *solve, *segments_like(q, v, cu_seqlens)]
+    residuals = _residuals(k, v, cu_seqlens)
+    return [*operands, *residuals, *solve, transitions_like(q, v, cu_seqlens)]
+
+
+def _residuals(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Empty e [B, T, H, V], and kept [spans, H, V, K]: Sᵀ at the start of every span."""
+    B, T, H, K = k.shape
+    kept = k.new_empty(span_bound(B, T, cu_seqlens), H, v.shape[-1], K)
+    return torch.empty_like(v), kept
 
 
 def _solve_like(k: Tensor, cu_seqlens: Tensor | None, constant: bool) -> tuple[Tensor, Tensor]:
@@ -90,14 +98,13 @@ def _solve_like(k: Tensor, cu_seqlens: Tensor | None, constant: bool) -> tuple[T
 
 
 def _operands(k: Tensor, beta: Tensor, precond: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
-    """Empty x [B, T, H], d [chunks, H, K], w and A k [B, T, H, K], A [B, T, H, CHUNK], and
+    """Empty x [B, T, H], d [chunks, H, K], w [B, T, H, K], A [B, T, H, CHUNK], and
     clipped [N, H] int32: with a box, the number of the first chunk where d left it, or the bound.
     """
     B, T, H, K = k.shape
     return [
         beta.new_empty(beta.shape),
         beta.new_empty(chunk_bound(B, T, cu_seqlens), H, K),
-        k.new_empty(k.shape),
         k.new_empty(k.shape),
         k.new_empty(B, T, H, CHUNK),
         precond.new_empty(precond.shape[:2], dtype=torch.int32),
@@ -120,16 +127,16 @@ def backward(
     rule: Rule,
 ) -> list[Tensor]:
     """[dq, dk, dv, dβ, dinitial_state, dinitial_precond] and dlog γ, as the contract has them."""
-    x, starts, w, ka, A, clipped, e, inverse, M, *segments = saved
+    x, starts, w, A, clipped, e, kept, inverse, M, transitions = saved
     q, k, do = q.contiguous(), k.contiguous(), do.contiguous()
     dfinal_state, dfinal_precond = dfinal_state.contiguous(), dfinal_precond.contiguous()
     with on_device(q):
         chunks = cut(q.shape[0], q.shape[1], cu_seqlens)
-        dv, dS, dstate = memory_reverse(q, w, ka, A, do, dfinal_state, segments, chunks, rule)
-        S = states(w, e, initial_state, segments, chunks)
-        dq, dk, dw = gradients(q, k, w, e, do, dv, S, dS, chunks, rule)
-        del S, dS
         gates = (k, beta, log_gamma)
+        dv, dw, r, dd, dstate = memory_reverse(
+            q, k, w, A, e, do, beta, log_gamma, dfinal_state, transitions, chunks, rule
+        )
+        dq, dk = gradients(w, e, do, dv, kept, chunks, rule)
         dbeta = torch.empty_like(beta)
         dlog_gamma = None if log_gamma is None else torch.empty_like(beta)
         found = (dk, dbeta, dlog_gamma)
@@ -138,7 +145,7 @@ def backward(
                 *gates, x, starts, dw, dfinal_precond, *found, clipped, chunks, rule
             )
         dprecond = chunk_scan_reverse(
-            *gates, x, starts, inverse, M, dw, dfinal_precond, *found, clipped, chunks, rule
+            *gates, x, starts, inverse, M, dw, r, dd, dfinal_precond, *found, clipped, chunks, rule
         )
     gradient = [dq, dk, dv, dbeta, dstate, dprecond]
     return gradient if dlog_gamma is None else [*gradient, dlog_gamma]

@@ -18,21 +18,20 @@ CONFIG: dict[str, dict[str, Any]] = {
     "transfer": {"num_warps": 4, "num_stages": 1, "BV": 64},
     "token_scan": {"num_warps": 1},
     "write_keys": {"num_warps": 1, "BK": 32},
-    "memory": {"num_warps": 4, "num_stages": 1, "BV": 64},
-    "states": {"num_warps": 8, "num_stages": 2, "BK": 64, "BV": 64},
-    "memory_reverse": {"num_warps": 4, "num_stages": 1, "BV": 64},
-    "gradients": {"num_warps": 8, "num_stages": 3, "BK": 128, "BV": 64},
-    "couple": {"num_warps": 4, "BK": 128},
+    "memory": {"num_warps": 8, "num_stages": 1, "BV": 128},
+    "memory_reverse": {"num_warps": 8, "num_stages": 1, "BV": 128},
+    "gradients": {"num_warps": 8, "num_stages": 1, "BK": 128, "BV": 128},
     "scan_reverse": {"num_warps": 4, "STAGES": 4},
     "precond_gradients": {"num_warps": 4, "BK": 32},
     "step": {"num_warps": 4, "BV": 128},
 }
 # Where tiles are larger, they must still fit registers and shared memory.
-WIDE: dict[str, dict[str, Any]] = {  # K > 128
+WIDE: dict[str, dict[str, Any]] = {  # K or V > 128
     "scan": {"num_warps": 8, "STAGES": 2},
     "transfer": {"num_warps": 8, "num_stages": 1, "BV": 64},
     "memory": {"num_warps": 8, "num_stages": 1, "BV": 64},
     "memory_reverse": {"num_warps": 8, "num_stages": 1, "BV": 64},
+    "gradients": {"num_warps": 8, "num_stages": 1, "BK": 64, "BV": 64},
     "scan_reverse": {"num_warps": 8, "STAGES": 2},
     "step": {"num_warps": 4, "BV": 64},
 }
@@ -41,10 +40,8 @@ FLOAT32: dict[str, dict[str, Any]] = {
     "transfer": {"num_warps": 8, "num_stages": 1, "BV": 64},
     "write_keys": {"num_warps": 4, "BK": 16},
     "memory": {"num_warps": 8, "num_stages": 1, "BV": 32},
-    "states": {"num_warps": 4, "num_stages": 1, "BK": 64, "BV": 64},
     "memory_reverse": {"num_warps": 8, "num_stages": 1, "BV": 32},
-    "gradients": {"num_warps": 8, "num_stages": 1, "BK": 32, "BV": 32},
-    "couple": {"num_warps": 8, "BK": 32},
+    "gradients": {"num_warps": 8, "num_stages": 1, "BK": 32, "BV": 64},
     "scan_reverse": {"num_warps": 8, "STAGES": 2},
     "precond_gradients": {"num_warps": 8, "BK": 32},
 }
@@ -53,7 +50,7 @@ PIPELINE_BYTES = 160 * 1024  # of shared memory a block; with less, loads are no
 
 def launch(name: str, x: Tensor, K: int, V: int = 1) -> dict[str, Any]:
     """The keyword arguments of one kernel's launch for head sizes K and V and data like x."""
-    special = FLOAT32 if x.dtype == torch.float32 else WIDE if K > 128 else {}
+    special = FLOAT32 if x.dtype == torch.float32 else WIDE if max(K, V) > 128 else {}
     config = dict(special.get(name, CONFIG[name]))
     for block, size in (("BK", K), ("BV", V)):
         if block in config:
