@@ -58,6 +58,7 @@ GRIDS = {
     "memory": grid(num_warps=[4, 8], num_stages=[1, 2], BV=[64, 128]),
     "memory_reverse": grid(num_warps=[4, 8], num_stages=[1, 2], BV=[64, 128]),
     "gradients": grid(num_warps=[4, 8], num_stages=[1, 2], BK=[64, 128], BV=[64, 128]),
+    "couple": grid(num_warps=[4, 8], BK=[32, 64, 128]),
     "scan_reverse": grid(num_warps=[2, 4, 8], STAGES=[2, 3, 4]),
     "precond_gradients": grid(num_warps=[2, 4, 8], BK=[32, 64, 128], maxnreg=[128, 168, 255]),
     "step": grid(num_warps=[4, 8, 16], BV=[32, 64, 128]),
@@ -81,10 +82,9 @@ def stages(B, T, H):
     _, solve, M = chunk_scan(*gates, d0, x, starts, chunks, RULE)
     write_keys(*gates, x, starts, w, A, clipped, chunks, RULE, repair=False)
     *_, maps = memory(q, k, w, v, A, S0, e, kept, chunks, RULE)
-    dv, part, _ = memory_reverse(q, k, w, A, e, do, S0, maps, chunks, RULE)
+    dv, dw, _ = memory_reverse(q, k, w, A, e, do, S0, maps, chunks, RULE)
     dbeta, dgamma = torch.empty_like(beta), torch.empty_like(beta)
-    given = (q, k, w, e, do, dv, kept, beta, gamma)
-    _, dk, dw, r, dd = gradients(*given, part.clone(), chunks, RULE)
+    _, dk = gradients(w, e, do, dv, kept, chunks, RULE)
     state0 = torch.randn(64, H, K, K, device="cuda")
     precond0 = torch.ones(64, H, K, device="cuda")
     row = [t.view(-1, H, t.shape[-1])[:64].contiguous() for t in (q, k, v)]
@@ -113,18 +113,10 @@ def stages(B, T, H):
         )
         return w2, x2, final, gradient, part, dbeta
 
-    def walk_back():
-        dv, part, dS = memory_reverse(q, k, w, A, e, do, S0, maps, chunks, RULE)
-        return dv, part.float().sum(0), dS
-
-    def rest():
-        found = gradients(*given, part.clone(), chunks, RULE)
-        return *found[:3], found[3].sum(0), found[4]
-
     def reverse():
         part = dk.clone()
         found = chunk_scan_reverse(
-            *gates, x, starts, solve, M, dw, r, dd, d0, part, dbeta, dgamma, clipped, chunks, RULE
+            *gates, x, starts, solve, M, dw, d0, part, dbeta, dgamma, clipped, chunks, RULE
         )
         return dbeta, dgamma, found, part
 
@@ -140,8 +132,9 @@ def stages(B, T, H):
         "token_scan": tokens,
         "write_keys": keys,
         "memory": lambda: memory(q, k, w, v, A, S0, e, kept, chunks, RULE)[:2],
-        "memory_reverse": walk_back,
-        "gradients": rest,
+        "memory_reverse": lambda: memory_reverse(q, k, w, A, e, do, S0, maps, chunks, RULE),
+        "gradients": lambda: gradients(w, e, do, dv, kept, chunks, RULE),
+        "couple": reverse,
         "scan_reverse": reverse,
         "precond_gradients": reverse,
         "step": step,

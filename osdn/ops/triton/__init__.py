@@ -132,11 +132,11 @@ def backward(
     dfinal_state, dfinal_precond = dfinal_state.contiguous(), dfinal_precond.contiguous()
     with on_device(q):
         chunks = cut(q.shape[0], q.shape[1], cu_seqlens)
-        gates = (k, beta, log_gamma)
-        dv, dw, r, dd, dstate = memory_reverse(
-            q, k, w, A, e, do, beta, log_gamma, dfinal_state, transitions, chunks, rule
+        dv, dw, dstate = memory_reverse(
+            q, k, w, A, e, do, dfinal_state, transitions, chunks, rule
         )
         dq, dk = gradients(w, e, do, dv, kept, chunks, rule)
+        gates = (k, beta, log_gamma)
         dbeta = torch.empty_like(beta)
         dlog_gamma = None if log_gamma is None else torch.empty_like(beta)
         found = (dk, dbeta, dlog_gamma)
@@ -145,7 +145,7 @@ def backward(
                 *gates, x, starts, dw, dfinal_precond, *found, clipped, chunks, rule
             )
         dprecond = chunk_scan_reverse(
-            *gates, x, starts, inverse, M, dw, r, dd, dfinal_precond, *found, clipped, chunks, rule
+            *gates, x, starts, inverse, M, dw, dfinal_precond, *found, clipped, chunks, rule
         )
     gradient = [dq, dk, dv, dbeta, dstate, dprecond]
     return gradient if dlog_gamma is None else [*gradient, dlog_gamma]

@@ -18,11 +18,12 @@ CONFIG: dict[str, dict[str, Any]] = {
     "transfer": {"num_warps": 4, "num_stages": 1, "BV": 64},
     "token_scan": {"num_warps": 1},
     "write_keys": {"num_warps": 1, "BK": 32},
-    "memory": {"num_warps": 8, "num_stages": 1, "BV": 128},
-    "memory_reverse": {"num_warps": 8, "num_stages": 1, "BV": 128},
+    "memory": {"num_warps": 8, "num_stages": 2, "BV": 128},
+    "memory_reverse": {"num_warps": 8, "num_stages": 2, "BV": 128},
     "gradients": {"num_warps": 8, "num_stages": 1, "BK": 128, "BV": 128},
+    "couple": {"num_warps": 4, "BK": 128},
     "scan_reverse": {"num_warps": 4, "STAGES": 4},
-    "precond_gradients": {"num_warps": 4, "BK": 32},
+    "precond_gradients": {"num_warps": 4, "BK": 32, "maxnreg": 128},
     "step": {"num_warps": 4, "BV": 128},
 }
 # Where tiles are larger, they must still fit registers and shared memory.
@@ -42,6 +43,7 @@ FLOAT32: dict[str, dict[str, Any]] = {
     "memory": {"num_warps": 8, "num_stages": 1, "BV": 32},
     "memory_reverse": {"num_warps": 8, "num_stages": 1, "BV": 32},
     "gradients": {"num_warps": 8, "num_stages": 1, "BK": 32, "BV": 64},
+    "couple": {"num_warps": 8, "BK": 32},
     "scan_reverse": {"num_warps": 8, "STAGES": 2},
     "precond_gradients": {"num_warps": 8, "BK": 32},
 }

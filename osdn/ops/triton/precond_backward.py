@@ -8,7 +8,7 @@ With dd = β dw ⊙ k the direct gradient of d, λ_{t+1} = dL/dd_{t+1}, and (I +
     λ_start = Σ_i exp(pre_i) (dd_i − η b_i a_i s_i) + exp(post_C) λ_end
     λ_{t+1} = Σ_{i>t} exp(pre_i − post_t) (dd_i − η b_i a_i s_i) + exp(post_C − post_t) λ_end
 
-`memory_backward.memory_reverse_kernel` leaves the sums over dd, `scan_reverse_kernel` walks the chunks
+`couple_kernel` makes the sums over dd in parallel, `scan_reverse_kernel` walks the chunks
 from the last, and `precond_gradients_kernel` computes λ within every chunk and from it, in
 parallel,
 
@@ -44,6 +44,49 @@ from osdn.ops.triton.precond_gates import (
     load_retention,
 )
 from osdn.ops.triton.precond_segments import join, transfers
+
+
+@triton.jit(do_not_specialize=["T"])
+def couple_kernel(
+    k, beta, log_gamma, dw, r, dd, clipped, cu_seqlens, indices, T,
+    H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    HAS_GAMMA: tl.constexpr, IS_VARLEN: tl.constexpr, MOVES: tl.constexpr, BOXED: tl.constexpr,
+    PREC: tl.constexpr,
+):  # fmt: skip
+    """r [B, T, H] without λ_end's part; dd [chunks, H, K], Σ exp(pre_i) dd_i. Grid: chunks · H."""
+    i_h = tl.program_id(0) % H
+    i_c = tl.program_id(0) // H
+    begin, left = locate_chunk(i_c, cu_seqlens, indices, T, BT, IS_VARLEN)
+    if left <= 0:
+        return
+    if BOXED:  # the token scan has done what follows
+        i_n = sequence_of(i_c, indices, T, BT, IS_VARLEN)
+        if i_c >= tl.load(clipped + i_n * H + i_h):
+            return
+    o_t = tl.arange(0, BT)
+    row = begin * H + i_h
+    dd += (i_c.to(tl.int64) * H + i_h) * K
+    b_beta = load_gate(beta + row, o_t, left, H)
+    pre, post, _ = load_retention(log_gamma + row, o_t, left, (0.0, 0.0), H, HAS_GAMMA)
+    # Operands in bfloat16 beside bfloat16 keys, else in float32: k² in float16 could overflow.
+    type: tl.constexpr = tl.bfloat16 if k.dtype.element_ty == tl.bfloat16 else tl.float32
+    b_G = tl.zeros([BT, BT], tl.float32)  # ⟨dd_i, s_t⟩, rows t and columns i
+    for i_k in range(tl.cdiv(K, BK)):
+        o_k = i_k * BK + tl.arange(0, BK)
+        b_k = load_tile(k + row * K, o_t, left, H * K, o_k, K).to(tl.float32)  # [BT, BK]
+        b_dd = load_tile(dw + row * K, o_t, left, H * K, o_k, K).to(tl.float32)
+        b_dd *= b_beta[:, None] * b_k
+        if MOVES:
+            b_s = (b_k * b_k).to(type)
+            b_G = tl.dot(b_s, tl.trans(b_dd.to(type)), b_G, input_precision=PREC)  # [BT, BT]
+        if HAS_GAMMA:
+            b_dd *= decay_from_start(pre)[:, None]
+        tl.store(dd + o_k, tl.sum(b_dd, 0), mask=o_k < K)
+    if MOVES:
+        if HAS_GAMMA:
+            b_G *= decay(across(pre), down(post))
+        b_r = tl.sum(tl.where(o_t[None, :] > o_t[:, None], b_G, 0.0), 1)
+        tl.store(r + row + o_t * H, b_r, mask=o_t < left)
 
 
 @triton.jit(do_not_specialize=["T", "segment"])
@@ -210,8 +253,6 @@ def chunk_scan_reverse(
     inverse: Tensor,
     M: Tensor,
     dw: Tensor,
-    r: Tensor,
-    dd: Tensor,
     dfinal_precond: Tensor,
     dk: Tensor,
     dbeta: Tensor,
@@ -220,16 +261,19 @@ def chunk_scan_reverse(
     chunks: Chunks,
     rule: Rule,
 ) -> Tensor:
-    """dinitial_precond; completes dk and fills dβ and dlog γ, before chunk `clipped` with a box.
-
-    r [B, T, H] and dd [chunks, H, K] from `memory_backward.memory_reverse`.
-    """
+    """dinitial_precond; completes dk and fills dβ and dlog γ, before chunk `clipped` with a box."""
     T, H, K = k.shape[1:]
     moves = not rule.constant_precond(log_gamma is not None)
     gate = beta if log_gamma is None else log_gamma
-    a, ends = torch.empty_like(beta), torch.empty_like(starts)
+    r, a = (torch.empty_like(beta) for _ in range(2))
+    dd, ends = (torch.empty_like(starts) for _ in range(2))
     shape = {"H": H, "K": K, "BT": CHUNK, "HAS_GAMMA": log_gamma is not None, "MOVES": moves}
     shape |= {"IS_VARLEN": chunks.indices is not None, "BOXED": rule.precond_min is not None}
+
+    couple_kernel[(chunks.bound * H,)](
+        k, beta, gate, dw, r, dd, clipped, chunks.cu_seqlens, chunks.indices, T,
+        **shape, **launch("couple", k, K), PREC=precision(k),
+    )  # fmt: skip
 
     def walk(dfinal: Tensor, chunks: Chunks) -> Tensor:
         dinitial = torch.empty_like(dfinal)
