@@ -13,6 +13,7 @@ With a box the path is first made as if there were none, which is right up to th
 leaves it; the first chunk with one is marked, and made again from what the token scan put right.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -35,7 +36,7 @@ from osdn.ops.triton.precond_gates import (
     load_gate,
     load_retention,
 )
-from osdn.ops.triton.solve import invert, mul, store_blocks
+from osdn.ops.triton.solve import SCRATCH, invert, mul, store_blocks
 
 
 @triton.jit
@@ -92,7 +93,7 @@ def _write_key(p_k, p_w, o_t, left, o_k, c, out, box, gates, K: tl.constexpr, H:
 
 @triton.jit(do_not_specialize=["T"])
 def write_keys_kernel(
-    k, beta, log_gamma, x, starts, w, A, clipped, cu_seqlens, indices, eta, d_min, d_max, T,
+    k, beta, log_gamma, x, starts, w, A, scratch, clipped, cu_seqlens, indices, eta, d_min, d_max, T,
     H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, IS_VARLEN: tl.constexpr,
     PATH: tl.constexpr, STORED: tl.constexpr, BOXED: tl.constexpr,
@@ -156,7 +157,8 @@ def write_keys_kernel(
 
     if BOXED and not STORED:
         tl.atomic_min(clipped, i_c, mask=tl.max(tl.max(out, 1), 0) > 0)
-    X = invert(L00, L10, L11, L20, L21, L22, L30, L31, L32, L33, SOLVE)
+    X = invert(L00, L10, L11, L20, L21, L22, L30, L31, L32, L33,
+               scratch + tl.program_id(0).to(tl.int64) * 1024, SOLVE)  # fmt: skip
     store_blocks(A + row * BT, H * BT, left, X)
 
 
@@ -180,7 +182,8 @@ def write_keys(
     if boxed and not repair:
         clipped.fill_(chunks.bound)
     write_keys_kernel[(chunks.bound * H,)](
-        k, beta, beta if log_gamma is None else log_gamma, x, starts, w, A, clipped,
+        k, beta, beta if log_gamma is None else log_gamma, x, starts, w, A,
+        A.new_empty(chunks.bound * H * SCRATCH, dtype=torch.float32), clipped,
         chunks.cu_seqlens, chunks.indices, rule.eta,
         rule.precond_min if boxed else 0.0, rule.precond_max if boxed else 0.0, T,
         H=H, K=K, BT=CHUNK, HAS_GAMMA=log_gamma is not None,
