@@ -93,7 +93,7 @@ def stages(B, T, H):
         return A.view(-1, 64, H, 64).transpose(1, 2)[:256]
 
     def inverse():
-        return (solved(chunk_inverse(*gates, chunks, RULE)),)
+        return (solved(chunk_inverse(*gates, chunks, RULE)[0]),)
 
     def keys():
         write_keys(*gates, x, starts, w, A, clipped, chunks, RULE, repair=False)

@@ -15,7 +15,7 @@ from osdn.ops.triton.decode import decode
 from osdn.ops.triton.memory_backward import gradients, memory_reverse
 from osdn.ops.triton.memory_forward import memory, transitions_like
 from osdn.ops.triton.precond_backward import chunk_scan_reverse
-from osdn.ops.triton.precond_forward import chunk_scan
+from osdn.ops.triton.precond_forward import chunk_scan, inverse_like
 from osdn.ops.triton.precond_segments import transfers_like
 from osdn.ops.triton.precond_tokens import token_scan
 from osdn.ops.triton.precond_tokens_backward import token_scan_reverse
@@ -89,12 +89,11 @@ def _residuals(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor,
 
 
 def _solve_like(k: Tensor, cu_seqlens: Tensor | None, constant: bool) -> tuple[Tensor, Tensor]:
-    """Empty inverse [B, T, H, CHUNK] and M of `precond_forward`, of no size where d is constant."""
-    B, T, H, K = k.shape
+    """Empty inverse and M of `precond_forward`, of no size where d is constant."""
     if constant:
-        return k.new_empty(0, dtype=torch.float32), k.new_empty(0, H, K, K, dtype=torch.float32)
-    inverse = k.new_empty(B, T, H, CHUNK, dtype=torch.float32)
-    return inverse, transfers_like(k, cu_seqlens)
+        H, K = k.shape[2:]
+        return inverse_like(k[:0]), k.new_empty(0, H, K, K, dtype=torch.float32)
+    return inverse_like(k), transfers_like(k, cu_seqlens)
 
 
 def _operands(k: Tensor, beta: Tensor, precond: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:

@@ -225,7 +225,12 @@ def precond_gradients_kernel(
             z = ((b_b * b_x)[:, None] * b_s).to(type)
             d = tl.dot(W, z, d, input_precision=PREC)  # [BT, BK]
             y = b_beta[:, None] * b_dw * b_k - (b_b * b_a)[:, None] * b_s
-            lam = tl.dot(Wt, y.to(type), lam, input_precision=PREC)  # [BT, BK]
+            b_y = y.to(type)
+            lam = tl.dot(Wt, b_y, lam, input_precision=PREC)  # [BT, BK]
+            if type == tl.bfloat16:
+                # λ is what is left of terms that cancel, and bfloat16 takes too much of them.
+                b_y = (y - b_y.to(tl.float32)).to(type)
+                lam = tl.dot(Wt, b_y, lam, input_precision=PREC)
             ds = b_b[:, None] * (b_x[:, None] * lam - b_a[:, None] * d)
             b_dk += 2.0 * b_k * ds
             if HAS_GAMMA:

@@ -57,11 +57,12 @@ def _diagonal(G, b, pre, post, eta):
 
 @triton.jit(do_not_specialize=["T"])
 def inverse_kernel(
-    k, beta, log_gamma, inverse, scratch, cu_seqlens, indices, eta, T,
+    k, beta, log_gamma, inverse, kept, scratch, cu_seqlens, indices, eta, T,
     H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-    HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, IS_VARLEN: tl.constexpr, PREC: tl.constexpr,
+    HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, IS_VARLEN: tl.constexpr,
+    ROUND: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """(I + L)⁻¹ [B, T, H, BT] float32. Grid: chunks · H."""
+    """(I + L)⁻¹ [B, T, H, BT] float32, and if ROUND in kept's dtype too. Grid: chunks · H."""
     i_h = tl.program_id(0) % H
     i_c = tl.program_id(0) // H
     begin, left = locate_chunk(i_c, cu_seqlens, indices, T, BT, IS_VARLEN)
@@ -121,6 +122,8 @@ def inverse_kernel(
         PREC,
     )
     store_blocks(inverse + row * BT, H * BT, left, X)
+    if ROUND:
+        store_blocks(kept + row * BT, H * BT, left, X)
 
 
 @triton.jit(do_not_specialize=["T", "segment"])
@@ -186,19 +189,28 @@ def scan_kernel(
 
 def chunk_inverse(
     k: Tensor, beta: Tensor, log_gamma: Tensor | None, chunks: Chunks, rule: Rule
-) -> Tensor:
-    """(I + L)⁻¹ of phase 1: [B, T, H, CHUNK] float32."""
+) -> tuple[Tensor, Tensor]:
+    """(I + L)⁻¹ of phase 1 [B, T, H, CHUNK] in float32, and as `inverse_like` has it."""
     B, T, H, K = k.shape
-    inverse = torch.empty(B, T, H, CHUNK, dtype=torch.float32, device=k.device)
+    kept = inverse_like(k)
+    inverse = kept if kept.dtype == torch.float32 else torch.empty_like(kept, dtype=torch.float32)
     scratch = inverse.new_empty(chunks.bound * H * SCRATCH)
     inverse_kernel[(chunks.bound * H,)](
-        k, beta, beta if log_gamma is None else log_gamma, inverse, scratch,
+        k, beta, beta if log_gamma is None else log_gamma, inverse, kept, scratch,
         chunks.cu_seqlens, chunks.indices, rule.eta, T,
         H=H, K=K, BT=CHUNK, HAS_GAMMA=log_gamma is not None,
-        BETA_AWARE=rule.beta_aware, IS_VARLEN=chunks.indices is not None, PREC="tf32x3",
-        **launch("inverse", k, K),
+        BETA_AWARE=rule.beta_aware, IS_VARLEN=chunks.indices is not None,
+        ROUND=kept is not inverse, PREC="tf32x3", **launch("inverse", k, K),
     )  # fmt: skip
-    return inverse
+    return inverse, kept
+
+
+def inverse_like(k: Tensor) -> Tensor:
+    """Empty (I + L)⁻¹ [B, T, H, CHUNK], as it is kept for the backward: beside bfloat16 keys in
+    bfloat16, which the gradient of d does not notice; else in float32, as float16 could overflow.
+    """
+    dtype = torch.bfloat16 if k.dtype == torch.bfloat16 else torch.float32
+    return k.new_empty(*k.shape[:3], CHUNK, dtype=dtype)
 
 
 def chunk_scan(
@@ -213,7 +225,8 @@ def chunk_scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fill x [B, T, H] and starts [chunks, H, K].
 
-    Returns d after the last token [N, H, K]; the inverse of every chunk; M of every segment.
+    Returns d after the last token [N, H, K]; the inverse of every chunk, as `inverse_like` has it;
+    M of every segment.
     """
     T, H, K = k.shape[1:]
 
@@ -228,6 +241,6 @@ def chunk_scan(
         )  # fmt: skip
         return final
 
-    inverse = chunk_inverse(k, beta, log_gamma, chunks, rule)
+    inverse, kept = chunk_inverse(k, beta, log_gamma, chunks, rule)
     M = transfers(k, beta, log_gamma, inverse, None, chunks, rule)
-    return join(walk, M, initial_precond, chunks, reverse=False), inverse, M
+    return join(walk, M, initial_precond, chunks, reverse=False), kept, M
