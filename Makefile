@@ -6,32 +6,39 @@ READY := $(VENV)/ready
 # One thread per library and passive waiting: two test processes share two cores.
 QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
-.PHONY: demo test lint study clean
+.PHONY: demo test slow lint study clean
 
 demo: $(READY)
-	$(BIN)/osdn demo $(ARGS)
+	@$(BIN)/osdn demo $(ARGS)
 
 # What it is and how long it takes is said first; ARGS="--minutes 9" does a piece of it.
 study: $(READY) runs/corpus/manifest.json
-	$(BIN)/osdn study recipes/study/mqar.yaml $(ARGS)
-	$(BIN)/osdn study recipes/study/language.yaml $(ARGS)
+	$(BIN)/python -m study run study/recipes/mqar.yaml $(ARGS)
+	$(BIN)/python -m study run study/recipes/language.yaml $(ARGS)
 
 runs/corpus/manifest.json:
-	$(BIN)/osdn corpus recipes/study/corpus.yaml --out runs/corpus
+	$(BIN)/python -m study corpus study/recipes/corpus.yaml --out runs/corpus
 
 test: $(READY)
-	$(QUIET) $(BIN)/pytest -n 2 $(ARGS)
+	$(QUIET) $(BIN)/pytest -n 2 -m 'not slow' $(ARGS)
+
+# What takes longer than a few seconds each; CI runs it after the rest.
+slow: $(READY)
+	$(QUIET) $(BIN)/pytest -n 2 -m slow $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/imports.py
 
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"Python 3.11 to 3.13 is needed, this is {v[0]}.{v[1]}; name one: make PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,data,eval,test]'
-	touch $@
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"Python 3.11 to 3.13 is needed, this is {v[0]}.{v[1]}; name one: make PYTHON=python3.12")'
+	@echo "Installing into $(VENV): a few minutes, once. What pip says goes to $(VENV)/pip.log"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test,lint]' \
+		> $(VENV)/pip.log 2>&1 || { tail -20 $(VENV)/pip.log; exit 1; }
+	@touch $@
 
 clean:
 	rm -rf $(VENV) runs

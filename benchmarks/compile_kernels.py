@@ -27,7 +27,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from osdn.ops import triton as kernels
-from osdn.ops.rule import Rule
+from osdn.ops.operands import Operands, Options, Token
 
 BOX = {"beta_aware": True, "precond_min": 0.0, "precond_max": 2.0}
 Row = tuple[str, str, str]
@@ -82,12 +82,12 @@ def compile_all(capability: int) -> Iterator[tuple[str, list[Row]]]:
     beta, S, d = torch.rand(B, T, H), torch.zeros(B, H, K, K), torch.ones(B, H, K)
     for gamma in (None, -torch.rand(B, T, H)):
         for box in ({"beta_aware": False, "precond_min": None, "precond_max": None}, BOX):
-            rule = Rule(eta=1.0, scale=0.1, **box)
-            given = (q, k, v, beta, gamma, S, d, None)
-            o, _, _, saved = kernels.forward(*given, rule, True)
-            kernels.backward(torch.ones_like(o), S, d, *given, saved, rule)
-            one = [None if x is None else x[:, 0].contiguous() for x in (q, k, v, beta, gamma)]
-            kernels.step(*one, S, d, rule, None)
+            options = Options(eta=1.0, scale=0.1, **box)
+            given = Operands(q, k, v, beta, gamma, None, S, d, None)
+            o, _, _, saved = kernels.forward(given, options, True)
+            kernels.backward(torch.ones_like(o), S, d, given, saved, options)
+            one = [None if x is None else x[:, 0].contiguous() for x in given[:6]]
+            kernels.step(Token(*one, S, d, None), options)
             names = ("no retention" if gamma is None else "retention", "box" if box is BOX else "")
             yield ", ".join(filter(None, names)), list(dict.fromkeys(rows))
             rows.clear()

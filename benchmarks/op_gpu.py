@@ -16,11 +16,10 @@ from multiprocessing import get_context
 
 import torch
 from torch.nn.functional import logsigmoid, normalize
-
 from triton.runtime.jit import JITFunction
 
 from osdn.ops import triton as kernels
-from osdn.ops.rule import Rule
+from osdn.ops.operands import Operands, Options, Token
 from osdn.ops.triton import (
     chunk_scan,
     chunk_scan_reverse,
@@ -35,14 +34,14 @@ from osdn.ops.triton import (
 )
 from osdn.ops.triton import chunks as cutting
 from osdn.ops.triton.config import CONFIG
-from osdn.ops.triton.decode import decode
 from osdn.ops.triton.precond_forward import chunk_inverse
 from osdn.ops.triton.precond_segments import transfers
+from osdn.ops.triton.step import decode
 
 SHAPES = ((16, 4096, 16), (1, 65536, 16))
 K = 128
-RULE = Rule(1.0, False, None, None, K**-0.5)
-BOX = RULE._replace(precond_min=0.0, precond_max=2.0)
+OPTIONS = Options(1.0, False, None, None, K**-0.5)
+BOX = OPTIONS._replace(precond_min=0.0, precond_max=2.0)
 
 
 def grid(**options):
@@ -76,15 +75,15 @@ def stages(B, T, H):
     S0, d0 = torch.zeros(B, H, K, K, device="cuda"), torch.ones(B, H, K, device="cuda")
     chunks = cut(B, T, None)
     gamma = logsigmoid(torch.randn(B, T, H, device="cuda") + 6.9)
-    saved = saved_like(q, k, v, beta, gamma, S0, d0, None, RULE, True)
+    saved = saved_like(Operands(q, k, v, beta, gamma, None, S0, d0, None), OPTIONS, True)
     x, starts, w, A, clipped, e, kept = saved[:7]
     gates = (k, beta, gamma)
-    _, solve, M = chunk_scan(*gates, d0, x, starts, chunks, RULE)
-    write_keys(*gates, x, starts, w, A, clipped, chunks, RULE, repair=False)
-    *_, maps = memory(q, k, w, v, A, S0, e, kept, chunks, RULE)
-    dv, dw, _ = memory_reverse(q, k, w, A, e, do, S0, maps, chunks, RULE)
+    _, solve, M = chunk_scan(*gates, d0, x, starts, chunks, OPTIONS)
+    write_keys(*gates, x, starts, w, A, clipped, chunks, OPTIONS, repair=False)
+    *_, maps = memory(q, k, w, v, A, S0, e, kept, chunks, OPTIONS)
+    dv, dw, _ = memory_reverse(q, k, w, A, e, do, S0, maps, chunks, OPTIONS)
     dbeta, dgamma = torch.empty_like(beta), torch.empty_like(beta)
-    _, dk = gradients(w, e, do, dv, kept, chunks, RULE)
+    _, dk = gradients(w, e, do, dv, kept, chunks, OPTIONS)
     state0 = torch.randn(64, H, K, K, device="cuda")
     precond0 = torch.ones(64, H, K, device="cuda")
     row = [t.view(-1, H, t.shape[-1])[:64].contiguous() for t in (q, k, v)]
@@ -93,14 +92,14 @@ def stages(B, T, H):
         return A.view(-1, 64, H, 64).transpose(1, 2)[:256]
 
     def inverse():
-        return (solved(chunk_inverse(*gates, chunks, RULE)[0]),)
+        return (solved(chunk_inverse(*gates, chunks, OPTIONS)[0]),)
 
     def keys():
-        write_keys(*gates, x, starts, w, A, clipped, chunks, RULE, repair=False)
+        write_keys(*gates, x, starts, w, A, clipped, chunks, OPTIONS, repair=False)
         return w, solved(A)
 
     def scan():
-        return (chunk_scan(*gates, d0, x, starts, chunks, RULE)[0], x, starts)
+        return (chunk_scan(*gates, d0, x, starts, chunks, OPTIONS)[0], x, starts)
 
     def tokens():
         """Every token, as where the box clips in each sequence's first chunk."""
@@ -116,24 +115,24 @@ def stages(B, T, H):
     def reverse():
         part = dk.clone()
         found = chunk_scan_reverse(
-            *gates, x, starts, solve, M, dw, d0, part, dbeta, dgamma, clipped, chunks, RULE
+            *gates, x, starts, solve, M, dw, d0, part, dbeta, dgamma, clipped, chunks, OPTIONS
         )
         return dbeta, dgamma, found, part
 
     def step():
         state, precond = state0.clone(), precond0.clone()
-        o = decode(*row, beta.view(-1, H)[:64], None, state, precond, RULE)
+        o = decode(*row, beta.view(-1, H)[:64], None, state, precond, OPTIONS)
         return o, state, precond
 
     return {
         "inverse": inverse,
         "scan": scan,
-        "transfer": lambda: (transfers(*gates, solve, None, chunks, RULE),),
+        "transfer": lambda: (transfers(*gates, solve, None, chunks, OPTIONS),),
         "token_scan": tokens,
         "write_keys": keys,
-        "memory": lambda: memory(q, k, w, v, A, S0, e, kept, chunks, RULE)[:2],
-        "memory_reverse": lambda: memory_reverse(q, k, w, A, e, do, S0, maps, chunks, RULE),
-        "gradients": lambda: gradients(w, e, do, dv, kept, chunks, RULE),
+        "memory": lambda: memory(q, k, w, v, A, S0, e, kept, chunks, OPTIONS)[:2],
+        "memory_reverse": lambda: memory_reverse(q, k, w, A, e, do, S0, maps, chunks, OPTIONS),
+        "gradients": lambda: gradients(w, e, do, dv, kept, chunks, OPTIONS),
         "couple": reverse,
         "scan_reverse": reverse,
         "precond_gradients": reverse,
@@ -186,10 +185,11 @@ def compile_one(job):
         for T in (64, 64 * cutting.LONG):  # the second is walked in segments
             q, k, v = (torch.empty(1, T, H, K, device="cuda").bfloat16() for _ in range(3))
             beta, S, d = (torch.empty(*n, **options) for n in ((1, T, H), (1, H, K, K), (1, H, K)))
-            given = (q, k, v, beta, beta, S, d, None)
-            *_, saved = kernels.forward(*given, RULE, True)
-            kernels.backward(v, S, d, *given, saved, RULE)
-        kernels.step(*(x[:, 0].contiguous() for x in (q, k, v, beta, beta)), S, d, RULE)
+            given = Operands(q, k, v, beta, beta, None, S, d, None)
+            *_, saved = kernels.forward(given, OPTIONS, True)
+            kernels.backward(v, S, d, given, saved, OPTIONS)
+        row = (x[:, 0].contiguous() for x in (q, k, v, beta, beta))
+        kernels.step(Token(*row, None, S, d, None), OPTIONS)
     except Exception as problem:  # too much shared memory, say
         return str(problem).splitlines()[0]
     finally:

@@ -20,13 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from osdn import OSDNConfig
 from osdn.data import load_tokenizer
-from osdn.flops import flops_per_token
+from osdn.model.flops import flops_per_token
 from osdn.train import load_recipe
+from osdn.train.distributed.parallel import Parallel
+from osdn.train.distributed.sharding import Sharded
+from osdn.train.log.speed import utilisation
 from osdn.train.optim import fill_state, make_optimizer
-from osdn.train.parallel import Parallel
 from osdn.train.setup import make_config, make_device, make_rows, make_sharded, passes
-from osdn.train.sharding import Sharded
-from osdn.train.speed import utilisation
 from osdn.train.step import Stepper
 
 

@@ -32,10 +32,10 @@ import torch
 from osdn.plan.hardware import GIB, GPUS
 from osdn.plan.predict import model_config, predict
 from osdn.train import load_recipe
-from osdn.train.config import Recipe
+from osdn.train.log.speed import peak_memory
 from osdn.train.loop import train
-from osdn.train.run import Run
-from osdn.train.speed import peak_memory
+from osdn.train.recipe import Recipe
+from osdn.train.trainer import Trainer
 
 SETTLED = 10  # the first steps, which compile and fill caches, are not timed
 Span = tuple[float, float]
@@ -75,7 +75,7 @@ def communication(kernels: Iterable[tuple[str, Span]]) -> dict[str, float]:
     }
 
 
-class Profiled(Run):
+class Profiled(Trainer):
     """A run that profiles the GPU in step `at`, and leaves OUT/rank_R.json only."""
 
     def __init__(self, *given: Any, at: int) -> None:
@@ -83,12 +83,12 @@ class Profiled(Run):
         self.at = at
         self.found = communication([])
 
-    def _train_step(self) -> str:
+    def train_step(self) -> str:
         if self.step + 1 != self.at or self.parallel.device.type != "cuda":
-            return super()._train_step()
+            return super().train_step()
         torch.cuda.synchronize()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            shown = super()._train_step()
+            shown = super().train_step()
             torch.cuda.synchronize()
         self.found = communication(
             (event.name, (event.time_range.start, event.time_range.end))
@@ -97,7 +97,7 @@ class Profiled(Run):
         )
         return shown
 
-    def _save(self) -> None:
+    def save(self) -> None:
         found = {**self.found, "peak_memory": peak_memory(self.parallel.device)}
         (self.out / f"rank_{self.parallel.rank}.json").write_text(json.dumps(found))
         raise SystemExit(0)
@@ -176,7 +176,7 @@ def main() -> None:
     if args.train:
         recipe = load_recipe(args.recipe, args.overrides)
         at = recipe.train.steps // 2 + 1
-        train(recipe, args.out, make_run=partial(Profiled, at=at))
+        train(recipe, args.out, make_trainer=partial(Profiled, at=at))
         return
     lines, first, base = [], list[dict[str, Any]](), None
     for gpus in map(int, args.gpus.split(",")):

@@ -17,8 +17,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from osdn.data import Row, collate, load_tokenizer
 from osdn.train import load_recipe
+from osdn.train.distributed.parallel import Parallel
 from osdn.train.optim import fill_state, learning_rate, make_optimizer
-from osdn.train.parallel import Parallel
 from osdn.train.setup import make_config, make_model, make_rows, make_sharded
 from osdn.train.step import Stepper
 

@@ -3,7 +3,7 @@
     python examples/own_rule.py --seeds 21 22 23 24 --rules OSDN "normalised step"
 
 Write a class like those below, give it a line in RULES, and compare it with OSDN on the task of
-`apf_again` (recipes/study/mqar_cpu.yaml: 32 pairs in a 16 × 16 memory), seed by seed, on a CPU. A
+`apf_again` (study/recipes/mqar_cpu.yaml: 32 pairs in a 16 × 16 memory), seed by seed, on a CPU. A
 run takes half a minute of one core; finished ones are kept in --out and are not made again until
 their rule changes. Fields of the task are changed like mqar.apf_again.train.epochs=5.
 """
@@ -23,15 +23,15 @@ from torch.linalg import solve_triangular
 from tqdm import tqdm
 
 from osdn.errors import UserError
-from osdn.evals.mqar_grid import train_model
-from osdn.evals.mqar_recipe import Cell
+from osdn.evals.mqar.grid import train_model
+from osdn.evals.mqar.recipe import Cell
 from osdn.evals.results import markdown
-from osdn.layers import OSDN
-from osdn.study.plan import load_study
-from osdn.study.records import append
-from osdn.study.statistics import signed
+from osdn.layers.osdn import OSDN
+from study.plan import load_study
+from study.records import append
+from study.statistics import signed
 
-STUDY = Path(__file__).parents[1] / "recipes" / "study" / "mqar_cpu.yaml"
+STUDY = Path(__file__).parents[1] / "study" / "recipes" / "mqar_cpu.yaml"
 EXPERIMENT = "apf_again"
 
 

@@ -1,10 +1,28 @@
-"""Online Scaled DeltaNet (arXiv 2605.13473): operator, layer, model, training, measurement."""
+"""Online Scaled DeltaNet (arXiv 2605.13473): operator, layer, model, training, measurement.
 
-from osdn.layers import OSDN
-from osdn.model.cache import OSDNCache
-from osdn.model.configuration import OSDNConfig
-from osdn.model.modeling import OSDNForCausalLM, OSDNModel
-from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step
+The public names are imported on first use, so that `import osdn` and `osdn --help` load neither
+torch nor transformers. The model is registered with transformers' Auto classes all the same: at
+once where they are loaded already, else when they are.
+"""
+
+import sys
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from osdn.layers.osdn import OSDN
+    from osdn.model.cache import OSDNCache
+    from osdn.model.configuration import OSDNConfig
+    from osdn.model.modeling import (
+        OSDNForCausalLM,
+        OSDNForSequenceClassification,
+        OSDNForTokenClassification,
+        OSDNModel,
+    )
+    from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step
 
 __version__ = "0.1.0"
 
@@ -13,7 +31,71 @@ __all__ = [
     "OSDNCache",
     "OSDNConfig",
     "OSDNForCausalLM",
+    "OSDNForSequenceClassification",
+    "OSDNForTokenClassification",
     "OSDNModel",
     "online_scaled_delta_rule",
     "online_scaled_delta_step",
 ]
+
+_HOMES = {
+    "OSDN": "osdn.layers.osdn",
+    "OSDNCache": "osdn.model.cache",
+    "OSDNConfig": "osdn.model.configuration",
+    "OSDNForCausalLM": "osdn.model.modeling",
+    "OSDNForSequenceClassification": "osdn.model.modeling",
+    "OSDNForTokenClassification": "osdn.model.modeling",
+    "OSDNModel": "osdn.model.modeling",
+    "online_scaled_delta_rule": "osdn.ops",
+    "online_scaled_delta_step": "osdn.ops",
+}
+# The module that registers with each of transformers' modules, when the latter is loaded.
+_REGISTER = {
+    "transformers.models.auto.configuration_auto": "osdn.model.configuration",
+    "transformers.models.auto.modeling_auto": "osdn.model.modeling",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+        globals()[name] = value  # the next access finds it here
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Registering:
+    """A module's loader that, once the module is loaded, imports what registers with it."""
+
+    def __init__(self, loader: Any, registers: str):
+        self.loader, self.registers = loader, registers
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        import_module(self.registers)
+
+    def __getattr__(self, name: str) -> Any:  # create_module, get_source and the like
+        return getattr(self.loader, name)
+
+
+class _Finder:
+    """Finds the modules of _REGISTER as the finders after it do, with a loader that registers."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        registers = _REGISTER.pop(name, None)
+        if registers is None:
+            return None
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            spec.loader = cast(Any, _Registering(spec.loader, registers))
+        return spec
+
+
+for _name in [name for name in _REGISTER if name in sys.modules]:
+    import_module(_REGISTER.pop(_name))
+if _REGISTER:
+    sys.meta_path.insert(0, cast(Any, _Finder()))

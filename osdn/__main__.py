@@ -2,6 +2,6 @@
 
 import sys
 
-from osdn.cli import main
+from osdn.cli.main import main
 
 sys.exit(main())

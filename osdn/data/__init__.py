@@ -1,6 +1,7 @@
 """Corpora, tokenizers and packing: text to fixed-length rows with document boundaries."""
 
-from osdn.data.corpora import Document, open_corpus
+from osdn.data.corpora import open_corpus
+from osdn.data.documents import Document
 from osdn.data.packing import Batch, Row, TrainingRows, collate, pack
 from osdn.data.rows import RankRows, RowSource, validation_rows
 from osdn.data.split import TrainingDocuments, held_out_texts

@@ -86,6 +86,7 @@ class _Packer:
                 if not len(self.tokens):
                     break
             tokens, first = self.tokens, self.at
+            first = min(first, len(tokens) - 1)  # a state from outside may say anything
             last = min(first + left, len(tokens))
             left -= last - first
             if last == len(tokens):

@@ -1,6 +1,5 @@
-"""Which shards are there whole, so that `osdn tokenize` makes those anew that are not."""
+"""Which shards are there whole, so that `osdn tokenize` makes the others anew."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,24 +7,36 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from osdn.data.shards import Shard, sha256, shard_files
+from osdn.data.shards import Shard, shard_files
+from osdn.system.files import sha256
+from osdn.system.outside import Malformed, Outside, read_json
 
 
-def finished_shard(directory: Path, name: str, dtype: np.dtype[Any]) -> dict[str, Any] | None:
-    """What a shard's .json holds; None where there is none, or not the files that it tells of."""
+class ShardNote(Outside):
+    """A shard's .json: its line of the manifest, where the source goes on, and if it ends there."""
+
+    shard: Shard
+    position: Any
+    last: bool
+
+
+def finished_shard(directory: Path, name: str, dtype: np.dtype[Any]) -> ShardNote | None:
+    """What a shard's .json holds; None if there is none, or its files are not those it names."""
     path = directory / f"{name}.json"
     if not path.is_file():
         return None
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        shard = Shard(**found["shard"])
-        files = shard_files(directory, shard, dtype)
-        sound = shard.name == name and {"position", "last"} <= found.keys()
-        sound = sound and all(file.is_file() and file.stat().st_size == n for file, n in files)
-        # To read a shard takes a fraction of the time that made it.
-        sound = sound and [sha256(file) for file, _ in files] == shard.sha256
-    except (ValueError, KeyError, TypeError):
-        sound = False
-    if not sound:
+        note: ShardNote | None = read_json(path, ShardNote)
+    except Malformed:
+        note = None
+    if note is None or note.shard.name != name or not _whole(directory, note.shard, dtype):
         tqdm.write(f"{directory / name}.*: missing or damaged, made anew", sys.stderr)
-    return found if sound else None
+        return None
+    return note
+
+
+def _whole(directory: Path, shard: Shard, dtype: np.dtype[Any]) -> bool:
+    """Whether both files are what was written. Reading them takes a fraction of making them."""
+    files = shard_files(directory, shard, dtype)
+    sized = all(file.is_file() and file.stat().st_size == size for file, size in files)
+    return sized and [sha256(file) for file, _ in files] == shard.sha256

@@ -27,12 +27,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from osdn.data.corpora import Corpus, Share
+from osdn.data.documents import Corpus, Count, Share, checked
 from osdn.data.packing import Documents, Row, TrainingRows, pack
-from osdn.data.shards import ShardCorpus, ShardDocuments
+from osdn.data.shard_documents import ShardDocuments
+from osdn.data.shards import ShardCorpus
 from osdn.data.split import TrainingDocuments, held_out_texts
 from osdn.data.tokenizers import encode_document
 from osdn.errors import UserError
+from osdn.system.outside import Outside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,30 @@ def validation_rows(
     return list(pack(encoded, length)), sum(len(text.encode()) for text in texts)
 
 
+class LanePlace(Outside):
+    """Rows of a lane that are done, its documents' state, and tokens done in the next one."""
+
+    lane: Count
+    row: Count
+    documents: dict[str, Any]
+    token: Count
+
+
+class StreamPlace(Outside):
+    """A process's rows: the number of the next one, of how many processes, of how many lanes."""
+
+    next: Count
+    world: Count
+    of: Count
+    lanes: list[LanePlace]
+
+
+class RankPlace(Outside):
+    """What `state_dict` gives."""
+
+    streams: list[StreamPlace]
+
+
 class RankRows:
     """The rows of rank `rank` of `world`, without end; see the module's docstring.
 
@@ -156,9 +182,10 @@ class RankRows:
             states: `state_dict()` of every rank, in any order, of any number of ranks.
 
         Raises:
-            ValueError: states are missing, doubled, or not of one step.
-            UserError: the corpus or the number of lanes is another.
+            UserError: states are damaged, missing, doubled or not of one step, or the corpus or the
+                number of lanes is another.
         """
+        checked(list[RankPlace], list(states))
         streams = [stream for state in states for stream in state["streams"]]
         first = check_complete(streams, self.lanes)
         self.next = first + (self.rank - first) % self.world
@@ -170,8 +197,17 @@ class RankRows:
             number = self.next
             while number % self.lanes != index:
                 number += self.world
-            behind = (state for state in saved[index] if state["row"] <= number // self.lanes)
-            nearest = max(behind, key=lambda state: state["row"])
+            wanted = number // self.lanes
+            behind = (state for state in saved.get(index, []) if state["row"] <= wanted)
+            nearest = max(behind, key=lambda state: state["row"], default=None)
+            # Each rank had a row of each of its lanes at least once in `world` rows of the lane.
+            skipped = self.world + len(streams) + 1
+            if nearest is None or wanted - nearest["row"] > skipped:
+                raise UserError(
+                    f"the checkpoint's place in the data is damaged: no state of lane {index} lies "
+                    f"near its row {wanted:,}; move the checkpoint away to resume from the one "
+                    "before"
+                )
             lane.load_state_dict(nearest)
             self._done[index] = nearest["row"]
 
@@ -185,8 +221,7 @@ def check_complete(streams: Sequence[dict[str, Any]], lanes: int) -> int:
     """The first global row that none of the streams has given, if they are all there are.
 
     Raises:
-        ValueError: they are not, or not of one step.
-        UserError: the number of lanes is another.
+        UserError: they are not, or not of one step, or the number of lanes is another.
     """
     for stream in streams:
         if stream["of"] != lanes:
@@ -195,9 +230,11 @@ def check_complete(streams: Sequence[dict[str, Any]], lanes: int) -> int:
                 f"{lanes}; set it back, or start a run in a new directory"
             )
     found = sorted(stream["next"] for stream in streams)
+    if not found:
+        raise UserError("states: expected those of all ranks after the same step, got none")
     worlds = {stream["world"] for stream in streams}
     if worlds != {len(found)} or found != list(range(found[0], found[0] + len(found))):
-        raise ValueError(
+        raise UserError(
             f"states: expected those of all ranks after the same step, got next rows {found} "
             f"of runs of {sorted(worlds)} ranks and workers"
         )

@@ -11,37 +11,66 @@ its text, so that the split into training and held-out documents is the same as 
 All numbers are little-endian.
 """
 
-import json
 from collections.abc import Iterator
-from hashlib import blake2b, file_digest
+from hashlib import blake2b
 from math import ceil
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from osdn.data.corpora import WHOLE, Document, Share
-from osdn.data.retry import persevere
-from osdn.data.split import EMPTY
+from osdn.data.documents import WHOLE, Document, Share
+from osdn.data.tokenizers import vocabulary_size
 from osdn.errors import UserError
+from osdn.system.files import sha256
+from osdn.system.outside import Malformed, Outside, read_json, shown
+from osdn.system.retry import persevere
 
 MANIFEST, JOB = "manifest.json", "shards_job.json"
 KIND = "osdn-shards-1"
 ENTRY = np.dtype([("key", "<u8"), ("tokens", "<u4"), ("bytes", "<u4")])
+REPAIR = "copy it again, or give the osdn tokenize command again, which makes it anew"
 PROBE = "  Über 12,345 größen — naïve café\n\tdef f(x): return x**2  # 日本語 🙂 don't"
 
 
-class Shard(NamedTuple):
+class Shard(Outside):
     """One shard as the manifest has it; sha256 holds the digests of its two files."""
 
+    name: str = Field(pattern=r"^shard_[0-9]{5,9}$")  # a file name: nothing outside the directory
+    documents: int = Field(ge=1)
+    tokens: int = Field(ge=2)
+    bytes: int = Field(ge=0)
+    sha256: list[str] = Field(min_length=2, max_length=2)
+
+
+class Maker(Outside):
+    """The tokenizer that made the shards: its name in a recipe, fingerprint and `len`."""
+
     name: str
+    fingerprint: str
+    size: int
+
+
+class Kind(Outside):
+    """What is read of a manifest first, since another kind may have other fields."""
+
+    kind: str
+
+
+class Manifest(Kind):
+    """manifest.json."""
+
+    tokenizer: Maker
+    dtype: Literal["<u2", "<u4"]
+    shard_tokens: int
     documents: int
     tokens: int
     bytes: int
-    sha256: list[str]
+    shards: list[Shard] = Field(min_length=1)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -57,12 +86,6 @@ def shard_files(directory: Path, shard: Shard, dtype: np.dtype[Any]) -> list[tup
     sizes = shard.tokens * dtype.itemsize, shard.documents * ENTRY.itemsize
     names = f"{shard.name}.tokens", f"{shard.name}.index"
     return [(directory / name, size) for name, size in zip(names, sizes)]
-
-
-def sha256(path: Path) -> str:
-    """A file's SHA-256, in hexadecimal."""
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()
 
 
 def open_shards(directory: Path) -> "ShardCorpus":
@@ -91,23 +114,26 @@ class ShardCorpus:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.size: int | None = None
+        self.vocabulary: int | None = None  # known once a tokenizer was compared
+        self._checked: set[str] = set()  # shards whose tokens were compared with it
         path = directory / MANIFEST
         try:
-            self.manifest = json.loads(path.read_text(encoding="utf-8"))
-            if self.manifest["kind"] != KIND:
+            kind = read_json(path, Kind, REPAIR).kind
+            if kind != KIND:
                 raise UserError(
-                    f"data.corpus: {path}: expected {KIND}, found {self.manifest['kind']}; "
-                    "tokenise again with this version's osdn tokenize"
+                    f"data.corpus: {path}: expected {KIND}, found {shown(kind)}; "
+                    "tokenize again with this version's osdn tokenize"
                 )
-            self.shards = [Shard(**shard) for shard in self.manifest["shards"]]
-            self.dtype = np.dtype(self.manifest["dtype"])
+            self.manifest = read_json(path, Manifest, REPAIR)
         except OSError as error:
             raise UserError(f"data.corpus: cannot read {path}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"data.corpus: {path}: damaged manifest: {error!r}") from error
+        except Malformed as error:
+            raise UserError(f"data.corpus: damaged manifest: {error}") from error
+        self.shards = self.manifest.shards
+        self.dtype = np.dtype(self.manifest.dtype)
         for shard in self.shards:
             self._check_sizes(shard)
-        digests = [self.manifest["tokenizer"]["fingerprint"], *(s.sha256 for s in self.shards)]
+        digests = [self.manifest.tokenizer.fingerprint, *(s.sha256 for s in self.shards)]
         self.fingerprint = blake2b(repr(digests).encode(), digest_size=16).hexdigest()
 
     def files(self, shard: Shard) -> list[tuple[Path, int]]:
@@ -135,14 +161,15 @@ class ShardCorpus:
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a tokenizer that is not the one of these tokens."""
-        made = self.manifest["tokenizer"]
-        if tokenizer_fingerprint(tokenizer) != made["fingerprint"]:
+        made = self.manifest.tokenizer
+        if tokenizer_fingerprint(tokenizer) != made.fingerprint:
             raise UserError(
-                f"data.tokenizer: {self.directory} was tokenised with {made['name']!r} "
-                f"({made['size']:,} tokens), and this is another ({len(tokenizer):,} tokens); set "
-                f"data.tokenizer={made['name']}, or run osdn tokenize with this one into another "
+                f"data.tokenizer: {self.directory} was tokenized with {made.name!r} "
+                f"({made.size:,} tokens), and this is another ({len(tokenizer):,} tokens); set "
+                f"data.tokenizer={made.name}, or run osdn tokenize with this one into another "
                 "directory"
             )
+        self.vocabulary = vocabulary_size(tokenizer)
 
     def read(
         self, *, order: str | None = None, position: Any = None, share: Share = WHOLE
@@ -170,6 +197,16 @@ class ShardCorpus:
             raise _damaged(tokens, f"cannot be mapped: {error}") from error
         if len(entries) != shard.documents or int(entries["tokens"].sum()) != shard.tokens:
             raise _damaged(index, "its documents do not add up to its tokens")
+        if entries["tokens"].min() < 2:  # each has a begin and an end token
+            raise _damaged(index, "has a document without tokens")
+        # An id past the embedding would be an IndexError in training, or a device assert.
+        if self.vocabulary is not None and shard.name not in self._checked:
+            largest = int(mapped.max())
+            if largest >= self.vocabulary:
+                raise _damaged(
+                    tokens, f"has the token {largest:,}, and the tokenizer has {self.vocabulary:,}"
+                )
+            self._checked.add(shard.name)
         return mapped, entries
 
     def held_out(self, *, fraction: float, limit: int) -> tuple[list[NDArray[Any]], int]:
@@ -207,82 +244,4 @@ def held_out_keys(keys: NDArray[Any], fraction: float) -> NDArray[np.bool_]:
 
 
 def _damaged(path: Path, reason: str) -> UserError:
-    return UserError(
-        f"data.corpus: damaged shard: {path} {reason}; copy it again, or give the osdn tokenize "
-        "command again, which makes that one anew"
-    )
-
-
-class ShardDocuments:
-    """The training documents of shards for ever, as tokens; in place of TrainingDocuments.
-
-    Each epoch the shards come in another order, and the documents of a shard are shuffled among
-    themselves: one shard is the window, and nothing but its index is held in memory. A share takes
-    whole shards where there are enough of them, else every so-manieth document of a shuffled one.
-    The state is the epoch, the number of the shard in it and how many of its documents are done.
-    """
-
-    def __init__(
-        self, corpus: ShardCorpus, *, fraction: float, seed: int, share: Share = WHOLE
-    ) -> None:
-        self.corpus, self.fraction, self.seed, self.share = corpus, fraction, seed, share
-        self.state: dict[str, Any] = {"epoch": 0, "shard": 0, "done": 0}
-        self._documents = self._read()
-
-    def __iter__(self) -> "ShardDocuments":
-        return self
-
-    def __next__(self) -> NDArray[Any]:
-        return next(self._documents)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the next document is."""
-        return {"fingerprint": self.corpus.fingerprint, **self.state}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was called.
-
-        Raises:
-            UserError: the shards are not those that the state belongs to.
-        """
-        state = dict(state)
-        if state.pop("fingerprint") != self.corpus.fingerprint:
-            raise UserError(
-                "data.corpus: its shards are not those that the checkpoint was made with; restore "
-                "them, or start a run in a new directory"
-            )
-        self.state = state
-        self._documents = self._read()
-
-    def close(self) -> None:
-        """Let go of the mapped files."""
-        self._documents = iter(())
-
-    def _read(self) -> Iterator[NDArray[Any]]:
-        state = self.state
-        groups, group, every, mine = self.share.among(len(self.corpus.shards))
-        empty = 0
-        while True:
-            shards = list(self.corpus.shards)
-            Random(f"{self.seed}-{state['epoch']}").shuffle(shards)
-            found = state["shard"] > 0 or state["done"] > 0
-            for shard in shards[group::groups][state["shard"] :]:
-                tokens, index = self.corpus.open(shard)
-                ends = np.cumsum(index["tokens"], dtype=np.int64).tolist()
-                sizes = index["tokens"].tolist()
-                training = ~held_out_keys(index["key"], self.fraction)
-                order: list[int] = np.flatnonzero(training).tolist()
-                Random(f"{self.seed}-{state['epoch']}-{shard.name}").shuffle(order)
-                for i in order[mine::every][state["done"] :]:
-                    state["done"] += 1
-                    found = True
-                    yield tokens[ends[i] - sizes[i] : ends[i]]
-                state.update(shard=state["shard"] + 1, done=0)
-            empty = 0 if found else empty + 1
-            if empty == EMPTY:
-                raise UserError(
-                    f"data.corpus: no training document in {self.corpus.directory} for part "
-                    f"{self.share.part + 1} of {self.share.of}; hold out less (data.validation), "
-                    "lower data.lanes, or tokenise more text"
-                )
-            state.update(epoch=state["epoch"] + 1, shard=0, done=0)
+    return UserError(f"data.corpus: damaged shard: {path} {reason}; {REPAIR}")

@@ -4,7 +4,7 @@ from collections.abc import Generator, Iterator
 from random import Random
 from typing import Any
 
-from osdn.data.corpora import WHOLE, Corpus, Document, Share
+from osdn.data.documents import EMPTY_EPOCHS, WHOLE, BlockPlace, Corpus, Document, Share, checked
 from osdn.errors import UserError
 
 
@@ -37,9 +37,6 @@ def held_out_texts(corpus: Corpus, *, fraction: float, limit: int) -> list[str]:
             "(data.separator), or set 0 for no validation"
         )
     return texts
-
-
-EMPTY = 20  # epochs in a row without a document of a share, which has other files in each
 
 
 class TrainingDocuments:
@@ -87,7 +84,7 @@ class TrainingDocuments:
         Raises:
             UserError: the corpus is not the one that the state belongs to.
         """
-        state = dict(state)
+        state = dict(checked(BlockPlace, state))
         if state.pop("fingerprint") != self.corpus.fingerprint:
             raise UserError(
                 "data.corpus: its files changed (names or sizes) since the checkpoint was saved; "
@@ -122,7 +119,7 @@ class TrainingDocuments:
                     yield text
                 state.update(block=state["block"] + 1, position=after, done=0)
             empty = 0 if found else empty + 1
-            if empty == EMPTY:
+            if empty == EMPTY_EPOCHS:
                 fewer = ", or lower data.lanes" if share.of > 1 else ""
                 part = f" (part {share.part + 1} of {share.of})" if share.of > 1 else ""
                 raise UserError(

@@ -7,7 +7,6 @@ Its files appear under their names when they are whole and on the disk, the .jso
 .json, or not the bytes that its .json tells, is made again from the shard before's source position.
 """
 
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -23,16 +22,19 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from osdn.data.corpora import Corpus, Document
-from osdn.data.processes import follow_parent, process_context
-from osdn.data.repair import finished_shard
+from osdn.data.documents import Corpus, Document
+from osdn.data.repair import ShardNote, finished_shard
 from osdn.data.shards import ENTRY, JOB, KIND, MANIFEST, Shard, tokenizer_fingerprint
 from osdn.data.tokenizers import encode_document, vocabulary_size
 from osdn.errors import UserError
+from osdn.system.files import TEMPORARY, flush, write_json
+from osdn.system.locks import DirectoryLock
+from osdn.system.outside import read_json, shown
+from osdn.system.processes import follow_parent, process_context
 
 BATCH = 1 << 20  # UTF-8 bytes that are sent to a process at a time
-WRITING = ".writing-"
-
+LOCK = ".tokenize.lock"
+BUSY = "another osdn tokenize writes there; wait until it has ended, or choose another --out"
 
 Batch = list[tuple[Document, Any]]
 Result = Callable[[], list[NDArray[Any]]]
@@ -75,18 +77,21 @@ def write_shards(
         "size": len(tokenizer),
     }
     job = {"kind": KIND, "tokenizer": made_by, "dtype": kind.str, "shard_tokens": shard_tokens}
+    lock = DirectoryLock(out, LOCK, BUSY)
+    lock.take()  # two jobs would delete each other's unfinished files
     try:
-        out.mkdir(parents=True, exist_ok=True)
         _begin(out, {**job, "source": corpus.fingerprint})
         with Encoder(tokenizer, kind, processes) as encoder:
             shards = list(_shards(corpus, encoder, out, shard_tokens, bar))
-        manifest = {**job, **_totals(shards), "shards": [shard._asdict() for shard in shards]}
-        _write_json(out / MANIFEST, manifest)
+        manifest = {**job, **_totals(shards), "shards": [one.model_dump() for one in shards]}
+        write_json(out / MANIFEST, manifest)
     except OSError as error:
         raise UserError(
             f"{out}: cannot write there: {error.strerror or error}; the finished shards are kept: "
             "make room and give the same command again"
         ) from error
+    finally:
+        lock.release()
     return manifest
 
 
@@ -101,24 +106,18 @@ def _begin(out: Path, job: dict[str, Any]) -> None:
     """Compare with the job that is in the directory, or note this one there."""
     path = out / JOB
     if path.is_file():
-        try:
-            before = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise UserError(
-                f"{path}: expected what the shards were made of, and it is damaged; copy it "
-                "again, or choose another --out"
-            ) from error
+        before = read_json(path, dict[str, Any], "copy it again, or choose another --out")
         for field, value in job.items():
             if before.get(field) != value:
                 raise UserError(
-                    f"{out} holds shards of another job: {field} was {before.get(field)}, and is "
-                    f"{value} now; choose another --out, or give the command that began it"
+                    f"{out} holds shards of another job: {field} was {shown(before.get(field))}, "
+                    f"and is {value} now; choose another --out, or give the command that began it"
                 )
-    elif any(not one.name.startswith(WRITING) for one in out.iterdir()):
+    elif any(not one.name.startswith((TEMPORARY, LOCK)) for one in out.iterdir()):
         raise UserError(f"{out} is not empty and holds no shards; choose another --out")
     else:
-        _write_json(path, job)
-    for leftover in out.glob(f"{WRITING}*"):
+        write_json(path, job)
+    for leftover in out.glob(f"{TEMPORARY}*"):
         leftover.unlink()
 
 
@@ -137,23 +136,23 @@ def _shards(
             if stream is None:
                 stream = encoder.documents(corpus, position)
             found, stream = _write_shard(out, name, stream, shard_tokens, encoder.dtype)
-        position = found["position"]
+        position = found.position
         bar.n = corpus.done(position)
         bar.set_postfix_str(f"{number + 1} shards")
-        yield Shard(**found["shard"])
-        if found["last"]:
+        yield found.shard
+        if found.last:
             return
 
 
 def _write_shard(
     out: Path, name: str, stream: Iterator[Encoded], shard_tokens: int, dtype: np.dtype[Any]
-) -> tuple[dict[str, Any], Iterator[Encoded]]:
+) -> tuple[ShardNote, Iterator[Encoded]]:
     """Write one shard; returns what its .json holds, and the rest of the stream."""
     entries: list[tuple[int, int, int]] = []
     total, position = 0, None
     paths = [out / f"{name}.tokens", out / f"{name}.index"]
     digest = sha256()
-    with (out / f"{WRITING}{name}.tokens").open("wb") as file:
+    with (out / f"{TEMPORARY}{name}.tokens").open("wb") as file:
         for document in stream:
             data = document.tokens.astype(dtype, copy=False).tobytes()
             file.write(data)
@@ -162,40 +161,27 @@ def _write_shard(
             total, position = total + len(document.tokens), document.position
             if total >= shard_tokens:
                 break
-        _sync(file)
+        flush(file)
     if not entries:
         raise UserError(f"the corpus holds no text, so there is nothing to write to {out}")
     index = np.array(entries, ENTRY)
-    with (out / f"{WRITING}{name}.index").open("wb") as file:
+    with (out / f"{TEMPORARY}{name}.index").open("wb") as file:
         file.write(index.tobytes())
-        _sync(file)
+        flush(file)
     digests = [digest.hexdigest(), sha256(index.tobytes()).hexdigest()]
     for path in paths:
-        os.replace(out / f"{WRITING}{path.name}", path)
+        os.replace(out / f"{TEMPORARY}{path.name}", path)
     following = next(stream, None)
-    shard = Shard(name, len(entries), total, int(index["bytes"].sum(dtype=np.int64)), digests)
-    found = {"shard": shard._asdict(), "position": position, "last": following is None}
-    _write_json(out / f"{name}.json", found)
-    return found, stream if following is None else chain([following], stream)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file whole or not at all."""
-    unfinished = path.with_name(f"{WRITING}{path.name}")
-    with unfinished.open("wb") as file:
-        file.write(json.dumps(content, indent=1).encode())
-        _sync(file)
-    os.replace(unfinished, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+    shard = Shard(
+        name=name,
+        documents=len(entries),
+        tokens=total,
+        bytes=int(index["bytes"].sum(dtype=np.int64)),
+        sha256=digests,
+    )
+    note = ShardNote(shard=shard, position=position, last=following is None)
+    write_json(out / f"{name}.json", note.model_dump())
+    return note, stream if following is None else chain([following], stream)
 
 
 class Encoder:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from osdn.data.hub import hub_is_reachable
 from osdn.errors import UserError
+from osdn.system.hub import hub_is_reachable
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"

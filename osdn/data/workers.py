@@ -16,9 +16,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from osdn.data.packing import Row
-from osdn.data.processes import follow_parent, process_context
 from osdn.data.rows import RankRows, RowSource
 from osdn.errors import UserError
+from osdn.system.processes import follow_parent, process_context
 
 AHEAD = 64  # rows that a worker makes ahead
 

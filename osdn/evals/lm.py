@@ -3,7 +3,7 @@
     osdn eval lm DIR --tasks lambada_openai,wikitext,piqa
 
 The harness's own command line works on our checkpoints once osdn is imported, which
-`python -m osdn.evals.harness run --model hf --model_args pretrained=DIR --tasks ...` does.
+`python -m osdn.integrations.lm_eval run --model hf --model_args pretrained=DIR --tasks ...` does.
 """
 
 import argparse
@@ -12,11 +12,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from osdn.data.hub import hub_is_reachable
 from osdn.errors import UserError
 from osdn.evals.models import LanguageModel
 from osdn.evals.results import make_result, score
 from osdn.evals.runner import SAMPLES, fingerprint
+from osdn.system.files import replacing
+from osdn.system.hub import hub_is_reachable
 
 LN2 = math.log(2)
 
@@ -93,11 +94,12 @@ def evaluate(
 
 
 def _write_samples(path: Path, samples: dict[str, list[dict[str, Any]]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    with replacing(path) as file:
         for task, records in samples.items():
             for record in records:
                 line = {"task": task, **record}
-                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+                text = json.dumps(line, ensure_ascii=False, default=str) + "\n"
+                file.write(text.encode())
 
 
 def _result(

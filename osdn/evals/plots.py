@@ -1,8 +1,6 @@
 """Plots of results: curves with their spread, strips, and heat maps, as PNG files or bytes."""
 
 import io
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from osdn.errors import UserError
+from osdn.system.files import write_whole
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 MARKERS, LINES = "osD^vP*X", ("-", "--", ":", "-.")  # told apart without colours, too
@@ -106,14 +105,10 @@ def save(curves: list[dict[str, Any]], maps: list[dict[str, Any]], path: Path) -
     Raises:
         UserError: the disk does not take it.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     image = png(curves, maps)
     try:
-        unfinished.write_bytes(image)
-        unfinished.replace(path)
+        write_whole(path, image)
     except OSError as error:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot write: {error.strerror or error}; make room") from error
 
 

@@ -5,7 +5,6 @@ index (`apt-cache dumpavail`) or the METADATA of installed Python distributions,
 package, and keep only fields that a guesser who knows the training side cannot answer.
 """
 
-import argparse
 import json
 import subprocess
 from collections import Counter
@@ -16,8 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from osdn.data.hub import hub_is_reachable
 from osdn.errors import UserError
+from osdn.system.hub import hub_is_reachable
 
 HUB_SETS = {
     "fda": "hazyresearch/based-fda",
@@ -200,7 +199,7 @@ def build(documents: Iterable[Document], *, test_share: float, limit: int) -> di
     for document in documents:
         if document.text not in seen:
             seen.add(document.text)
-            (test if _hash(document.source) < test_share else train).append(document)
+            (test if share_of(document.source) < test_share else train).append(document)
     counts: dict[str, Counter[str]] = {}
     for document in train:
         for name, value in document.fields.items():
@@ -212,7 +211,7 @@ def build(documents: Iterable[Document], *, test_share: float, limit: int) -> di
             fields[name] = {"guess": guess, "share": times / values.total(), "n": values.total()}
     subjects = {"Package", "Name"}  # what the document is about is no question
     samples: list[dict[str, str]] = []
-    for document in sorted(test, key=lambda one: _hash(one.text)):
+    for document in sorted(test, key=lambda one: share_of(one.text)):
         names = [
             name
             for name, value in sorted(document.fields.items())
@@ -222,7 +221,7 @@ def build(documents: Iterable[Document], *, test_share: float, limit: int) -> di
             and value in document.text
         ]
         if names and len(samples) < limit:
-            key = names[int(_hash("field of " + document.text) * len(names))]
+            key = names[int(share_of("field of " + document.text) * len(names))]
             sample = {"text": document.text, "key": key, "value": document.fields[key]}
             samples.append(sample | {"source": document.source, "guess": fields[key]["guess"]})
     if not samples:
@@ -234,54 +233,17 @@ def build(documents: Iterable[Document], *, test_share: float, limit: int) -> di
     return {"train": texts, "test": samples, "fields": fields}
 
 
-def _hash(text: str) -> float:
+def share_of(text: str) -> float:
     """A number in [0, 1) that the text decides."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) / 2**64
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Source, place and sizes."""
-    parser.add_argument(
-        "source",
-        choices=["debian", "metadata"],
-        help="debian: the package index that apt-get update fetched; metadata: the METADATA files "
-        "of installed Python distributions",
-    )
-    parser.add_argument("--out", type=Path, required=True, help="directory of the set")
-    parser.add_argument(
-        "--path", nargs="+", help="metadata: site-packages directories (default: this Python's)"
-    )
-    parser.add_argument(
-        "--index", type=Path, help="debian: an index file to read instead of apt-cache dumpavail"
-    )
-    parser.add_argument("--test-share", type=float, default=0.1, help="of the sources")
-    parser.add_argument("--limit", type=int, default=2000, help="test samples at most")
+def read_index(path: Path | None) -> list[str]:
+    """The lines of a Debian package index: of that file, or as `apt-cache dumpavail` prints it.
 
-
-def run(args: argparse.Namespace) -> None:
-    """Build a set and say what is in it."""
-    if not 0 < args.test_share < 1:
-        raise UserError(f"--test-share: expected a share in (0, 1), got {args.test_share}")
-    installed = args.source == "metadata"
-    documents = distributions(args.path) if installed else debian(_index(args.index))
-    found = build(documents, test_share=args.test_share, limit=args.limit)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        for name in ("train", "test"):
-            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in found[name])
-            (args.out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-        (args.out / "fields.json").write_text(json.dumps(found["fields"], indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"{args.out}: cannot write: {error.strerror or error}") from error
-    asked = Counter(sample["key"] for sample in found["test"]).most_common()
-    print(
-        f"{args.out}: {len(found['train']):,} documents to train on (train.jsonl), "
-        f"{len(found['test']):,} questions on others' sources (test.jsonl)\n"
-        f"fields asked for: {', '.join(f'{name} {n}' for name, n in asked)}"
-    )
-
-
-def _index(path: Path | None) -> list[str]:
+    Raises:
+        UserError: the file cannot be read, there is no apt-cache, or its index is empty.
+    """
     if path is not None:
         try:
             return path.read_text(encoding="utf-8", errors="replace").splitlines()

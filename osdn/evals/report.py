@@ -1,16 +1,14 @@
-"""`osdn report RUN...`: results side by side, on one page that needs nothing else, and in Markdown.
+"""Results side by side, on one page that needs nothing else, and in Markdown.
 
 Results of one task and one protocol share a table, a column each; others never do.
 """
 
-import argparse
 import base64
 import html
 import json
 from pathlib import Path
 from typing import Any
 
-from osdn.errors import UserError
 from osdn.evals.plots import png
 from osdn.evals.results import markdown, read_result
 
@@ -28,39 +26,6 @@ small { opacity: .7; } code { font-size: .85em; overflow-wrap: anywhere; }
 img { max-width: 100%; background: white; border-radius: 4px; }
 details { margin: .5rem 0; }
 """
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The results and the page."""
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        type=Path,
-        metavar="RUN",
-        help="directories of finished evaluations, or directories above them",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("report.html"), help="the page; a .md goes beside it"
-    )
-
-
-def run(args: argparse.Namespace) -> None:
-    """Write both pages."""
-    results = [(str(path), read_result(path)) for path in find(args.runs)]
-    if args.out.suffix == ".md":
-        raise UserError(
-            f"--out: expected the HTML page's name, got {args.out}; a .md goes beside it"
-        )
-    groups = group(results)
-    twin = args.out.with_suffix(".md")
-    try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(as_html(groups), encoding="utf-8")
-        twin.write_text(as_markdown(groups), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{args.out}: cannot write: {error.strerror or error}") from error
-    size = args.out.stat().st_size / 1024
-    print(f"{len(results)} results: {args.out} ({size:.0f} KiB) and {twin}")
 
 
 def find(runs: list[Path]) -> list[Path]:

@@ -21,9 +21,9 @@ from osdn.errors import UserError
 from osdn.evals.models import LanguageModel
 from osdn.evals.recall_data import read_prompts
 from osdn.evals.results import make_result, score
-from osdn.layers import OSDN
+from osdn.layers.osdn import OSDN
 from osdn.ops import reference
-from osdn.ops.rule import Rule
+from osdn.ops.operands import Options
 
 POSITIONS = 10  # bins of relative position
 SMALLEST = 1e-12  # what a ratio below it counts as in the geometric mean
@@ -79,23 +79,16 @@ def mixers(model: nn.Module) -> list[OSDN]:
 
 def activations(layer: OSDN, hidden_states: Tensor) -> Activations:
     """What a layer makes of hidden_states [1, T, D]."""
-    k, v = (
-        convolution(projection(hidden_states))[0].unflatten(-1, (layer.num_heads, -1))
-        for projection, convolution in (
-            (layer.k_proj, layer.k_conv1d),
-            (layer.v_proj, layer.v_conv1d),
-        )
-    )
-    beta, log_gamma = layer.gates(hidden_states)
-    k, v, beta = (x[0].double() for x in (k, v, beta))
-    gamma = None if log_gamma is None else log_gamma[0].double()
+    given = layer.operands(hidden_states)
+    k, v, beta = (x[0].double() for x in (given.k, given.v, given.beta))
+    gamma = None if given.log_gamma is None else given.log_gamma[0].double()
     return Activations(k, v, beta, preconditioners(layer, k, beta, gamma))
 
 
 def preconditioners(layer: OSDN, k: Tensor, beta: Tensor, log_gamma: Tensor | None) -> Tensor:
     """d_t [T, H, K] for t = 1..T, before token t's own update, by the reference's `adapt`."""
     options = {"beta_aware": False, "precond_min": None, "precond_max": None, **layer.rule}
-    rule = Rule(scale=1.0, **options)
+    rule = Options(scale=1.0, **options)
     start = layer.start_precond()
     d = torch.ones_like(k[0]) if start is None else start.detach().double()
     if rule.constant_precond(log_gamma is not None):

@@ -11,14 +11,12 @@ maps                [{title, x, y, columns, rows, values}]: values[row][column]
 provenance          command, commit, versions, hardware, time
 """
 
-import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +26,8 @@ import numpy as np
 import torch
 
 from osdn.errors import UserError
+from osdn.system import files
+from osdn.system.outside import Malformed, Outside, read_json
 
 RESULT = "result.json"
 RESAMPLES = 2000
@@ -173,15 +173,88 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         UserError: the disk does not take it.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-        unfinished.replace(path)
+        files.write_json(path, value)
     except OSError as error:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot write: {error.strerror or error}") from error
+
+
+Number = float | None
+
+
+class Score(Outside):
+    """One of a result's scores."""
+
+    group: str
+    name: str
+    value: Number
+    low: Number
+    high: Number
+    n: int
+
+
+class Table(Outside):
+    """One of a result's tables."""
+
+    title: str
+    columns: list[Any]
+    rows: list[list[Any]]
+
+
+class Curve(Outside):
+    """One of a result's curves: points [x, y, low, high], or values where `strip` is set."""
+
+    title: str
+    x: str
+    y: str = ""
+    strip: bool = False
+    series: dict[str, list[Number] | list[list[Number]]]
+
+
+class Map(Outside):
+    """One of a result's maps."""
+
+    title: str
+    x: str
+    y: str
+    columns: list[Any]
+    rows: list[Any]
+    values: list[list[Number]]
+
+
+class Machine(Outside):
+    """Where it was measured."""
+
+    gpu: str | None
+
+
+class Provenance(Outside):
+    """See `provenance`."""
+
+    command: str
+    versions: dict[str, str]
+    hardware: Machine
+
+
+class Measured(Outside):
+    """What was measured."""
+
+    name: str
+
+
+class Result(Outside):
+    """A result, as the module's docstring describes it."""
+
+    task: str
+    protocol: dict[str, Any]
+    model: Measured | None
+    samples: int
+    scores: list[Score]
+    tables: list[Table]
+    curves: list[Curve]
+    maps: list[Map]
+    provenance: Provenance
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -192,14 +265,12 @@ def read_result(path: Path) -> dict[str, Any]:
     """
     file = path / RESULT if path.is_dir() else path
     try:
-        result = json.loads(file.read_text())
+        result = read_json(file, Result).model_dump(exclude_unset=True)
     except OSError as error:
         raise UserError(
             f"{path}: expected an evaluation's directory with {RESULT} in it; is the evaluation "
             "finished? Run it again and it goes on"
         ) from error
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON: {error}") from error
-    if not isinstance(result, dict) or not {"task", "scores", "provenance"} <= set(result):
-        raise UserError(f"{file}: not an evaluation's result (no task, scores and provenance)")
+    except Malformed as error:
+        raise UserError(f"{file}: not an evaluation's result: {error.reason}") from error
     return result

@@ -4,8 +4,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from osdn.attention import Attention
-from osdn.layers import OSDN, SwiGLU
+from osdn.layers.attention import Attention
+from osdn.layers.mlp import SwiGLU
+from osdn.layers.osdn import OSDN
 from osdn.model.configuration import OSDNConfig
 
 
@@ -59,7 +60,11 @@ class OSDNBlock(GradientCheckpointingLayer):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         mixed, _, _ = self.attn(
-            self.attn_norm(hidden_states), attention_mask, past_key_values, use_cache, cu_seqlens
+            self.attn_norm(hidden_states).to(hidden_states.dtype),
+            attention_mask,
+            past_key_values,
+            use_cache,
+            cu_seqlens,
         )
         hidden_states = hidden_states + mixed
-        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states).to(hidden_states.dtype))

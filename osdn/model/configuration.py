@@ -1,12 +1,14 @@
 """The configuration of an OSDN language model, in Hugging Face's form."""
 
 import math
+import os
 from difflib import get_close_matches
-from typing import ClassVar, get_args
+from pathlib import Path
+from typing import Any, ClassVar, get_args
 
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
-from osdn.layers import Forgetting
+from osdn.layers.osdn import Forgetting
 from osdn.ops.validation import check_box_holds_one, check_rule, check_sizes
 
 MIXERS = ("osdn", "delta_net", "attention")
@@ -14,6 +16,20 @@ SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "head_di
          "intermediate_size", "conv_size", "max_position_embeddings")  # fmt: skip
 FLAGS = ("beta_aware", "learn_initial_precond", "allow_neg_eigval", "use_output_gate",
          "tie_word_embeddings", "use_cache")  # fmt: skip
+
+
+# What stands in auto_map and in the file beside a checkpoint's config.json.
+IMPORT_MODULE = "modeling_osdn"
+AUTO_CLASSES = {
+    "AutoConfig": "OSDNConfig",
+    "AutoModel": "OSDNModel",
+    "AutoModelForCausalLM": "OSDNForCausalLM",
+    "AutoModelForSequenceClassification": "OSDNForSequenceClassification",
+    "AutoModelForTokenClassification": "OSDNForTokenClassification",
+}
+IMPORT_LINE = f"from osdn import {', '.join(AUTO_CLASSES.values())}  # noqa: F401\n"
+MOST_LAYERS = 10_000
+MOST_PARAMETERS = 10**13  # 20 TB in bfloat16: no machine holds more
 
 
 class OSDNConfig(PretrainedConfig):
@@ -54,7 +70,7 @@ class OSDNConfig(PretrainedConfig):
     """
 
     model_type = "osdn"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads"}
     number_of_conv_states: ClassVar[int] = 2  # slots a cache layer gets: S and d
 
@@ -97,11 +113,29 @@ class OSDNConfig(PretrainedConfig):
             raise ValueError(f"{unknown[0]}: OSDNConfig has no such field")
         self._validate()
 
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """As transformers does, with a file that imports the classes beside config.json.
+
+        With it trust_remote_code=True loads the model in a process that has not imported osdn, and
+        where osdn is not installed the error says so. It holds no other code.
+        """
+        os.makedirs(save_directory, exist_ok=True)
+        Path(save_directory, f"{IMPORT_MODULE}.py").write_text(IMPORT_LINE)
+        self.auto_map = {name: f"{IMPORT_MODULE}.{one}" for name, one in AUTO_CLASSES.items()}
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: transformers would copy this file's source beside each checkpoint."""
+
     def _validate(self) -> None:
         """ValueError where a field is outside its range; a model asks once more when it is made."""
         if self.intermediate_size is None:
             self.intermediate_size = 256 * -(-int(self.hidden_size * 8 / 3) // 256)
         check_sizes(**{name: getattr(self, name) for name in SIZES})
+        self._check_scale()
         for name in ("norm_eps", "rope_theta", "initializer_range", "eta"):
             value = getattr(self, name)
             if (
@@ -148,6 +182,24 @@ class OSDNConfig(PretrainedConfig):
         check_rule(self.eta, self.precond_min, self.precond_max)
         check_box_holds_one(self.precond_min, self.precond_max)
 
+    def _check_scale(self) -> None:
+        """Refuse what no machine holds, before minutes go into building it."""
+        if self.num_hidden_layers > MOST_LAYERS:
+            raise ValueError(
+                f"num_hidden_layers: expected at most {MOST_LAYERS}, got {self.num_hidden_layers}"
+            )
+        K = self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+        V = K if self.head_v_dim is None else self.head_v_dim
+        assert self.intermediate_size is not None
+        block = 2 * self.num_heads * (K + V) + 3 * self.intermediate_size  # times hidden_size
+        total = self.hidden_size * (self.num_hidden_layers * block + 2 * self.vocab_size)
+        if max(total, K * V * self.num_heads, self.conv_size * block) > MOST_PARAMETERS:
+            raise ValueError(
+                "hidden_size, num_heads, head_dim, head_v_dim, intermediate_size, vocab_size, "
+                f"conv_size: expected a model of at most {MOST_PARAMETERS:.0e} parameters, got "
+                f"about {max(total, K * V * self.num_heads, self.conv_size * block):.1e}"
+            )
+
     @property
     def mixers(self) -> list[str]:
         """The mixer of every layer."""
@@ -163,3 +215,6 @@ class OSDNConfig(PretrainedConfig):
         return [
             "full_attention" if name == "attention" else "linear_attention" for name in self.mixers
         ]
+
+
+AutoConfig.register(OSDNConfig.model_type, OSDNConfig)

@@ -4,7 +4,6 @@ With unit keys, d_1 = 1, γ = 1 and b = 1 the preconditioner stays at 1 for ever
 exactness 3), so the converted model is the DeltaNet it came from, ready to be trained on as OSDN.
 """
 
-import argparse
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +16,9 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from osdn.errors import UserError
-from osdn.layers import Forgetting
+from osdn.layers.osdn import Forgetting
 from osdn.model.configuration import OSDNConfig
-from osdn.model.loading import PROBLEMS, fetch, let_read, without_bars
+from osdn.model.loading import PROBLEMS, GuardedModel, fetch, let_read, without_bars
 from osdn.model.modeling import OSDNForCausalLM
 from osdn.ops.validation import check_sizes
 
@@ -116,11 +115,11 @@ def convert(
     config = convert_config(_read(source / "config.json"), forgetting)
     with _silence():
         model, info = fetch(
-            OSDNForCausalLM,
+            GuardedModel,
             str(source),
             "model",
+            of=OSDNForCausalLM,
             config=config,
-            use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, in a line
         )
@@ -169,20 +168,3 @@ def _save(parts: list[Any], destination: Path) -> None:
         raise UserError(
             f"{destination}: cannot write there: {reason}; make room, or name another directory"
         ) from error
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="directory of an FLA DeltaNet checkpoint")
-    parser.add_argument("destination", help="directory to write, new or empty")
-    parser.add_argument(
-        "--forgetting",
-        choices=("none", "data"),
-        default="none",
-        help="data adds APF, which starts at γ ≈ 0.999: then not quite the same function",
-    )
-
-
-def run(args: argparse.Namespace) -> None:
-    model = convert(args.source, args.destination, forgetting=args.forgetting)
-    count = sum(p.numel() for p in model.parameters())
-    print(f"{args.destination}: OSDN, {count:,} parameters, converted from {args.source}")

@@ -1,5 +1,7 @@
 """Load a causal language model, ours or any of Hugging Face's, to be used as it is."""
 
+import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,15 +11,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 import osdn.model.modeling  # noqa: F401  registers the model class
-from osdn.data.hub import hub_is_reachable
 from osdn.errors import UserError
+from osdn.system.hub import hub_is_reachable
 
 # What from_pretrained raises for files that are missing, damaged, or of another model.
 PROBLEMS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError,
             SafetensorError)  # fmt: skip
+WEIGHT_FILE = re.compile(r"[^/\\]+\.safetensors")
 NAMED = 3  # missing weights that an error names
 
 
@@ -56,9 +59,8 @@ def load_weights(name: str, *, dtype: torch.dtype | str = "auto") -> PreTrainedM
         UserError: nothing there that can be loaded, no network, or weights that are damaged,
             missing, of another shape or in pickle form.
     """
-    options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
     with without_bars():
-        model, info = fetch(AutoModelForCausalLM, name, "model", dtype=dtype, **options)
+        model, info = fetch(GuardedModel, name, "model", dtype=dtype, output_loading_info=True)
     missing = sorted(info["missing_keys"])  # transformers gives them random values
     if missing:
         more = " …" if len(missing) > NAMED else ""
@@ -68,6 +70,56 @@ def load_weights(name: str, *, dtype: torch.dtype | str = "auto") -> PreTrainedM
     }
     model.generation_config = GenerationConfig(**ids)
     return model.eval()
+
+
+class GuardedModel:
+    """A model of safetensors and PyTorch's own attention only, for `fetch`."""
+
+    @staticmethod
+    def from_pretrained(name: str, *, of: Any = AutoModelForCausalLM, **options: Any) -> Any:
+        refuse_foreign_code(name, local_files_only=options.get("local_files_only", False))
+        return of.from_pretrained(name, use_safetensors=True, attn_implementation=None, **options)
+
+
+def refuse_foreign_code(name: str, *, local_files_only: bool) -> None:
+    """ValueError where a checkpoint names pickles in its index, or a kernel of the hub.
+
+    transformers reads whatever file `model.safetensors.index.json` maps a weight to, and fetches a
+    kernel that config.json asks for as its attention.
+    """
+    for file in ("model.safetensors.index.json", "config.json"):
+        path = cached_file(
+            name,
+            file,
+            local_files_only=local_files_only,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if path is None:
+            continue
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"{file}: expected an object, got {type(content).__name__}")
+        if file == "config.json":
+            _refuse_kernels(content)
+            continue
+        files = content.get("weight_map")
+        if not isinstance(files, dict):
+            raise ValueError(f"{file}: expected a field weight_map, an object of file names")
+        for value in files.values():
+            if not isinstance(value, str) or not WEIGHT_FILE.fullmatch(value):
+                raise ValueError(
+                    f"{file}: expected names of .safetensors files beside it, got {value!r}"
+                )
+
+
+def _refuse_kernels(config: dict[str, Any]) -> None:
+    """ValueError where a configuration, or one inside it, asks for attention by another's code."""
+    for field, value in config.items():
+        if isinstance(value, dict):
+            _refuse_kernels(value)
+        elif field.strip("_") == "attn_implementation" and value not in (None, "sdpa", "eager"):
+            raise ValueError(f"config.json: {field}: expected sdpa, eager or none, got {value!r}")
 
 
 def fetch(factory: Any, name: str, what: str, advice: str = "", **options: Any) -> Any:
@@ -83,6 +135,11 @@ def fetch(factory: Any, name: str, what: str, advice: str = "", **options: Any) 
     except PROBLEMS as error:
         if local:
             raise UserError(f"{name}: no {what} to load ({_line(error)}){advice}") from error
+    if "/" not in name:  # asking a hub takes half a minute to fail
+        raise UserError(
+            f"{name}: no directory here, and no {what} of that name in the local cache; names on "
+            "the Hugging Face hub are OWNER/NAME"
+        )
     if not hub_is_reachable():
         raise UserError(
             f"{name}: no directory here and no {what} of that name in the local cache, and there "

@@ -33,6 +33,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Σ_t −log softmax(W h_t)[label_t] over the labels that are not −100, divided by their number.
 
+    Without any such label the loss is NaN, as that of transformers' models, and its gradient 0.
+
     Tokens are taken in chunks. Each chunk's part of the gradients is made while its logits are
     there, so that memory does not grow with tokens × vocabulary and no logits are made twice; there
     is no second derivative. The softmax is taken in float32, the gradient of W summed in it.
@@ -55,7 +57,7 @@ def linear_cross_entropy(
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     total = _Summed.apply(hidden, weight, labels, z_loss, dtype, torch.is_grad_enabled())
-    return total / ((labels != IGNORED).sum() if num_items is None else num_items)
+    return _divide(total, labels, num_items)
 
 
 def cross_entropy(
@@ -71,9 +73,20 @@ def cross_entropy(
         F.cross_entropy(some.to(wide), y, ignore_index=IGNORED, reduction="sum")
         for some, y in zip(logits.split(rows), labels.split(rows))
     ]
-    return torch.stack(losses).sum() / (
-        (labels != IGNORED).sum() if num_items is None else num_items
-    )
+    return _divide(torch.stack(losses).sum(), labels, num_items)
+
+
+def _divide(total: Tensor, labels: Tensor, num_items: Tensor | float | None) -> Tensor:
+    """total over num_items, or over the number of targets.
+
+    Over 0 the value is NaN or infinity, as in transformers' models, and the gradient is 0. The
+    gradient of a plain division is 1/0, which turns the stored zeros of every token into NaN.
+    """
+    count = (labels != IGNORED).sum() if num_items is None else num_items
+    if not isinstance(count, Tensor):
+        return total / count if count else 0.0 * total + total.detach() / count
+    some = count != 0
+    return torch.where(some, total / torch.where(some, count, 1), total.detach() / count)
 
 
 class _Summed(torch.autograd.Function):

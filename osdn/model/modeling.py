@@ -1,6 +1,6 @@
 """The OSDN language model, in Hugging Face's form.
 
-Importing this module registers the classes with AutoConfig, AutoModel and AutoModelForCausalLM.
+Importing this module registers the classes with AutoModel and AutoModelForCausalLM.
 Parameter names are those of flash-linear-attention's DeltaNet.
 """
 
@@ -9,22 +9,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     GenerationMixin,
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import can_return_tuple
 
-from osdn.layers import OSDN, ForgettingGate, token_mask
+from osdn.layers.osdn import OSDN, ForgettingGate
 from osdn.model.block import OSDNBlock
-from osdn.model.cache import OSDNCache
+from osdn.model.cache import CACHE, OSDNCache, one_cache
 from osdn.model.configuration import OSDNConfig
+from osdn.model.inputs import (
+    check_attentions,
+    check_inputs,
+    check_labels,
+    packed_offsets,
+    padding_masks,
+)
 from osdn.model.loss import cross_entropy, linear_cross_entropy, next_token_labels
 
 
@@ -36,13 +48,17 @@ class OSDNPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["OSDNBlock"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _is_stateful = True
 
     def __init__(self, config: OSDNConfig):
         config._validate()  # they may have been changed since it was made
         super().__init__(config)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing: see OSDNConfig.save_pretrained for what stands beside a checkpoint."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -84,23 +100,57 @@ class OSDNModel(OSDNPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         cu_seqlens: Tensor | None = None,
+        cache: Cache | None = None,
+        position_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        output_attentions: bool | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> BaseModelOutputWithPast:
         """Hidden states after the final norm.
 
         Args:
             input_ids: [B, T] int64, or inputs_embeds: [B, T, D].
             attention_mask: [B, T] (past and new tokens with a cache), 0 where a token is padding,
-                on the left or on the right.
+                anywhere in a row.
             past_key_values: a cache to go on from, an OSDNCache(config) or transformers' own
                 DynamicCache(config=config); `generate` takes the latter with attention layers only.
             use_cache: keep and return a cache; None means config.use_cache outside training.
             output_hidden_states: also return the input of every block and the final result; None
                 means config.output_hidden_states.
             cu_seqlens: [N + 1] offsets of sequences packed along T; B must be 1.
+            cache: the name of past_key_values since transformers 5.24.
+            position_ids: [B, T], not needed. Where they start again at 0, packed documents start;
+                else they must count the real tokens. Not read for a single token.
+            seq_idx: [B, T] numbers of packed documents.
+            cu_seq_lens_q, cu_seq_lens_k: transformers' names for cu_seqlens.
+            max_length_q, max_length_k, token_type_ids: taken, as transformers' models take them;
+                nothing here depends on them.
+            output_attentions: None or False.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("input_ids, inputs_embeds: expected exactly one of the two")
+        past_key_values = one_cache(past_key_values, cache)
+        check_inputs(input_ids, inputs_embeds, past_key_values)
+        check_attentions(output_attentions)
         hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        B, T = hidden_states.shape[:2]
+        attention_mask, recent = padding_masks(attention_mask, hidden_states)
+        cu_seqlens = packed_offsets(
+            (B, T),
+            cu_seqlens=cu_seqlens,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+            seq_idx=seq_idx,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            cache=past_key_values,
+        )
+        if flat := cu_seqlens is not None and B > 1:  # rows one after another
+            hidden_states = hidden_states.flatten(0, 1)[None]
+            attention_mask = None if attention_mask is None else attention_mask.flatten()[None]
+            recent = None if recent is None else recent.flatten()[None]
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and cu_seqlens is None
         if output_hidden_states is None:
@@ -114,27 +164,28 @@ class OSDNModel(OSDNPreTrainedModel):
                 )
         if use_cache and past_key_values is None:
             past_key_values = OSDNCache(self.config)
-        if attention_mask is not None and not torch.compiler.is_compiling():
-            token_mask(attention_mask, hidden_states)  # refuses a wrong shape, if all ones too
-            attention_mask = None if bool(attention_mask.all()) else attention_mask
 
         seen = []
-        for block in self.layers:
+        for block, mixer in zip(self.layers, self.config.mixers):
             seen.append(hidden_states)
             hidden_states = block(
                 hidden_states,
-                attention_mask=attention_mask,
+                attention_mask=attention_mask if mixer == "attention" else recent,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 cu_seqlens=cu_seqlens,
             )
-        hidden_states = self.norm(hidden_states)
+        hidden_states = self.norm(hidden_states).to(hidden_states.dtype)
         if use_cache and isinstance(past_key_values, OSDNCache):
-            past_key_values.tokens_seen += hidden_states.shape[1]
+            past_key_values.tokens_seen += T
+        if flat:
+            hidden_states = hidden_states.view(B, T, -1)
+            seen = [x.view(B, T, -1) for x in seen]
+        named: dict[str, Any] = {CACHE: past_key_values}
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
             hidden_states=(*seen, hidden_states) if output_hidden_states else None,
+            **named,
         )
 
 
@@ -150,6 +201,15 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *rest: Any, **given: Any) -> Any:
+        """As transformers does, less the tokenizer that `generate` hands on with stop_strings."""
+        for name in ("tokenizer", "assistant_tokenizer"):
+            given.pop(name, None)
+        return super().prepare_inputs_for_generation(input_ids, *rest, **given)
+
+    def _prepare_position_ids_for_generation(self, *_: Any) -> None:
+        """None: the layers count tokens themselves, and positions would be checked at each step."""
+
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict, *rest: Any
     ) -> None:
@@ -158,10 +218,10 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         Nor can it go on from one without attention layers, which cannot tell its length.
         """
         implementation = generation_config.cache_implementation
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if not isinstance(cache, OSDNCache | None) and "attention" not in self.config.mixers:
             raise ValueError(
-                "past_key_values: expected an OSDNCache for a model without attention layers, got "
+                f"{CACHE}: expected an OSDNCache for a model without attention layers, got "
                 f"{type(cache).__name__}; give generate an osdn.OSDNCache(model.config)"
             )
         if implementation not in (None, "dynamic"):
@@ -170,7 +230,7 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
                 "memory of an osdn or delta_net layer has one constant size"
             )
         if cache is None and generation_config.use_cache:
-            model_kwargs["past_key_values"] = OSDNCache(self.config)
+            model_kwargs[CACHE] = OSDNCache(self.config)
         else:
             prepare: Any = GenerationMixin._prepare_cache_for_generation
             prepare(self, generation_config, model_kwargs, *rest)
@@ -192,6 +252,11 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         max_length_q: int | None = None,
         max_length_k: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        cache: Cache | None = None,
+        position_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        output_attentions: bool | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, vocabulary] in the weights' dtype and, given labels, the mean loss.
 
@@ -202,13 +267,25 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
                 bias; else, and in evaluation, logits are always there.
             logits_to_keep: logits of only the last so many positions, 0 means all; or of the
                 positions in an index tensor.
-            cu_seq_lens_q: transformers' name for cu_seqlens. DataCollatorWithFlattening gives it
-                with return_flash_attn_kwargs=True and return_position_ids=False, beside
-                cu_seq_lens_k (the same offsets), max_length_q and max_length_k: not needed here.
             num_items_in_batch: what the summed loss is divided by, from transformers' Trainer.
         """
-        if cu_seqlens is None:
-            cu_seqlens = cu_seq_lens_q
+        past_key_values = one_cache(past_key_values, cache)
+        check_inputs(input_ids, inputs_embeds, past_key_values)
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        assert given is not None
+        B, T = given.shape[:2]
+        if labels is not None:
+            check_labels(labels, B, T)
+        cu_seqlens = packed_offsets(
+            (B, T),
+            cu_seqlens=cu_seqlens,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+            seq_idx=seq_idx,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            cache=past_key_values,
+        )
         outputs = self.model(
             input_ids,
             attention_mask,
@@ -216,9 +293,12 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
             cu_seqlens=cu_seqlens,
         )
         hidden_states = outputs.last_hidden_state
+        if labels is not None and cu_seqlens is not None:
+            labels = labels.flatten()[None]  # offsets are those of all rows one after another
         loss = logits = None
         kept = logits_to_keep
         if labels is None or not (self.training and self._head_is_plain()):
@@ -231,16 +311,19 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
                 num_items_in_batch = num_items_in_batch.to(device)
             whole = logits if isinstance(kept, int) and kept == 0 else None
             loss = self._loss(hidden_states, whole, targets, num_items_in_batch)
+        named: dict[str, Any] = {CACHE: getattr(outputs, CACHE)}
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **named,
         )
 
     def _head_is_plain(self) -> bool:
-        """Whether the output layer is its weight alone: no bias, adapter, wrapper or shards."""
-        return type(self.lm_head) is nn.Linear and self.lm_head.bias is None
+        """Whether the output layer is its weight alone: no bias, adapter, wrapper, and no weight
+        that is quantised or sharded."""
+        head = self.lm_head
+        return type(head) is nn.Linear and head.bias is None and type(head.weight) is nn.Parameter
 
     def _loss(
         self,
@@ -257,8 +340,17 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         return cross_entropy(logits.flatten(0, 1), targets, count)
 
 
-AutoConfig.register(OSDNConfig.model_type, OSDNConfig)
+class OSDNForSequenceClassification(GenericForSequenceClassification, OSDNPreTrainedModel):
+    """OSDNModel and a linear score of each row's last token that is no padding."""
+
+
+class OSDNForTokenClassification(GenericForTokenClassification, OSDNPreTrainedModel):
+    """OSDNModel and a linear score of every token."""
+
+
 AutoModel.register(OSDNConfig, OSDNModel)
 AutoModelForCausalLM.register(OSDNConfig, OSDNForCausalLM)
+AutoModelForSequenceClassification.register(OSDNConfig, OSDNForSequenceClassification)
+AutoModelForTokenClassification.register(OSDNConfig, OSDNForTokenClassification)
 # transformers' Trainer shifts the labels that it smooths for the classes named here alone.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[OSDNConfig.model_type] = OSDNForCausalLM.__name__

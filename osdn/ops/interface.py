@@ -1,7 +1,6 @@
 """The front door of the operator: documentation, validation and the choice of a backend."""
 
 import os
-from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, overload
 
@@ -9,8 +8,8 @@ import torch
 from torch import Tensor
 
 from osdn.ops import reference
+from osdn.ops.operands import Operands, Options, Token
 from osdn.ops.registration import dispatched, register
-from osdn.ops.rule import Rule
 from osdn.ops.validation import (
     check_kinds,
     check_reverse_mode,
@@ -22,7 +21,7 @@ from osdn.ops.validation import (
 
 BACKENDS = {
     "chunkwise": register("chunkwise", "osdn.ops.chunkwise"),
-    "numba": register("numba", "osdn.ops.compiled"),
+    "numba": register("numba", "osdn.ops.numba"),
     "triton": register("triton", "osdn.ops.triton"),
 }
 HAS_NUMBA = find_spec("numba") is not None
@@ -114,7 +113,8 @@ def online_scaled_delta_rule(
     check_reverse_mode(backend, q=q, k=k, v=v, beta=beta, **optional)
 
     (H, K), V = q.shape[2:], v.shape[-1]
-    rule = Rule(eta, beta_aware, precond_min, precond_max, K**-0.5 if scale is None else scale)
+    scale = K**-0.5 if scale is None else scale
+    options = Options(eta, beta_aware, precond_min, precond_max, scale)
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     if initial_state is None:
         initial_state = q.new_zeros(sequences, H, K, V, dtype=accumulate)
@@ -122,17 +122,15 @@ def online_scaled_delta_rule(
         initial_precond = q.new_ones(sequences, H, K, dtype=accumulate)
     initial_precond = initial_precond.expand(sequences, H, K)
 
+    operands = Operands(q, k, v, beta, log_gamma, None, initial_state, initial_precond, cu_seqlens)
     if backend == "reference":
-        tensors = (q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
-        o, state, precond = reference.forward(*tensors, rule)
+        o, state, precond = reference.forward(operands, options)
     else:
-        beta, log_gamma = _cast(beta, accumulate), _cast(log_gamma, accumulate)
-        initial_state = _cast(initial_state, accumulate)
-        initial_precond = _cast(initial_precond, accumulate)
-        tensors = (q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
-        save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+        cast: list[Any] = [_cast(x, accumulate) for x in operands[3:8]]
+        operands = Operands._make([q, k, v, *cast, cu_seqlens])
+        save = torch.is_grad_enabled() and any(x.requires_grad for x in operands.differentiable())
         run = BACKENDS[backend].rule if dispatched(q) else BACKENDS[backend].eager_rule
-        o, state, precond = run(*tensors, *rule, save)[:3]
+        o, state, precond = run(*operands, *options, save)[:3]
     return (o, state, precond) if output_final_state else (o, None, None)
 
 
@@ -189,41 +187,35 @@ def online_scaled_delta_step(
                 f"{name}: expected a contiguous {accumulate} tensor, got {x.dtype} with strides "
                 f"{x.stride()}; keep it as the rule returned it"
             )
-    given = (q, k, v, beta, log_gamma, state, precond)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
+    token = Token(q, k, v, beta, log_gamma, None, state, precond, slots)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in token):
         raise ValueError(
             "online_scaled_delta_step: expected tensors that need no gradient, since it works in "
             "place; call it under torch.no_grad(), or use online_scaled_delta_rule to train"
         )
-    rule = Rule(
-        eta, beta_aware, precond_min, precond_max, q.shape[-1] ** -0.5 if scale is None else scale
-    )
-    return _step(backend, given[:5], state, precond, slots, rule), state, precond
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _step(backend, token, Options(eta, beta_aware, precond_min, precond_max, scale))
 
 
-def _step(
-    backend: str,
-    tokens: Sequence[Any],
-    state: Tensor,
-    precond: Tensor,
-    slots: Tensor | None,
-    rule: Rule,
-) -> Tensor:
+def _step(backend: str, token: Token, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """The step by a backend; where its own step knows no slots, on copies of the places in use."""
+    slots, state, precond = token.slots, token.state, token.precond
     if slots is not None and backend not in TAKE_SLOTS:
         used = slots >= 0
         places = slots[used].long()
-        S, d, o = state[places], precond[places], torch.zeros_like(tokens[2])
-        o[used] = _step(backend, [x if x is None else x[used] for x in tokens], S, d, None, rule)
-        state[places], precond[places] = S, d
-        return o
-    q, k, v, beta, log_gamma = tokens
+        rows: list[Any] = [None if x is None else x[used] for x in token[:6]]
+        copied, o = (
+            Token._make([*rows, state[places], precond[places], None]),
+            torch.zeros_like(token.v),
+        )
+        o[used], state[places], precond[places] = _step(backend, copied, options)
+        return o, state, precond
     if backend == "reference":
-        return reference.step(q, k, v, beta, log_gamma, state, precond, rule)
-    accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
-    gates = _cast(beta, accumulate), _cast(log_gamma, accumulate)
-    step = BACKENDS[backend].step if dispatched(q) else BACKENDS[backend].eager_step
-    return step(q, k, v, *gates, state, precond, slots, *rule)
+        return reference.step(token, options), state, precond
+    accumulate = torch.float64 if token.q.dtype == torch.float64 else torch.float32
+    gates = [_cast(x, accumulate) for x in token[3:6]]
+    step = BACKENDS[backend].step if dispatched(token.q) else BACKENDS[backend].eager_step
+    return step(*token[:3], *gates, state, precond, slots, *options), state, precond
 
 
 @overload

@@ -1,17 +1,14 @@
 """Each backend as torch.library custom operators, which torch.compile sees without a graph break.
 
-A backend is a module with four functions over plain tensors (shapes as in osdn.ops.interface; the
-gates, initial_state [N, H, K, V] and initial_precond [N, H, K] contiguous and in the accumulation
-dtype, float32, or float64 for float64 input):
+A backend is a module with four functions over the tuples of osdn.ops.operands:
 
-    forward(q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens, rule, save)
-        -> (o, final_state, final_precond, saved)     saved: what backward wants; used if save
-    saved_like(q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens, rule, save)
-        -> empty tensors of the shapes and dtypes of saved, of no data-dependent size
-    backward(do, dfinal_state, dfinal_precond, *the eight tensors above*, saved, rule)
-        -> [dq, dk, dv, dbeta, dinitial_state, dinitial_precond] + [dlog_gamma] if it was given
-    step(q, k, v, beta, log_gamma, state, precond, rule) -> o; state and precond change in place;
-        one that takes `slots` too is in interface.TAKE_SLOTS
+    forward(operands, options, save) -> (o, final_state, final_precond, saved)
+        saved: what backward wants; its content counts only if save
+    saved_like(operands, options, save) -> empty tensors of the shapes and dtypes of saved; their
+        sizes depend on no values
+    backward(do, dfinal_state, dfinal_precond, operands, saved, options) -> gradients, in the order
+        of operands.differentiable()
+    step(token, options) -> o; token.state and token.precond change in place
 
 No output may alias an input. `register` is all there is to adding one; its module is imported at
 the first call, so that a backend's dependencies (numba, Triton) cost nothing until then.
@@ -27,7 +24,7 @@ from torch import Tensor
 from torch.library import CustomOpDef
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from osdn.ops.rule import Rule
+from osdn.ops.operands import Operands, Options, Token
 
 
 class Backend(NamedTuple):
@@ -44,6 +41,12 @@ class Backend(NamedTuple):
 
 
 Module = Callable[[], Any]
+_OPERANDS, _TOKEN = len(Operands._fields), len(Token._fields)
+
+
+def _unflatten(flat: Sequence[Any]) -> tuple[Operands, Options]:
+    """The arguments of an operator, which takes no tuples, as the backends take them."""
+    return Operands(*flat[:_OPERANDS]), Options(*flat[_OPERANDS:])
 
 
 def dispatched(x: Tensor) -> bool:
@@ -65,101 +68,75 @@ def register(name: str, module_name: str) -> Backend:
     return Backend(rule, _eager_rule(name, module), *_step(name, module))
 
 
-def _rule(name: str, module: Module) -> CustomOpDef:
-    def rule_op(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor,
-        log_gamma: Tensor | None,
-        initial_state: Tensor,
-        initial_precond: Tensor,
-        cu_seqlens: Tensor | None,
-        eta: float,
-        beta_aware: bool,
-        precond_min: float | None,
-        precond_max: float | None,
-        scale: float,
-        save: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        tensors = (q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
-        rule = Rule(eta, beta_aware, precond_min, precond_max, scale)
-        return module().forward(*tensors, rule, save)
+# PyTorch's names for the types of the fields of Operands, Token and Options.
+_KINDS = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", float: "float",
+          float | None: "float?"}  # fmt: skip
 
-    rule = torch.library.custom_op(f"osdn::{name}", rule_op, mutates_args=())
+
+def _arguments(*tuples: Any, written: Sequence[str] = ()) -> str:
+    """The fields of named tuples as arguments in a schema; `written`: the ones it writes to."""
+    fields = [field for one in tuples for field in one.__annotations__.items()]
+    marks = {name: f"Tensor({chr(97 + i)}!)" for i, name in enumerate(written)}
+    return ", ".join(f"{marks.get(name, _KINDS[kind])} {name}" for name, kind in fields)
+
+
+def _rule(name: str, module: Module) -> CustomOpDef:
+    """osdn::{name}, of the operands, the options and `save`."""
+
+    def rule_op(*flat: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        *given, save = flat
+        return module().forward(*_unflatten(given), save)
+
+    schema = f"({_arguments(Operands, Options)}, bool save) -> (Tensor, Tensor, Tensor, Tensor[])"
+    rule = torch.library.custom_op(f"osdn::{name}", rule_op, mutates_args=(), schema=schema)
 
     @rule.register_fake
-    def _(q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens, *rest):
-        tensors = (q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
-        *numbers, save = rest
-        saved = module().saved_like(*tensors, Rule(*numbers), save)
-        final_states = torch.empty_like(initial_state), torch.empty_like(initial_precond)
-        return v.new_empty(v.shape), *final_states, saved
+    def _(*flat: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        *given, save = flat
+        operands, options = _unflatten(given)
+        S, d, v = operands.initial_state, operands.initial_precond, operands.v
+        saved = module().saved_like(operands, options, save)
+        return v.new_empty(v.shape), torch.empty_like(S), torch.empty_like(d), saved
 
     return rule
 
 
 def _backward(name: str, module: Module) -> CustomOpDef:
-    def backward_op(
-        do: Tensor,
-        dfinal_state: Tensor,
-        dfinal_precond: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor,
-        log_gamma: Tensor | None,
-        initial_state: Tensor,
-        initial_precond: Tensor,
-        cu_seqlens: Tensor | None,
-        saved: list[Tensor],
-        eta: float,
-        beta_aware: bool,
-        precond_min: float | None,
-        precond_max: float | None,
-        scale: float,
-    ) -> list[Tensor]:
-        tensors = (q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
-        rule = Rule(eta, beta_aware, precond_min, precond_max, scale)
-        return module().backward(do, dfinal_state, dfinal_precond, *tensors, saved, rule)
+    """osdn::{name}_backward, of the three cotangents, the operands, the options and `saved`."""
 
-    backward = torch.library.custom_op(f"osdn::{name}_backward", backward_op, mutates_args=())
+    def backward_op(do: Tensor, dS: Tensor, dd: Tensor, *flat: Any) -> list[Tensor]:
+        *given, saved = flat
+        operands, options = _unflatten(given)
+        return module().backward(do, dS, dd, operands, saved, options)
+
+    arguments = _arguments(Operands, Options)
+    schema = f"(Tensor do, Tensor dS, Tensor dd, {arguments}, Tensor[] saved) -> Tensor[]"
+    backward = torch.library.custom_op(
+        f"osdn::{name}_backward", backward_op, mutates_args=(), schema=schema
+    )
 
     @backward.register_fake
-    def _(do, dS, dd, q, k, v, beta, log_gamma, initial_state, initial_precond, *rest):
-        wanted = [q, k, v, beta, initial_state, initial_precond]
-        wanted += [] if log_gamma is None else [log_gamma]
-        return [x.new_empty(x.shape) for x in wanted]
+    def _(do: Tensor, dS: Tensor, dd: Tensor, *flat: Any) -> list[Tensor]:
+        return [x.new_empty(x.shape) for x in _unflatten(flat[:-1])[0].differentiable()]
 
     return backward
 
 
 def _step(name: str, module: Module) -> tuple[CustomOpDef, Callable[..., Tensor]]:
-    """The operator, and the same without PyTorch's dispatcher."""
+    """osdn::{name}_step, of a token and the options, and the same without the dispatcher."""
 
-    def step_op(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor,
-        log_gamma: Tensor | None,
-        state: Tensor,
-        precond: Tensor,
-        slots: Tensor | None,
-        eta: float,
-        beta_aware: bool,
-        precond_min: float | None,
-        precond_max: float | None,
-        scale: float,
-    ) -> Tensor:
-        rule = Rule(eta, beta_aware, precond_min, precond_max, scale)
-        options = () if slots is None else (slots,)
-        return module().step(q, k, v, beta, log_gamma, state, precond, rule, *options)
+    def step_op(*flat: Any) -> Tensor:
+        return module().step(Token(*flat[:_TOKEN]), Options(*flat[_TOKEN:]))
 
-    step = torch.library.custom_op(f"osdn::{name}_step", step_op, mutates_args=("state", "precond"))
+    written = ("state", "precond")
+    schema = f"({_arguments(Token, Options, written=written)}) -> Tensor"
+    step = torch.library.custom_op(
+        f"osdn::{name}_step", step_op, mutates_args=written, schema=schema
+    )
 
     @step.register_fake
-    def _(q, k, v, *rest):
+    def _(*flat: Any) -> Tensor:
+        v = Token(*flat[:_TOKEN]).v
         return v.new_empty(v.shape)
 
     return step, step_op
@@ -197,15 +174,18 @@ def _eager_rule(name: str, module: Module) -> Callable[..., tuple[Tensor, Tensor
 
     what = f"online_scaled_delta_rule: backend={name!r}, unlike 'reference',"
 
-    def run_backward(*arguments: Any) -> list[Tensor]:
-        return module().backward(*arguments[:-5], Rule(*arguments[-5:]))
+    def run_backward(do: Tensor, dS: Tensor, dd: Tensor, *flat: Any) -> list[Tensor]:
+        *given, saved = flat
+        operands, options = _unflatten(given)
+        return module().backward(do, dS, dd, operands, saved, options)
 
     class EagerRule(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-            *results, saved = module().forward(*inputs[:8], Rule(*inputs[8:13]), inputs[13])
-            _keep(ctx, inputs, saved)
-            return results[0], results[1], results[2]
+        def forward(ctx: Any, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+            *given, save = flat
+            o, S, d, saved = module().forward(*_unflatten(given), save)
+            _keep(ctx, flat, saved)
+            return o, S, d
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -216,12 +196,13 @@ def _eager_rule(name: str, module: Module) -> Callable[..., tuple[Tensor, Tensor
     return EagerRule.apply
 
 
-def _keep(ctx: Any, inputs: tuple, saved: list[Tensor]) -> None:
+def _keep(ctx: Any, flat: tuple, saved: list[Tensor]) -> None:
+    """Save the operands that are given, then `saved`."""
     # Nobody differentiates through what is saved: zeros for it would cost as much as it does.
     ctx.set_materialize_grads(False)
-    ctx.has_gamma = inputs[4] is not None
-    ctx.rule, ctx.tensors_given = inputs[8:13], [x is not None for x in inputs[:8]]
-    ctx.save_for_backward(*(x for x in inputs[:8] if x is not None), *saved)
+    operands, ctx.options = _unflatten(flat[:-1])
+    ctx.given = [x is not None for x in operands]
+    ctx.save_for_backward(*(x for x in operands if x is not None), *saved)
 
 
 def _differentiate(
@@ -231,11 +212,16 @@ def _differentiate(
     dfinal_state: Tensor | None,
     dfinal_precond: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
+    """The gradient of every argument of the operator; None for what has none."""
     kept = iter(ctx.saved_tensors)
-    tensors: list[Any] = [next(kept) if given else None for given in ctx.tensors_given]
-    results = (tensors[2], do), (tensors[5], dfinal_state), (tensors[6], dfinal_precond)
-    given = [torch.zeros_like(like) if x is None else x for like, x in results]
-    gradients = backward(*given, *tensors, list(kept), *ctx.rule)
-    dq, dk, dv, dbeta, dstate, dprecond, *dlog_gamma = gradients
-    dgamma = dlog_gamma[0] if ctx.has_gamma else None
-    return dq, dk, dv, dbeta, dgamma, dstate, dprecond, None, *[None] * 6
+    tensors: list[Any] = [next(kept) if given else None for given in ctx.given]
+    operands = Operands(*tensors)
+    results = (
+        (operands.v, do),
+        (operands.initial_state, dfinal_state),
+        (operands.initial_precond, dfinal_precond),
+    )
+    cotangents = [torch.zeros_like(like) if x is None else x for like, x in results]
+    found = iter(backward(*cotangents, *operands, *ctx.options, list(kept)))
+    gradients = [next(found) if given else None for given in ctx.given[:-1]]
+    return *gradients, None, *[None] * len(ctx.options), None  # cu_seqlens, options, save

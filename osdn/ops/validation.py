@@ -1,14 +1,12 @@
 """What the front door refuses, and how it says so: the argument, what was expected, what came."""
 
-from itertools import pairwise
 from math import inf
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-_last_checked: tuple[Tensor, list[int] | int, int] | None = None
+from osdn.ops.packing import check_cu_seqlens, has_values
 
 
 def check_kinds(
@@ -145,7 +143,7 @@ def _check_slots(slots: Tensor, q: Tensor, P: int) -> None:
             f"slots: expected int32 or int64 on {q.device} like q, got {slots.dtype} on "
             f"{slots.device}"
         )
-    if slots.device.type != "cpu" or not _has_values(slots):
+    if slots.device.type != "cpu" or not has_values(slots):
         return
     used = [slot for slot in slots.tolist() if slot >= 0]
     if used and (most := max(used)) >= P:
@@ -153,76 +151,6 @@ def _check_slots(slots: Tensor, q: Tensor, P: int) -> None:
     if len(set(used)) < len(used):
         twice = next(slot for slot in used if used.count(slot) > 1)
         raise ValueError(f"slots: expected distinct places, got {twice} more than once")
-
-
-def capturing(x: Tensor) -> bool:
-    """Whether a CUDA graph is being captured, on x's kind of device."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _has_values(x: Tensor) -> bool:
-    """Whether they can be read: not while a graph is made, nor of a tensor that has none."""
-    shape_alone = torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor)
-    return not (shape_alone or capturing(x))
-
-
-def mark_of(cu_seqlens: Tensor) -> list[int] | int | None:
-    """What tells that offsets are those looked at before; None: nothing does.
-
-    On a CPU their values, which NumPy or `.data` change without PyTorch's notice. On a GPU, where
-    reading them costs a synchronisation, the tensor's version.
-    """
-    if cu_seqlens.device.type == "cpu":
-        return cu_seqlens.tolist() if _has_values(cu_seqlens) else None
-    return None if cu_seqlens.is_inference() else cu_seqlens._version
-
-
-def check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, name: str = "q") -> None:
-    """Offsets from 0 to T, strictly increasing, on the device of x [1, T, ...], called `name`.
-
-    Reading them costs a synchronisation on a GPU, so there each tensor is read once, however many
-    layers are handed it, until it is changed in place. They are not read at all inside
-    torch.compile, of tensors without values, and while a CUDA graph is captured: what is in them
-    when that is replayed, nobody has checked.
-    """
-    if not isinstance(cu_seqlens, Tensor):
-        raise ValueError(f"cu_seqlens: expected a tensor, got {type(cu_seqlens).__name__}")
-    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
-        raise ValueError(
-            f"cu_seqlens: expected N + 1 offsets in a vector, got {tuple(cu_seqlens.shape)}"
-        )
-    B, T = x.shape[:2]
-    if B != 1:
-        raise ValueError(
-            f"{name}: expected B = 1 with cu_seqlens, got B = {B}; pack along T instead"
-        )
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"cu_seqlens: expected int32 or int64, got {cu_seqlens.dtype}")
-    if cu_seqlens.device != x.device:
-        raise ValueError(
-            f"cu_seqlens: expected a tensor on {x.device} like {name}, got one on "
-            f"{cu_seqlens.device}"
-        )
-    if not _has_values(cu_seqlens):
-        return
-    global _last_checked
-    known = _last_checked
-    mark = mark_of(cu_seqlens)
-    if known is not None and known[0] is cu_seqlens and known[1:] == (mark, T):
-        return
-    offsets = cu_seqlens.tolist()
-    if offsets[0] != 0 or offsets[-1] != T:
-        raise ValueError(
-            f"cu_seqlens: expected offsets from 0 to T = {T}, got {offsets[0]} to {offsets[-1]}"
-        )
-    for n, (start, end) in enumerate(pairwise(offsets)):
-        if end <= start:
-            raise ValueError(
-                f"cu_seqlens: expected increasing offsets, got {start} then {end} at index {n}; "
-                "drop empty sequences"
-            )
-    if mark is not None:
-        _last_checked = (cu_seqlens, mark, T)
 
 
 def check_box_holds_one(precond_min: float | None, precond_max: float | None) -> None:

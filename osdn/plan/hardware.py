@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from osdn.errors import UserError
-from osdn.flops import peak_flops
+from osdn.model.flops import peak_flops
 
 
 class Figure(NamedTuple):
@@ -80,6 +80,8 @@ TRAFFIC_SHARE = Figure(
     "1.05 of what it gives, docs/results.md",
 )
 EAGER = Figure(3.0, "times the compiled traffic where train.compile is false", NOT_MEASURED)
+LAUNCH = Figure(6e-6, "s to start a kernel", "assumed")
+KERNELS = Figure(60, "kernels a block and pass, compiled; 3 times as many in eager", "assumed")
 LINK_SHARE = Figure(0.80, "of the vendor's link and network bandwidth", "assumed, as NCCL reaches")
 HOP = Figure(5e-6, "s for each machine that a collective passes", "assumed")
 OVERLAP = Figure(0.80, "of the backward hides communication", "assumed")
@@ -101,8 +103,9 @@ def assumptions() -> list[str]:
     lines.append(f"memory traffic {COPY.value / 1e12:.2f} TB/s ({COPY.source})")
     times = ", ".join(f"{name} {both:g}" for name, (_, both) in OPERATOR_MS.items())
     lines.append(f"operator, forward and backward, ms: {times} ({OPERATOR_SOURCE})")
-    for figure in (GEMM_SHARE, ATTENTION_SHARE, TRAFFIC_SHARE, EAGER, LINK_SHARE, OVERLAP):
+    for figure in (GEMM_SHARE, ATTENTION_SHARE, TRAFFIC_SHARE, EAGER, KERNELS, LINK_SHARE, OVERLAP):
         lines.append(f"{figure.value:g} {figure.unit} ({figure.source})")
+    lines.append(f"{LAUNCH.value * 1e6:g} µs to start a kernel ({LAUNCH.source})")
     lines.append(f"{HOP.value * 1e6:g} µs for each machine that a collective passes ({HOP.source})")
     lines.append(
         f"{RESERVE.value / GIB:g} GiB for the CUDA context, NCCL and libraries, and "

@@ -15,7 +15,7 @@ from osdn.model.configuration import OSDNConfig
 from osdn.model.loss import CHUNK_LOGITS
 from osdn.model.modeling import OSDNForCausalLM
 from osdn.plan.hardware import FRAGMENTS, RESERVE
-from osdn.train.config import Train
+from osdn.train.recipe import Train
 
 CHUNK, SPAN = 64, 8  # tokens in a chunk of the kernels, chunks in a span
 

@@ -5,12 +5,12 @@ from itertools import product
 
 from osdn.data import load_tokenizer, vocabulary_size
 from osdn.errors import UserError
-from osdn.flops import flops_per_token
 from osdn.model.configuration import OSDNConfig
+from osdn.model.flops import flops_per_token
 from osdn.plan.hardware import Gpu
 from osdn.plan.memory import Memory, Model, count_model, memory
 from osdn.plan.speed import Step, step_seconds
-from osdn.train.config import Recipe
+from osdn.train.recipe import Recipe
 from osdn.train.setup import passes
 
 

@@ -13,16 +13,20 @@ each (n − 1)/n of its volume over the slowest link of a ring of n GPUs, twice 
 
 from typing import NamedTuple
 
-from osdn.flops import forward_flops
 from osdn.model.configuration import OSDNConfig
+from osdn.model.flops import forward_flops
 from osdn.plan import hardware
 from osdn.plan.hardware import H100, Gpu
 from osdn.plan.memory import Model, heads
-from osdn.train.config import Train
+from osdn.train.recipe import Train
 
 
 class Step(NamedTuple):
-    """Seconds of a step on one GPU; `exposed` is the communication that nothing hides."""
+    """Seconds of a step on one GPU.
+
+    exposed: the communication that nothing hides.  launches: what starting the kernels takes beyond
+    the kernels' own time, which is all of a small model's step.
+    """
 
     products: float
     mixers: float
@@ -30,6 +34,7 @@ class Step(NamedTuple):
     loss: float
     optimizer: float
     exposed: float
+    launches: float
 
     @property
     def total(self) -> float:
@@ -40,7 +45,8 @@ class Step(NamedTuple):
     def bottleneck(self) -> str:
         """The part that takes longest, in words."""
         words = ("the dense matrix products", "the mixers' kernels", "memory traffic between them",
-                 "the output layer and its loss", "the optimiser", "communication")  # fmt: skip
+                 "the output layer and its loss", "the optimiser", "communication",
+                 "starting the kernels")  # fmt: skip
         return words[max(range(len(self)), key=lambda i: self[i])]
 
 
@@ -109,7 +115,10 @@ def step_seconds(
     update = 28.0 * model.parameters / shard / rate.copy  # 4 numbers read, 3 written
     backward = passes * (products + mixers + moved) * 2 / 3
     exposed = _exposed(model, gpu, c, gpus, shard, passes, backward)
-    return Step(passes * products, passes * mixers, passes * moved, passes * loss, update, exposed)
+    parts = (passes * products, passes * mixers, passes * moved, passes * loss, update)
+    kernels = hardware.KERNELS.value * (1 if train.compile else hardware.EAGER.value)
+    starts = passes * len(config.mixers) * kernels * hardware.LAUNCH.value
+    return Step(*parts, exposed, max(0.0, starts - sum(parts)))
 
 
 def _traffic(config: OSDNConfig, name: str, r: int, c: int) -> float:

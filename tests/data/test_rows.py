@@ -136,10 +136,10 @@ def test_states_that_do_not_belong_together_are_refused(tmp_path):
     states = [rows.state_dict() for rows in pair]
     fresh = open_rows(source)
     for wrong in ([], states[:1], [states[0], states[0]]):
-        with pytest.raises(ValueError, match="expected those of all ranks after the same step"):
+        with pytest.raises(UserError, match="expected those of all ranks after the same step"):
             fresh.load_state_dict(wrong)
     next(pair[0]), next(pair[0])
-    with pytest.raises(ValueError, match="after the same step"):
+    with pytest.raises(UserError, match="after the same step"):
         fresh.load_state_dict([pair[0].state_dict(), states[1]])
     with pytest.raises(UserError, match=r"data\.lanes: .* saved with 2, and this run asks for 4"):
         open_rows(make_source(tmp_path, lanes=4)).load_state_dict(states)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from osdn.cli import main
+from osdn.cli.main import main
 from tests.train.tiny import curve, fields, write_texts
 
 STEPS = 16

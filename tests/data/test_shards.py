@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from osdn.cli import main
+from osdn.cli.main import main
 from osdn.data import (
     RowSource,
     byte_tokenizer,
@@ -74,7 +74,7 @@ def test_shards_hold_the_texts_documents_in_order(texts, shards):
     assert made == [
         (encode_document(tokenizer, d.text), d.key, len(d.text.encode())) for d in documents
     ]
-    assert corpus.manifest["bytes"] == sum(len(d.text.encode()) for d in documents)
+    assert corpus.manifest.bytes == sum(len(d.text.encode()) for d in documents)
 
 
 def test_neither_processes_nor_interruptions_change_a_byte(texts, shards, tmp_path, monkeypatch):
@@ -171,7 +171,7 @@ def test_other_jobs_and_tokenizers_are_refused(texts, shards, tmp_path, capsys):
     backend = Tokenizer(models.WordLevel({"a": 0, "<e>": 1, "?": 2}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     other = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>", unk_token="?")
-    with pytest.raises(UserError, match=r"tokenised with 'byte' \(258 tokens\).*\(3 tokens\)"):
+    with pytest.raises(UserError, match=r"tokenized with 'byte' \(258 tokens\).*\(3 tokens\)"):
         replace(source(shards), tokenizer=other)
     with pytest.raises(UserError, match="shards cannot be one of several"):
         open_corpus([str(shards), str(tmp_path)])

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from osdn.cli import main
+from osdn.cli.main import main
 from osdn.evals.runner import fingerprint
 
 pytest.importorskip("lm_eval")
@@ -106,7 +106,7 @@ def test_scores_are_the_models_own(loaded, tasks, checkpoint, tmp_path):
 def test_the_harness_own_command_line_loads_our_checkpoint(
     tasks, checkpoint, tmp_path, monkeypatch
 ):
-    from osdn.evals import harness
+    from osdn.integrations import lm_eval as harness
 
     monkeypatch.setattr(
         "sys.argv",

@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from osdn.evals.mqar import TEST, TRAIN, MQARModel, Task, answers_right, generate, train
-from osdn.evals.mqar_grid import compare
-from osdn.evals.mqar_recipe import MQARRecipe
+from osdn.evals.mqar.grid import compare
+from osdn.evals.mqar.recipe import MQARRecipe
+from osdn.evals.mqar.task import TEST, TRAIN, MQARModel, Task, answers_right, generate, train
 from osdn.model.loss import IGNORED
-from osdn.train.config import Optimizer, Schedule
+from osdn.train.recipe import Optimizer, Schedule
 from tests.evals.test_mqar_grid import SMALL
 
 PUBLISHED = Task(length=128, pairs=8)
@@ -150,7 +150,7 @@ def test_the_model_sees_no_future():
 @pytest.mark.parametrize("mixer", ["osdn", "delta_net", "attention"])
 def test_replayed_steps_are_the_launched_ones(mixer, monkeypatch):
     """With a last batch of another size, and over more than one epoch."""
-    import osdn.evals.mqar_steps as steps
+    import osdn.evals.mqar.steps as steps
 
     def trained(warm_up):
         monkeypatch.setattr(steps, "WARM_UP", warm_up)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from osdn.cli import main
+from osdn.cli.main import main
 from osdn.errors import UserError
-from osdn.evals.mqar_grid import CELLS, compare
-from osdn.evals.mqar_recipe import MQARRecipe
+from osdn.evals.mqar.grid import CELLS, compare
+from osdn.evals.mqar.recipe import MQARRecipe
 from tests.train.tiny import children
 
 SMALL = {
@@ -32,7 +32,7 @@ SMALL = {
 
 
 def test_finished_cells_are_skipped_and_others_trained(tmp_path, monkeypatch):
-    import osdn.evals.mqar_grid as grid
+    import osdn.evals.mqar.grid as grid
 
     trained = []
     real = grid.train_cell
@@ -101,30 +101,11 @@ def test_a_damaged_cell_is_one_line(tmp_path, content):
 
 @pytest.mark.parametrize("name", ["mqar_small", "mqar_published"])
 def test_the_recipes_load(name):
-    from osdn.train.config import load_sections
+    from osdn.train.recipe import load_sections
 
     path = Path(__file__).parents[2] / "recipes" / f"{name}.yaml"
     recipe = load_sections(MQARRecipe, path)
     assert {"delta_net", "osdn", "attention"} <= set(recipe.mixers)
-
-
-def test_the_demos_comparison_is_eight_models_with_table_and_plot(tmp_path, monkeypatch):
-    """With outcomes in place of training: OSDN's are all right, DeltaNet's all wrong."""
-    import osdn.evals.mqar_grid as grid
-    from osdn.evals.mqar_demo import RECIPE, small_comparison
-
-    cells = MQARRecipe.model_validate(RECIPE).cells()
-    assert len(cells) == 8
-
-    def outcomes(recipe, left):
-        for cell in left:
-            right = {"accuracy": float(cell.mixer == "osdn"), "steps": 1, "diverged": False}
-            yield cell, {"cell": recipe.describe(cell), "state_size": 1, **right}
-
-    monkeypatch.setattr(grid, "_train_all", outcomes)
-    result, plot = small_comparison(tmp_path)
-    assert {one["name"]: one["value"] for one in result["scores"]} == {"delta_net": 0, "osdn": 1}
-    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 SLOW = {**SMALL["train"], "examples": 1_000, "epochs": 10_000, "stop_at": 1, "processes": 2}

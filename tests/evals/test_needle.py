@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from osdn.cli import main
+from osdn.cli.main import main
 from osdn.errors import UserError
 from osdn.evals import needle
 from osdn.evals.models import load_model

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from osdn.cli import main
+from osdn.cli.main import main
 from osdn.data import encode_document
 from osdn.evals import perplexity
 from osdn.evals.models import load_model

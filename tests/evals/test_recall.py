@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
-from osdn.cli import main
+from osdn.cli.main import main
 from osdn.errors import UserError
 from osdn.evals import recall, recall_data
 from osdn.evals.models import LanguageModel, load_model

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from osdn.cli import main
+from osdn.cli.main import main
 from osdn.evals.results import make_result, score, write_json
 
 

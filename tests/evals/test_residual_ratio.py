@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 
-import osdn.layers
+import osdn.layers.osdn
 from osdn import OSDNConfig, OSDNForCausalLM
-from osdn.cli import main
+from osdn.cli.main import main
 from osdn.data import byte_tokenizer
 from osdn.evals.residual_ratio import POSITIONS, SHADOWS, activations, capture, summarise_layer
-from osdn.layers import OSDN
+from osdn.layers.osdn import OSDN
 from osdn.ops import online_scaled_delta_rule, reference
 
 
@@ -39,7 +39,7 @@ def test_it_equals_the_recurrences_error_after_over_before(layers):
 def test_the_activations_are_those_that_the_operator_gets(loaded, layers, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        osdn.layers,
+        osdn.layers.osdn,
         "online_scaled_delta_rule",
         lambda q, k, v, beta, log_gamma=None, **rule: (
             seen.append((k, v, beta, log_gamma, rule))

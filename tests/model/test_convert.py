@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from osdn import OSDNConfig, OSDNForCausalLM
-from osdn.cli import main
+from osdn.cli.main import main
 from osdn.data import byte_tokenizer
 from osdn.errors import UserError
 from osdn.model.convert import convert

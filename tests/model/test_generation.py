@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from osdn.model.cache import OSDNCache
+from osdn.model.cache import CACHE, OSDNCache
 from tests.model.tiny import MIXERS, build, tokens
 from tests.numerics import assert_close
 
@@ -80,10 +80,26 @@ def test_generation_goes_on_from_a_cache(mixer):
     first = model.generate(ids, max_new_tokens=4, **options)
     turn = torch.cat([first.sequences, tokens(1, 5, seed=7)], 1)
     assert first.past_key_values.get_seq_length() == first.sequences.shape[1] - 1
-    second = model.generate(
-        turn, max_new_tokens=4, past_key_values=first.past_key_values, **options
-    )
+    second = model.generate(turn, max_new_tokens=4, **{CACHE: first.past_key_values}, **options)
     assert torch.equal(second.sequences, model.generate(turn, max_new_tokens=4, do_sample=False))
+
+
+@pytest.mark.parametrize("mixer", ["osdn", "attention"])
+def test_a_cache_has_two_names(mixer):
+    """past_key_values is called cache since transformers 5.24; the models take either name."""
+    model, ids = build(mixer), tokens()
+    with torch.no_grad():
+        expected = model(ids).logits[:, 10:]
+        for name in ("past_key_values", "cache"):
+            for inner in (model, model.model):
+                cache = OSDNCache(model.config)
+                inner(ids[:, :10], **{name: cache}, use_cache=True)
+                result = inner(ids[:, 10:], **{name: cache}, use_cache=True)
+                assert result[CACHE] is cache and cache.get_seq_length() == 21
+                logits = result[0] if inner is model else model.lm_head(result[0])
+                assert_close(logits, expected, 2e-5)
+    with pytest.raises(ValueError, match=r"^cache, past_key_values: two names"):
+        model(ids, cache=cache, past_key_values=OSDNCache(model.config))
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -118,11 +134,11 @@ def test_generation_from_a_cache_of_transformers(mixer):
     options = {"max_new_tokens": 3, "do_sample": False}
     cache = DynamicCache(config=model.config)
     if "attention" in model.config.mixers:
-        generated = model.generate(ids, past_key_values=cache, **options)
+        generated = model.generate(ids, **{CACHE: cache}, **options)
         assert torch.equal(generated, model.generate(ids, **options))
     else:
-        with pytest.raises(ValueError, match=r"^past_key_values: expected an OSDNCache"):
-            model.generate(ids, past_key_values=cache, **options)
+        with pytest.raises(ValueError, match=rf"^{CACHE}: expected an OSDNCache"):
+            model.generate(ids, **{CACHE: cache}, **options)
 
 
 def test_sampling_is_seeded():

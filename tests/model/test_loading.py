@@ -1,10 +1,20 @@
 """Checkpoints that are loaded as another model, and weights that are not where the others are."""
 
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+import osdn
 from osdn import OSDNConfig, OSDNForCausalLM
+from osdn.errors import UserError
+from osdn.model.loading import load_weights
 from tests.model.tiny import SIZES, build, tokens
 from tests.numerics import assert_close
 
@@ -18,6 +28,97 @@ def test_forgetting_added_to_a_checkpoint_starts_near_one(tmp_path, mixer, learn
     for block in AutoModelForCausalLM.from_pretrained(tmp_path, **fields).model.layers:
         assert torch.equal(block.attn.a_proj.bias, torch.full((2,), 6.9))
         assert not block.attn.a_proj.weight.any()
+
+
+@pytest.mark.parametrize("name", ["w.bin", "../model.safetensors", "a/b.safetensors", 3])
+def test_an_index_that_names_another_file_is_refused(tmp_path, name):
+    """Before transformers, which reads a pickle there, looks at it."""
+    model = build()
+    model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    path = tmp_path / "model" / "model.safetensors.index.json"
+    assert torch.equal(
+        load_weights(str(tmp_path / "model"))(tokens()).logits, model(tokens()).logits
+    )
+    index = json.loads(path.read_text())
+    torch.save(Bomb(tmp_path / "exploded"), tmp_path / "model" / "w.bin")
+    index["weight_map"]["lm_head.weight"] = name
+    path.write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"expected names of \.safetensors files") as error:
+        load_weights(str(tmp_path / "model"))
+    assert "\n" not in str(error.value) and not (tmp_path / "exploded").exists()
+
+
+class Bomb:
+    """What writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return type(self.path).touch, (self.path,)
+
+
+@pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_checkpoint_that_asks_for_a_kernel_of_the_hub_is_refused(tmp_path, field, nested):
+    build().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    asked = {field: "kernels-community/any"}
+    asked = {"text_config": asked} if nested else asked
+    path.write_text(json.dumps(json.loads(path.read_text()) | asked))
+    with pytest.raises(UserError, match=f"{field}: expected sdpa, eager or none"):
+        load_weights(str(tmp_path))
+
+
+ELSEWHERE = """
+import sys, torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+assert "osdn" not in sys.modules
+path, ids = sys.argv[1], torch.arange(1, 9)[None]
+model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+assert type(model).__module__ == "osdn.model.modeling", type(model)
+torch.save(model(ids).logits, sys.argv[2])
+AutoModel.from_pretrained(path, trust_remote_code=True)
+AutoConfig.from_pretrained(path, trust_remote_code=True)
+model.save_pretrained(path + "-again")
+"""
+
+
+def test_a_process_without_osdn_imported_loads_a_checkpoint(tmp_path):
+    """By the file of one import beside it; and a checkpoint saved there has the same file."""
+    model = build(["osdn", "attention"])
+    model.save_pretrained(tmp_path / "model")
+    words = (tmp_path / "model" / "modeling_osdn.py").read_text()
+    (statement,) = ast.parse(words).body
+    assert isinstance(statement, ast.ImportFrom) and statement.module == "osdn"
+    assert {one.name for one in statement.names} <= set(osdn.__all__)
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = str(Path(osdn.__file__).parents[1])
+    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path / "model"), str(tmp_path / "logits")]
+    subprocess.run(command, check=True, env=environment, cwd=tmp_path)
+    assert torch.equal(torch.load(tmp_path / "logits"), model(torch.arange(1, 9)[None]).logits)
+    again = tmp_path / "model-again"
+    assert (again / "modeling_osdn.py").read_text() == words
+    assert [path.name for path in again.glob("*.py")] == ["modeling_osdn.py"]
+
+
+def test_without_osdn_the_error_says_what_to_install(tmp_path):
+    build().save_pretrained(tmp_path / "model")
+    code = (
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'osdn':\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}')\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"AutoModelForCausalLM.from_pretrained({str(tmp_path / 'model')!r}, trust_remote_code=True)"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 1 and "pip install osdn" in result.stderr
 
 
 def offloaded(model, directory, name):

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from osdn.model import loss as loss_module
-from tests.model.tiny import build, plain_loss, tokens
+from tests.model.tiny import MIXERS, build, plain_loss, tokens
 from tests.numerics import assert_close
 
 
@@ -51,6 +54,56 @@ def test_ignored_labels_and_num_items():
     assert_close(model(ids, labels=labels).loss, expected, 1e-6)
     scaled = model(ids, labels=labels, num_items_in_batch=32).loss
     assert_close(scaled, expected * len(kept) / 32, 1e-6)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("count", [None, 0, torch.tensor(0), 7], ids=str)
+def test_without_targets_the_gradient_is_zero_and_the_loss_is_llamas(mixer, fused, count):
+    model, ids = build(mixer).train(fused), tokens()
+    labels = torch.full_like(ids, -100)
+    loss = model(ids, labels=labels, num_items_in_batch=count).loss
+    logits = model(ids).logits if not fused else torch.zeros(2, 21, 61)
+    llamas = ForCausalLMLoss(logits, labels, 61, num_items_in_batch=count)
+    assert torch.equal(loss, llamas) or (loss.isnan() and llamas.isnan())
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_batch_without_targets_changes_nothing_in_accumulation(fused):
+    model, ids = build().train(fused), tokens()
+    model(ids, labels=ids, num_items_in_batch=40).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for labels in (ids, torch.full_like(ids, -100)):
+        model(ids, labels=labels, num_items_in_batch=torch.tensor(40)).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, expected[name]), name
+    compiled = torch.compile(model, backend="aot_eager")
+    model.zero_grad()
+    compiled(ids, labels=torch.full_like(ids, -100)).loss.backward()
+    assert not any(parameter.grad.any() for parameter in model.parameters())
+
+
+def one_of_two_ranks(rank, store):
+    """Under DDP only rank 0 has targets: its gradient, halved by the mean, on both ranks."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model, ids = build(["osdn", "attention"]).train(), tokens()
+    model(ids, labels=ids).loss.backward()
+    expected = {name: p.grad / 2 for name, p in model.named_parameters()}
+    model.zero_grad()
+    labels = ids if rank == 0 else torch.full_like(ids, -100)
+    parallel = DistributedDataParallel(model)
+    parallel(ids, labels=labels).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.grad, expected[name], 1e-6, name)
+    dist.destroy_process_group()
+
+
+def test_a_rank_without_targets_adds_zeros(tmp_path):
+    torch.multiprocessing.spawn(one_of_two_ranks, (tmp_path / "store",), nprocs=2)
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -16,7 +16,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from osdn import OSDNConfig, OSDNForCausalLM, OSDNModel, attention
+from osdn import OSDNConfig, OSDNForCausalLM, OSDNModel
+from osdn.layers import attention
+from osdn.ops import packing
 from tests.model.tiny import MIXERS, SIZES, build, plain_loss, tokens
 from tests.numerics import assert_close
 
@@ -107,9 +109,9 @@ def test_the_mask_of_packed_documents_is_made_once_for_all_layers(monkeypatch):
     assert len(made) == 2 and not torch.equal(changed[:, 5:7], first[:, 5:7])
     assert torch.equal(model(ids, cu_seqlens=offsets.clone()).logits, changed) and len(made) == 3
     made.clear()  # which holds offsets too
-    held = len(attention._patterns)
+    held = len(packing.kept)
     del offsets
-    assert len(attention._patterns) == held - 1
+    assert len(packing.kept) == held - 1
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

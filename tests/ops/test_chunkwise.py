@@ -9,14 +9,14 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from osdn.ops import chunkwise, reference
-from osdn.ops.rule import Rule
+from osdn.ops.operands import Operands, Options, Token
 from tests.numerics import assert_close, make_inputs
 from tests.ops.running import assert_all_close, detached, everything
 
 EXACT = 1e-10
 
 
-def violated(inputs: dict, rule: Rule) -> torch.Tensor:
+def violated(inputs: dict, rule: Options) -> torch.Tensor:
     """[B, H, T]: where the clip moved some feature, in the float64 recurrence."""
     x = detached(inputs)
     d, hits = x["initial_precond"].double(), []
@@ -37,7 +37,7 @@ def violated(inputs: dict, rule: Rule) -> torch.Tensor:
 def test_clip_is_exact_however_many_chunks_it_hits(box, chunks_hit, gamma):
     x = make_inputs(3, 161, 3, 24, 8, gamma=gamma, unit_keys=False)
     options = {"precond_min": box[0], "precond_max": box[1], "beta_aware": gamma}
-    hits = violated(x, Rule(1.0, gamma, *box, 1.0))[..., :160].unflatten(-1, (-1, 32)).any(-1)
+    hits = violated(x, Options(1.0, gamma, *box, 1.0))[..., :160].unflatten(-1, (-1, 32)).any(-1)
     share = hits.double().mean().item()
     assert {"none": share == 0, "some": 0.05 < share < 0.95, "all": share == 1}[chunks_hit], share
     assert_all_close(
@@ -53,7 +53,7 @@ def test_one_violation_in_one_row(at):
         x["initial_precond"].fill_(1.0)
         x["k"][1, at, 0] *= 2
     options = {"precond_min": 0.3, "precond_max": 1.7}
-    hits = violated(x, Rule(1.0, False, 0.3, 1.7, 1.0))
+    hits = violated(x, Options(1.0, False, 0.3, 1.7, 1.0))
     assert hits.sum() >= 1 and hits.nonzero()[0].tolist() == [1, 0, at]
     assert_all_close(
         everything(x, "chunkwise", **options), everything(x, "reference", **options), EXACT
@@ -195,12 +195,11 @@ class LargestTensor(TorchDispatchMode):
 def test_no_tensor_of_T_by_T_or_T_by_K_by_V(options):
     T, H, K, V = 2048, 1, 48, 40
     x = detached(make_inputs(1, T, H, K, V, dtype=torch.float32))
-    tensors = (*(x[n] for n in ("q", "k", "v", "beta", "log_gamma")),
-               x["initial_state"], x["initial_precond"], None)  # fmt: skip
-    rule = Rule(1.0, True, options.get("precond_min"), options.get("precond_max"), 1.0)
+    operands = Operands(**x, log_alpha=None, cu_seqlens=None)
+    rule = Options(1.0, True, options.get("precond_min"), options.get("precond_max"), 1.0)
     with LargestTensor() as largest:
-        o, S, d, saved = chunkwise.forward(*tensors, rule, True)
-        chunkwise.backward(o, S, d, *tensors, saved, rule)
+        o, S, d, saved = chunkwise.forward(operands, rule, True)
+        chunkwise.backward(o, S, d, operands, saved, rule)
     q_and_k, per_chunk_states = 2 * T * H * K, T // 32 * K * V
     assert T * H * max(K, V) <= largest.elements <= max(q_and_k, per_chunk_states)
 
@@ -234,13 +233,14 @@ def test_peak_memory(options):
 
 def test_step_matches_the_forward_of_one_token():
     x = detached(make_inputs(3, 1, 2, 6, 5))
-    rule = Rule(0.7, True, 0.9, 1.1, 0.4)
+    rule = Options(0.7, True, 0.9, 1.1, 0.4)
     S, d = x["initial_state"], x["initial_precond"]
-    tensors = (x["q"], x["k"], x["v"], x["beta"], x["log_gamma"])
-    o, final_state, final_precond, saved = chunkwise.forward(*tensors, S, d, None, rule, False)
+    operands = Operands(**x, log_alpha=None, cu_seqlens=None)
+    o, final_state, final_precond, saved = chunkwise.forward(operands, rule, False)
     assert saved == []
     state, precond = S.clone(), d.clone()
-    got = chunkwise.step(*(y[:, 0] for y in tensors), state, precond, rule)
+    one = [None if y is None else y[:, 0] for y in operands[:6]]
+    got = chunkwise.step(Token(*one, state, precond, None), rule)
     for name, y, z in (
         ("o", got, o[:, 0]),
         ("S", state, final_state),

@@ -10,6 +10,7 @@ import torch
 
 from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step
 from osdn.ops.interface import BACKENDS
+from osdn.ops.operands import Operands
 from tests.numerics import assert_close, make_inputs
 from tests.ops.running import BOX, detached, gradients, outputs
 
@@ -19,9 +20,10 @@ OFF = (0.0, False, None, None, 0.4)
 
 
 def arguments(gamma: bool = True, packed: bool = False, grad: bool = True) -> list:
-    """The eight tensors of a rule operator."""
+    """The operands of a rule operator, flat."""
     x = make_inputs(**SIZES, sequences=2 if packed else 1, gamma=gamma)
     x = x if grad else detached(x)
+    x = {name: x.get(name) for name in Operands._fields[:-1]}
     return [*x.values(), torch.tensor([0, 33, 70]) if packed else None]
 
 
@@ -45,7 +47,7 @@ def test_opcheck_backward(fast_backend, gamma, rule, packed):
     o, S, d, saved = BACKENDS[fast_backend].rule(*tensors, *rule, True)
     operator = getattr(torch.ops.osdn, f"{fast_backend}_backward").default
     cotangents = [torch.randn_like(x) for x in (o, S, d)]
-    torch.library.opcheck(operator, (*cotangents, *tensors, saved, *rule))
+    torch.library.opcheck(operator, (*cotangents, *tensors, *rule, saved))
 
 
 @pytest.mark.parametrize("gamma, rule", [(True, AWARE_BOX), (False, OFF)], ids=["on", "off"])

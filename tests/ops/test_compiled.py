@@ -16,8 +16,8 @@ from tests.ops.running import BOX, detached, everything, outputs
 
 pytest.importorskip("numba")
 
-from osdn.ops import compiled
-from osdn.ops.compiled_vectors import entry
+from osdn.ops import numba as compiled
+from osdn.ops.numba.vectors import entry
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from osdn.layers import OSDN
+from osdn.layers.osdn import OSDN
 from osdn.ops import online_scaled_delta_rule
 from tests.numerics import assert_close, make_inputs
 from tests.ops.running import BOX, assert_all_close, detached, everything, outputs

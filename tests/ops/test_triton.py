@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton cannot be installed here")
 
 from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step
 from osdn.ops.interface import BACKENDS
-from osdn.ops.rule import Rule
+from osdn.ops.operands import Operands, Options, Token
 from osdn.ops.triton import forward as backend_forward
 from osdn.ops.triton import step as backend_step
 from osdn.ops.triton.chunks import CHUNK, count_segments, cut
@@ -76,9 +76,10 @@ def test_box_is_left_late_or_by_some_heads_only():
 
 def _saved(inputs: dict, bounds: dict) -> torch.Tensor:
     """The number of the first chunk that was clipped, [N, H]; the bound where none was."""
-    rule = Rule(1.0, False, *bounds.values(), 0.25)
+    rule = Options(1.0, False, *bounds.values(), 0.25)
     tensors = {n: None if x is None else x.detach() for n, x in inputs.items()}
-    return backend_forward(*tensors.values(), None, rule, True)[3][4]
+    operands = Operands(**tensors, log_alpha=None, cu_seqlens=None)
+    return backend_forward(operands, rule, True)[3][4]
 
 
 def test_when_walks_are_cut_into_segments():
@@ -215,7 +216,7 @@ def test_step(options):
 def test_step_with_slots_of_a_pool():
     inputs = detached(on_device(make_inputs(3, 1, 2, 16, 24, dtype=torch.float32)))
     token = [inputs[n][:, 0] for n in ("q", "k", "v", "beta", "log_gamma")]
-    rule = Rule(1.0, True, None, None, 0.25)  # the default scale of K = 16
+    rule = Options(1.0, True, None, None, 0.25)  # the default scale of K = 16
     g = torch.Generator().manual_seed(3)
     pool = torch.randn(5, 2, 16, 24, generator=g).to(DEVICE)
     preconds = torch.rand(5, 2, 16, generator=g).to(DEVICE)
@@ -226,7 +227,8 @@ def test_step_with_slots_of_a_pool():
     )
     for i, slot in ((0, 4), (2, 0)):
         S, d = pool[slot : slot + 1].clone(), preconds[slot : slot + 1].clone()
-        alone = backend_step(*(x[i : i + 1].contiguous() for x in token), S, d, rule)
+        q, k, v, beta, log_gamma = (x[i : i + 1].contiguous() for x in token)
+        alone = backend_step(Token(q, k, v, beta, log_gamma, None, S, d, None), rule)
         assert torch.equal(alone[0], o[i])
         assert torch.equal(S[0], state[slot]) and torch.equal(d[0], precond[slot])
     for slot in (1, 2, 3):
@@ -246,11 +248,12 @@ def test_chunks_of_packed_sequences():
 def test_custom_operator_contract():
     inputs = make_inputs(1, 17, 1, 16, 16, dtype=torch.float32)
     tensors = list(on_device(inputs).values())
+    tensors.insert(5, None)  # log_alpha
     torch.library.opcheck(
         BACKENDS["triton"].rule, (*tensors, None, 1.0, True, None, None, 0.25, True)
     )
-    token = [x.detach()[:, 0].contiguous() for x in tensors[:5]]
-    states = [x.detach() for x in tensors[5:]]
+    token = [x if x is None else x.detach()[:, 0].contiguous() for x in tensors[:6]]
+    states = [x.detach() for x in tensors[6:]]
     for slots in (None, torch.zeros(1, dtype=torch.int64, device=DEVICE)):
         arguments = (*token, *states, slots, 1.0, True, None, None, 0.25)
         torch.library.opcheck(BACKENDS["triton"].step, arguments)

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton cannot be installed here")
 
-from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step
+from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step, packing
 from osdn.ops.triton import chunks
 from osdn.ops.triton.chunks import cut
 from tests.numerics import assert_close, make_inputs
@@ -102,7 +102,7 @@ def test_a_captured_graph_makes_its_own_tables(monkeypatch):
     """Neither read from the cache, or a replay would not follow the offsets, nor kept in it."""
     offsets = torch.tensor([0, 4, 9], device=DEVICE)
     before = cut(1, 9, offsets)
-    monkeypatch.setattr(chunks, "capturing", lambda x: True)
+    monkeypatch.setattr(packing, "capturing", lambda x: True)
     assert cut(1, 9, offsets) is not before
     monkeypatch.undo()
     assert cut(1, 9, offsets) is before

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from osdn.cli.selfcheck import FLOORS, check_all
 from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step
 from osdn.ops.triton.chunks import count_segments
-from osdn.selfcheck import FLOORS, check_all
 from tests.numerics import assert_close, make_inputs, relative_error
 from tests.ops.running import BOX
 

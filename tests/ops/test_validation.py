@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from osdn.attention import Attention
-from osdn.layers import OSDN
+from osdn.layers.attention import Attention
+from osdn.layers.osdn import OSDN
 
 LAYERS = {"OSDN": OSDN, "Attention": Attention}
 WRONG = {

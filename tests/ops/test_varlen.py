@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osdn.ops import varlen
-from osdn.ops.varlen import Layout, RaggedLayout, layout_of, size_of
+from osdn.ops.chunkwise import layout as varlen
+from osdn.ops.chunkwise.layout import Layout, RaggedLayout, layout_of, size_of
 
 
 def ragged(lengths: list[int], H: int) -> RaggedLayout:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from osdn.study.corpus import CorpusRecipe, Documentation, build, is_held_out, pack
-from osdn.study.text import documents, from_html, from_roff
+from study.corpus import CorpusRecipe, Documentation, build, is_held_out, pack
+from study.text import documents, from_html, from_roff
 
 SENTENCE = "This is a line of text that is long enough to be found again in another document, {}.\n"
 PAGE = """<html><head><title>T</title><style>p {}</style></head><body><nav>Menu</nav>

@@ -12,19 +12,19 @@ import time
 
 import pytest
 
-from osdn.cli import main
-from osdn.study.language import directory_of, perform, steps_left
-from osdn.study.language_report import _cell, _curves, _gain
-from osdn.study.plan import all_runs, load_study
-from osdn.study.records import Clock
-from osdn.study.statistics import mean_course
-from osdn.study.workers import complete
+from study.__main__ import main
+from study.language import directory_of, perform, steps_left
+from study.language_report import _cell, _curves, _gain
+from study.plan import all_runs, load_study
+from study.records import Clock
+from study.statistics import mean_course
+from study.workers import complete
 from tests.study.tiny import write_language
 
 
 def test_language_models_start_from_one_training(tmp_path):
     path, out = write_language(tmp_path), tmp_path / "out"
-    assert main(["study", str(path), "--out", str(out), "--device", "cpu"]) == 0
+    assert main(["run", str(path), "--out", str(out), "--device", "cpu"]) == 0
     records = {
         record["spec"]["phases"][-1]["model"]["mixer"]: record["outcome"]
         for record in (json.loads(p.read_text()) for p in (out / "records").iterdir())
@@ -55,7 +55,7 @@ def test_language_models_start_from_one_training(tmp_path):
 
 def test_runs_of_two_corpora_are_no_pairs(tmp_path, capsys):
     path, out = write_language(tmp_path), tmp_path / "out"
-    words = ["study", str(path), "--out", str(out), "--device", "cpu"]
+    words = ["run", str(path), "--out", str(out), "--device", "cpu"]
     assert main(words) == 0
     less = "| bits per byte, validation |"
     assert re.search(re.escape(less) + r" [+-]\d", (out / "report.md").read_text())
@@ -74,7 +74,7 @@ def test_runs_of_two_corpora_are_no_pairs(tmp_path, capsys):
     assert main([*words, "--list"]) == 0
     assert f"{less} – |" in (out / "report.md").read_text()
     # Weights that are kept in the working directory are of the files before the change, too.
-    again = ["study", str(path), "--out", str(tmp_path / "new"), "--work", str(out / "work")]
+    again = ["run", str(path), "--out", str(tmp_path / "new"), "--work", str(out / "work")]
     assert main([*again, "--device", "cpu"]) == 1
     said = capsys.readouterr()
     assert "trained on another corpus or tokenizer" in said.out + said.err
@@ -164,10 +164,10 @@ def test_a_run_killed_in_its_evaluations_goes_on_with_those_that_are_left(tmp_pa
 def test_a_misspelt_evaluation_is_named_before_anything_is_trained(tmp_path, capsys):
     path = write_language(tmp_path)
     path.write_text(path.read_text().replace("--limit", "--limitt"))
-    assert main(["study", str(path), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 1
+    assert main(["run", str(path), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 1
     assert "evaluations.perplexity: unrecognized arguments: --limitt 3" in capsys.readouterr().err
     path.write_text(path.read_text().replace("--limitt\n", "--limit\n").replace("- '3'", "- '0'"))
-    assert main(["study", str(path), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 1
+    assert main(["run", str(path), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 1
     assert "--limit: expected at least 1, got 0" in capsys.readouterr().err
 
 
@@ -176,7 +176,7 @@ def test_sigterm_leaves_a_checkpoint_of_the_language_model_under_way(tmp_path):
     recipe = (tmp_path / "lm.yaml").read_text()
     (tmp_path / "lm.yaml").write_text(recipe.replace("steps: 20", "steps: 100000"))
     process = subprocess.Popen(
-        [sys.executable, "-m", "osdn", "study", path, "--out", out, "--device", "cpu"],
+        [sys.executable, "-m", "study", "run", path, "--out", out, "--device", "cpu"],
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -8,24 +8,24 @@ import pytest
 import torch
 
 from osdn import OSDNConfig, OSDNForCausalLM
-from osdn.cli import main
+from osdn.cli import eval as command
 from osdn.errors import UserError
-from osdn.evals import command
-from osdn.study.corpus import CorpusRecipe
-from osdn.study.language_report import (
+from osdn.train.recipe import load_sections
+from study.__main__ import main
+from study.corpus import CorpusRecipe
+from study.language_report import (
     _differences,
     finished,
     language_result,
     paired,
     pooled_result,
 )
-from osdn.study.plan import all_runs, load_study, single
-from osdn.study.records import Records, merge
-from osdn.study.report import mqar_points
-from osdn.study.statistics import gains, signed, spread
-from osdn.train.config import load_sections
+from study.plan import all_runs, load_study, single
+from study.records import Records, merge
+from study.report import mqar_points
+from study.statistics import gains, signed, spread
 
-STUDY = Path("recipes/study")
+STUDY = Path("study/recipes")
 
 
 def test_mqar_runs_are_built_as_their_specs_say():
@@ -57,8 +57,8 @@ def test_mqar_runs_are_built_as_their_specs_say():
 )
 def test_the_records_that_are_kept_are_runs_of_the_recipes(study, kept, count, tmp_path):
     runs = {run.name: run for run in all_runs(load_study(STUDY / f"{study}.yaml"))}
-    packed = str(STUDY / "records" / f"{kept}.jsonl.xz")
-    words = ["study", str(STUDY / f"{study}.yaml"), "--merge", packed, "--list"]
+    packed = str(STUDY.parent / "records" / f"{kept}.jsonl.xz")
+    words = ["run", str(STUDY / f"{study}.yaml"), "--merge", packed, "--list"]
     assert main([*words, "--out", str(tmp_path), "--device", "cpu"]) == 0  # the page without a run
     records = Records(tmp_path)
     assert len(records.found) == count and records.found.keys() <= runs.keys()
@@ -68,7 +68,7 @@ def test_the_records_that_are_kept_are_runs_of_the_recipes(study, kept, count, t
 
 def test_the_figures_of_the_page_are_those_of_the_records(tmp_path):
     study, records = load_study(STUDY / "mqar_cpu.yaml"), Records(tmp_path)
-    merge(records, [STUDY / "records" / "mqar_cpu.jsonl.xz"])
+    merge(records, [STUDY.parent / "records" / "mqar_cpu.jsonl.xz"])
     ((_, mixers),) = mqar_points(study, records, "twenty_seeds").items()
     page = (STUDY.parents[1] / "docs" / "study.md").read_text()
     osdn = f"{spread(mixers['osdn'][2.5e-3])['value']:.3f}"
@@ -80,7 +80,7 @@ def test_the_figures_of_the_page_are_those_of_the_records(tmp_path):
 
 def test_the_language_figures_of_the_pages_are_those_of_the_records(tmp_path):
     study, records = load_study(STUDY / "language.yaml"), Records(tmp_path)
-    merge(records, [STUDY / "records" / "language.jsonl.xz"])
+    merge(records, [STUDY.parent / "records" / "language.jsonl.xz"])
     pages = [Path("docs/study.md"), Path("docs/results.md"), Path("README.md")]
     pages = [page.read_text() for page in pages]
     for experiment, label, measure, there in (
@@ -124,7 +124,7 @@ def test_the_pairs_of_two_corpora_are_those_of_the_page(tmp_path):
     pairs = []
     for name in ("language", "longer_2026_11_26"):  # each in a directory of its own
         records = Records(tmp_path / name)
-        merge(records, [STUDY / "records" / f"{name}.jsonl.xz"])
+        merge(records, [STUDY.parent / "records" / f"{name}.jsonl.xz"])
         pairs += paired(finished(study, records, "longer"), "OSDN", "DeltaNet")
     assert len(pairs) == 5
 

@@ -11,18 +11,18 @@ import time
 
 import pytest
 
-from osdn.cli import main
 from osdn.evals.plots import figure
-from osdn.study.plan import Run, all_runs, load_study
-from osdn.study.records import Clock, Records, append
-from osdn.study.report import mqar_points, mqar_result
-from osdn.study.statistics import best_rate, edge, gains, interval, row, signed, student
-from osdn.study.workers import Worker, complete, visible_gpus
+from study.__main__ import main
+from study.plan import Run, all_runs, load_study
+from study.records import Clock, Records, append
+from study.report import mqar_points, mqar_result
+from study.statistics import best_rate, edge, gains, interval, row, signed, student
+from study.workers import Worker, complete, visible_gpus
 from tests.study.tiny import write_mqar
 
 
 def study(*words) -> int:
-    return main(["study", *map(str, words), "--processes", "2", "--device", "cpu"])
+    return main(["run", *map(str, words), "--processes", "2", "--device", "cpu"])
 
 
 @pytest.fixture(scope="module")
@@ -152,10 +152,10 @@ def test_a_pack_that_a_kill_cut_off_is_gone_on_with(tmp_path, done, capsys):
     assert study(path, "--out", tmp_path / "e", "--pack", tmp_path) == 1
     assert f"{tmp_path}: cannot write" in capsys.readouterr().err
     assert time.monotonic() - before < 60 and not (tmp_path / "e" / "records").exists()
-    assert main(["study", str(path), "--minutes", "-1"]) == 1
+    assert main(["run", str(path), "--minutes", "-1"]) == 1
     assert "--minutes: expected a number above 0" in capsys.readouterr().err
     for option in ("--models", "--processes"):
-        assert main(["study", str(path), option, "0", "--list"]) == 1
+        assert main(["run", str(path), option, "0", "--list"]) == 1
         assert f"{option}: expected at least 1" in capsys.readouterr().err
 
 
@@ -171,9 +171,9 @@ def test_a_record_under_a_wrong_name_is_refused(tmp_path, done, capsys):
 def test_kill_9_loses_what_is_under_way_and_nothing_else(tmp_path):
     path = write_mqar(tmp_path, seeds=list(range(12)), train={"examples": 512, "epochs": 1})
     out = tmp_path / "out"
-    words = ["study", path, "--out", out, "--processes", "2", "--device", "cpu"]
+    words = ["run", path, "--out", out, "--processes", "2", "--device", "cpu"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "osdn", *map(str, words)],
+        [sys.executable, "-m", "study", *map(str, words)],
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -8,16 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from osdn.ops import online_scaled_delta_rule
-from osdn.theory.bounds import (
-    comparator_bound,
-    contraction_identity,
-    distance_identity,
-    precond_path,
-    unit_key_bound,
-    unit_key_product,
-    write_key_scaling,
-)
-from osdn.theory.experiments import hardest_keys
 from tests.numerics import assert_close
 from tests.theory.instances import (
     BATCH,
@@ -30,6 +20,16 @@ from tests.theory.instances import (
     seeds,
     shapes,
 )
+from theory.bounds import (
+    comparator_bound,
+    contraction_identity,
+    distance_identity,
+    precond_path,
+    unit_key_bound,
+    unit_key_product,
+    write_key_scaling,
+)
+from theory.experiments import hardest_keys
 
 
 @PROPERTY

@@ -1,4 +1,4 @@
-"""`osdn theory` end to end, with the learned methods stopped early, and its document's names."""
+"""`python -m theory` end to end, the learned methods stopped early, and its document's names."""
 
 import re
 from importlib import import_module
@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
-from osdn.cli import main
-from osdn.theory import experiments
-from osdn.theory.bounds import precond_path
+from theory import experiments
+from theory.__main__ import main
+from theory.bounds import precond_path
 
 
 def test_theory_command(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(experiments, "CAP", 200)
-    assert main(["theory", "--out", str(tmp_path)]) == 0
+    assert main(["--out", str(tmp_path)]) == 0
     report = (tmp_path / "report.md").read_text()
     assert report in capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines()]
@@ -33,7 +33,7 @@ def test_theory_command(monkeypatch, tmp_path, capsys):
 
 def test_out_that_cannot_be_made(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert main(["theory", "--out", str(tmp_path / "file" / "below")]) == 1
+    assert main(["--out", str(tmp_path / "file" / "below")]) == 1
     assert "--out" in capsys.readouterr().err
 
 
@@ -51,7 +51,7 @@ def test_the_document_names_what_exists():
     """Every function and test that docs/theory.md names is there, and every bound is named."""
     root = Path(__file__).parents[2]
     text = (root / "docs" / "theory.md").read_text()
-    named = re.findall(r"`(osdn\.\w+\.\w+)\.(\w+)`\]\(\.\./(osdn/\w+/\w+\.py)\)", text)
+    named = re.findall(r"`((?:osdn\.)?\w+\.\w+)\.(\w+)`\]\(\.\./((?:osdn/)?\w+/\w+\.py)\)", text)
     for module, name, path in named:
         assert callable(getattr(import_module(module), name)), f"{module}.{name}"
         assert (root / path).is_file() and path == module.replace(".", "/") + ".py"

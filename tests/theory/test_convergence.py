@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from osdn.theory.convergence import (
+from tests.numerics import assert_close
+from tests.theory.instances import BATCH, PROPERTY, Draw, holds, seeds
+from theory.convergence import (
     curvature_bound,
     diagonal_comparator,
     full_batch_bound,
@@ -18,8 +20,6 @@ from osdn.theory.convergence import (
     newton_step,
     ratio,
 )
-from tests.numerics import assert_close
-from tests.theory.instances import BATCH, PROPERTY, Draw, holds, seeds
 
 
 def covariance(draw: Draw, decades: float, rank: int, rotated: bool) -> torch.Tensor:

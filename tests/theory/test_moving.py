@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from osdn.ops import reference
-from osdn.ops.rule import Rule
-from osdn.theory.bounds import forgetting_bound, moving_comparator_bound, precond_path
+from osdn.ops.operands import Options
 from tests.numerics import assert_close
 from tests.theory.instances import BATCH, PROPERTY, Draw, families, holds, seeds, shapes
+from theory.bounds import forgetting_bound, moving_comparator_bound, precond_path
 
 
 @PROPERTY
@@ -23,7 +23,7 @@ def test_forgetting_is_descent_on_a_regularised_loss(seed, shape, family, eta, b
     b = beta if beta_aware else 1.0
     x = 1 - b * (d * k * k).sum(-1)
     (0.5 * x.square() + (1 - gamma) / (2 * eta) * d.square().sum(-1)).sum().backward()
-    rule = Rule(eta, beta_aware, None, None, 1.0)
+    rule = Options(eta, beta_aware, None, None, 1.0)
     assert_close(d - eta * d.grad, reference.adapt(d, k, beta, gamma.log(), rule), 1e-13)
 
 

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from osdn.theory.bounds import precond_path
-from osdn.theory.stability import (
+from tests.numerics import assert_close
+from tests.theory.instances import BATCH, PROPERTY, Draw, families, holds, seeds, shapes
+from theory.bounds import precond_path
+from theory.stability import (
     box_growth_bound,
     driven_growth_bound,
     erase_norm,
@@ -17,8 +19,6 @@ from osdn.theory.stability import (
     transitions,
     zero_row_bound,
 )
-from tests.numerics import assert_close
-from tests.theory.instances import BATCH, PROPERTY, Draw, families, holds, seeds, shapes
 
 
 @PROPERTY

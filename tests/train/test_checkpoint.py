@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from osdn.errors import UserError
-from osdn.train import checkpoint, saving, train
+from osdn.train import train
+from osdn.train.checkpoint import reading as checkpoint
+from osdn.train.checkpoint import writing as saving
 from tests.train.tiny import curve, recipe, write_texts
 
 

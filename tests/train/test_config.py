@@ -5,8 +5,8 @@ import pytest
 from osdn.data import byte_tokenizer
 from osdn.errors import UserError
 from osdn.train import load_recipe
-from osdn.train.config import Data, Logging, Optimizer, Parallel, Recipe, Schedule, Train
 from osdn.train.plain_yaml import plain_yaml
+from osdn.train.recipe import Data, Logging, Optimizer, Parallel, Recipe, Schedule, Train
 from osdn.train.setup import make_rows
 
 TEXT = """
@@ -51,7 +51,7 @@ def test_overrides_are_parsed_as_yaml_and_laid_over_the_file(path):
         ("model.mixer=delta_nett", "model: mixer: expected one of"),
         ("model.eta=3", "model: eta"),
         ("model.num_heads=two", "model: "),
-        ("train.steps=many", "train.steps: input should be a valid integer"),
+        ("train.steps=many", "train.steps: expected a number, got the text"),
         ("train.steps=0", "train.steps: input should be greater than or equal to 1, got 0"),
         ("train.precision=float16", "train.precision: input should be 'float32' or 'bfloat16'"),
         ("data.validation=1.5", "data.validation: expected a share in [0, 1)"),
@@ -59,7 +59,6 @@ def test_overrides_are_parsed_as_yaml_and_laid_over_the_file(path):
         ("train.steps.more=1", "train.steps.more: steps is no section"),
         ("train.steps", "'train.steps': expected key=value"),
         ("train.steps=[1", "train.steps=[1: not YAML"),
-        ("data.corpus=2024-13-45", "data.corpus=2024-13-45: not YAML"),
         ("train.optimizer.lr=.inf", "train.optimizer.lr: input should be a finite number"),
         ("parallel.stall_seconds=1e300", "parallel.stall_seconds: input should be less than"),
     ],
@@ -138,3 +137,62 @@ def test_an_error_in_the_held_out_texts_names_their_field(path, tmp_path):
     recipe = load_recipe(path, ["data.corpus=stdlib", f"data.validation={bad}"])
     with pytest.raises(UserError, match=r"^data\.validation: .*held\.txt is not UTF-8 at byte 0"):
         make_rows(recipe, byte_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("010", 10),
+        ("1:30:00", "1:30:00"),
+        ("yes", "yes"),
+        ("2024-01-02", "2024-01-02"),
+        ("1e-3", 1e-3),
+        (".5", 0.5),
+        ("0x1F", 31),
+        ("0o17", 15),
+        ("-7", -7),
+        ("~", None),
+        ("", None),
+        ("TRUE", True),
+        ("1_000", 1000),
+        ("_1", "_1"),
+    ],
+)
+def test_plain_values_are_those_of_yaml_1_2(text, expected):
+    found = plain_yaml(f"a: {text}", "here")["a"]
+    assert found == expected and type(found) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.steps=true", "train.steps: expected a number, got true"),
+        ("train.steps='12'", "train.steps: expected a number, got the text '12'"),
+        ("train.optimizer.lr=no", "train.optimizer.lr: expected a number, got the text 'no'"),
+        ("train.steps=1:30:00", "train.steps: expected a number, got the text '1:30:00'"),
+        ("train.compile=1.5", "train.compile: input should be a valid boolean"),
+        ("model.num_heads=true", "model: num_heads: expected a number, got true"),
+        ("train.steps=0x" + "f" * 100_000, "not YAML: a number of 100,002 characters"),
+        ("train.steps=" + "[" * 10_000, "not YAML: "),
+        ("train.steps=!!python/object:os.system {}", "not YAML: could not determine a constructor"),
+    ],
+)
+def test_no_value_is_guessed_or_grows(override, expected, path):
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, [override])
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def bomb(levels, line):
+    return "a0: &a0 {x: 1, y: 2}\n" + "".join(line.format(i=i, j=i - 1) for i in range(1, levels))
+
+
+@pytest.mark.parametrize(
+    "line", ["a{i}: &a{i} [*a{j}, *a{j}]\n", "a{i}: &a{i}\n  <<: [*a{j}, *a{j}]\n"]
+)
+def test_bombs_of_aliases_and_merges_are_refused(line):
+    assert "a3" in plain_yaml(bomb(4, line), "here")
+    with pytest.raises(UserError, match="at most 20,000 values once its aliases"):
+        plain_yaml(bomb(40, line), "here")
+    with pytest.raises(UserError, match="at most 20,000 values"):
+        plain_yaml("a: &a [*a]", "here")

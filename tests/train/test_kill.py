@@ -1,21 +1,17 @@
 """Real processes, really killed: given again, the command ends with the uninterrupted curve."""
 
-import errno
-import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from random import Random
 
 import pytest
 
 from osdn.errors import UserError
 from osdn.train import load_recipe, train
-from osdn.train.lock import Lock
 from tests.train.tiny import curve, fields, start, wait_for_lines, write_texts
 
 STEPS = 40
@@ -85,18 +81,6 @@ def test_a_second_run_in_the_same_directory_is_refused(recipe_path, expected, tm
     process.join(120)
     assert process.exitcode == 0 and curve(out) == expected
     assert train(load_recipe(recipe_path), out).steps == STEPS  # it is free again
-
-
-@pytest.mark.parametrize(("number", "goes_on"), [(errno.ENOLCK, True), (errno.EIO, False)])
-def test_a_file_system_without_locks_is_trained_on(number, goes_on, tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    lock = Lock(tmp_path / "run")
-    with nullcontext() if goes_on else pytest.raises(UserError, match="cannot write there: Input"):
-        lock.take()
-    lock.release()
 
 
 def test_the_console_command_killed_and_given_again(recipe_path, expected, tmp_path):

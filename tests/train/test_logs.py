@@ -9,10 +9,10 @@ import torch
 
 from osdn import OSDNConfig
 from osdn.errors import UserError
-from osdn.flops import flops_per_token
+from osdn.model.flops import flops_per_token
 from osdn.train import train
-from osdn.train.logs import RunLog
-from osdn.train.speed import utilisation
+from osdn.train.log.run_log import RunLog
+from osdn.train.log.speed import utilisation
 from tests.train.tiny import curve, recipe, write_texts
 
 

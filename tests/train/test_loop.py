@@ -16,8 +16,8 @@ from osdn.data import encode_document, held_out_texts, open_corpus
 from osdn.data.tokenizers import byte_tokenizer
 from osdn.errors import UserError
 from osdn.train import Recipe, loop, train
-from osdn.train.sharding import Sharded
-from osdn.train.speed import Moment
+from osdn.train.distributed.sharding import Sharded
+from osdn.train.log.speed import Moment
 from osdn.train.step import Stepper
 from tests.train.tiny import curve, fields, recipe, write_texts
 
@@ -118,7 +118,7 @@ def test_a_stop_at_any_system_call_of_a_save_loses_nothing(
 
 
 def test_a_finished_run_is_read_and_not_repeated(finished, texts, monkeypatch):
-    monkeypatch.setattr(loop, "Run", None)
+    monkeypatch.setattr(loop, "Trainer", None)
     assert train(recipe(texts), finished.out) == finished
 
 

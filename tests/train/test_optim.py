@@ -3,8 +3,8 @@
 import pytest
 
 from osdn import OSDNConfig, OSDNForCausalLM
-from osdn.train.config import Optimizer, Schedule
 from osdn.train.optim import learning_rate, make_optimizer
+from osdn.train.recipe import Optimizer, Schedule
 
 
 @pytest.mark.parametrize("tied", [False, True])

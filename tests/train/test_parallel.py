@@ -87,7 +87,7 @@ def test_two_processes_with_a_row_each_are_bit_equal_to_one(shard, forgetting, t
 
 STOPPED_IN_VALIDATION = """
 import os, signal
-from osdn.train import run
+from osdn.train import trainer as run
 original = run.bits_per_byte
 def interrupted(*args, **options):
     os.kill(os.getpid(), signal.SIGTERM)
@@ -141,7 +141,7 @@ def test_compiled_blocks_that_are_made_again_change_nothing(shard, run, tmp_path
 
 DTYPES = """
 import torch
-from osdn import layers
+from osdn.layers import osdn as layers
 gates, start = layers.OSDN.gates, layers.OSDN.start_precond
 def checked_gates(self, x):
     assert x.dtype == self.q_proj.weight.dtype == torch.bfloat16, (x.dtype, self.q_proj.weight)

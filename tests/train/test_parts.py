@@ -11,12 +11,12 @@ from osdn import OSDNConfig, OSDNForCausalLM
 from osdn.data import Row, collate
 from osdn.errors import UserError
 from osdn.evals.residual_ratio import activations
-from osdn.layers import APF_BIAS
+from osdn.layers.osdn import APF_BIAS
 from osdn.model.loss import linear_cross_entropy
 from osdn.train.blocks import prepare_blocks
 from osdn.train.initial import Initializer, empty_model
+from osdn.train.log.precond import keys, measured, walk
 from osdn.train.objective import Objective, inputs
-from osdn.train.precond import keys, measured, walk
 from osdn.train.setup import check_read, passes
 from tests.train.tiny import recipe
 

@@ -18,13 +18,13 @@ WORDS = ["the", "delta", "rule", "writes", "what", "memory", "does", "not", "kno
 # Processes are forked from a server that has imported the package and done nothing else, so that
 # many can be started, and killed, in a few seconds.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["osdn.train.command", "osdn.ops.compiled"])
+context.set_forkserver_preload(["osdn.cli.train", "osdn.ops.numba"])
 
 
 def start(recipe: Path, out: Path) -> Any:
     """A process that does what the console command does."""
     line = ["train", str(recipe), "--out", str(out)]
-    code = f"import sys; from osdn.cli import main; sys.exit(main({line!r}))"
+    code = f"import sys; from osdn.cli.main import main; sys.exit(main({line!r}))"
     process = context.Process(target=exec, args=(code, {}))
     process.start()
     return process
@@ -48,7 +48,7 @@ def start_ranks(
             f"import os, sys; os.environ.update({ {k: str(v) for k, v in place.items()}!r})\n"
             f"sys.stderr = open({str(errors(out, rank))!r}, 'a', buffering=1)\n"
             f"{(rank_code or {}).get(rank, '')}\n"
-            f"from osdn.cli import main; sys.exit(main({line!r}))"
+            f"from osdn.cli.main import main; sys.exit(main({line!r}))"
         )
         process = context.Process(target=exec, args=(code, {}))
         process.start()

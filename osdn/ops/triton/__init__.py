@@ -9,9 +9,8 @@ turns it into the operands of phase 2, which walks the memory (`memory_forward`,
 import torch
 from torch import Tensor
 
-from osdn.ops.rule import Rule
+from osdn.ops.operands import Operands, Options, Token
 from osdn.ops.triton.chunks import CHUNK, Chunks, chunk_bound, cut, on_device, span_bound
-from osdn.ops.triton.decode import decode
 from osdn.ops.triton.memory_backward import gradients, memory_reverse
 from osdn.ops.triton.memory_forward import memory, transitions_like
 from osdn.ops.triton.precond_backward import chunk_scan_reverse
@@ -19,66 +18,49 @@ from osdn.ops.triton.precond_forward import chunk_scan, inverse_like
 from osdn.ops.triton.precond_segments import transfers_like
 from osdn.ops.triton.precond_tokens import token_scan
 from osdn.ops.triton.precond_tokens_backward import token_scan_reverse
+from osdn.ops.triton.step import decode
 from osdn.ops.triton.write_keys import write_keys
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_gamma: Tensor | None,
-    initial_state: Tensor,
-    initial_precond: Tensor,
-    cu_seqlens: Tensor | None,
-    rule: Rule,
-    save: bool,
+    operands: Operands, options: Options, save: bool
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """(o, final_state, final_precond, saved); the contract is osdn.ops.registration's."""
+    q, k, v, beta, log_gamma, _, initial_state, initial_precond, cu_seqlens = operands
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     with on_device(q):
         chunks = cut(q.shape[0], q.shape[1], cu_seqlens)
-        x, starts, w, A, clipped = _operands(k, beta, initial_precond, cu_seqlens)
+        x, starts, w, A, clipped = _intermediates(k, beta, initial_precond, cu_seqlens)
         e, kept = _residuals(k, v, cu_seqlens) if save else (None, None)
         gates = (k, beta, log_gamma)
         if cu_seqlens is not None:
             starts.zero_()  # those past the last chunk are never written
-        if rule.constant_precond(log_gamma is not None):
+        if options.constant_precond(log_gamma is not None):
             precond = initial_precond.clone()
             starts.copy_(_at_chunks(initial_precond, chunks))
             x.zero_()
             inverse, M = _solve_like(k, cu_seqlens, constant=True)
         else:
-            precond, inverse, M = chunk_scan(*gates, initial_precond, x, starts, chunks, rule)
-        write_keys(*gates, x, starts, w, A, clipped, chunks, rule, repair=False)
-        if rule.precond_min is not None:  # both return at once where no token left the box
-            token_scan(*gates, w, x, starts, precond, clipped, chunks, rule)
-            write_keys(*gates, x, starts, w, A, clipped, chunks, rule, repair=True)
-        o, state, transitions = memory(q, k, w, v, A, initial_state, e, kept, chunks, rule)
+            precond, inverse, M = chunk_scan(*gates, initial_precond, x, starts, chunks, options)
+        write_keys(*gates, x, starts, w, A, clipped, chunks, options, repair=False)
+        if options.precond_min is not None:  # both return at once where no token left the box
+            token_scan(*gates, w, x, starts, precond, clipped, chunks, options)
+            write_keys(*gates, x, starts, w, A, clipped, chunks, options, repair=True)
+        o, state, transitions = memory(q, k, w, v, A, initial_state, e, kept, chunks, options)
     if e is None or kept is None:
         return o, state, precond, []
     return o, state, precond, [x, starts, w, A, clipped, e, kept, inverse, M, transitions]
 
 
-def saved_like(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_gamma: Tensor | None,
-    initial_state: Tensor,
-    initial_precond: Tensor,
-    cu_seqlens: Tensor | None,
-    rule: Rule,
-    save: bool,
-) -> list[Tensor]:
-    """Empty: `_operands`, `_residuals`, phase 1's solve, and the segments' maps of the memory."""
+def saved_like(operands: Operands, options: Options, save: bool) -> list[Tensor]:
+    """Empty: `_intermediates`, `_residuals`, phase 1's solve, the segments' maps of the memory."""
     if not save:
         return []
-    operands = _operands(k, beta, initial_precond, cu_seqlens)
-    solve = _solve_like(k, cu_seqlens, rule.constant_precond(log_gamma is not None))
+    q, k, v, beta, log_gamma, _, _, initial_precond, cu_seqlens = operands
+    made = _intermediates(k, beta, initial_precond, cu_seqlens)
+    solve = _solve_like(k, cu_seqlens, options.constant_precond(log_gamma is not None))
     residuals = _residuals(k, v, cu_seqlens)
-    return [*operands, *residuals, *solve, transitions_like(q, v, cu_seqlens)]
+    return [*made, *residuals, *solve, transitions_like(q, v, cu_seqlens)]
 
 
 def _residuals(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -96,7 +78,9 @@ def _solve_like(k: Tensor, cu_seqlens: Tensor | None, constant: bool) -> tuple[T
     return inverse_like(k), transfers_like(k, cu_seqlens)
 
 
-def _operands(k: Tensor, beta: Tensor, precond: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
+def _intermediates(
+    k: Tensor, beta: Tensor, precond: Tensor, cu_seqlens: Tensor | None
+) -> list[Tensor]:
     """Empty x [B, T, H], d [chunks, H, K], w [B, T, H, K], A [B, T, H, CHUNK], and
     clipped [N, H] int32: with a box, the number of the first chunk where d left it, or the bound.
     """
@@ -114,57 +98,42 @@ def backward(
     do: Tensor,
     dfinal_state: Tensor,
     dfinal_precond: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_gamma: Tensor | None,
-    initial_state: Tensor,
-    initial_precond: Tensor,
-    cu_seqlens: Tensor | None,
+    operands: Operands,
     saved: list[Tensor],
-    rule: Rule,
+    options: Options,
 ) -> list[Tensor]:
-    """[dq, dk, dv, dβ, dinitial_state, dinitial_precond] and dlog γ, as the contract has them."""
+    """The gradients of operands.differentiable(), in its order."""
+    q, k, _, beta, log_gamma, _, _, _, cu_seqlens = operands
     x, starts, w, A, clipped, e, kept, inverse, M, transitions = saved
     q, k, do = q.contiguous(), k.contiguous(), do.contiguous()
     dfinal_state, dfinal_precond = dfinal_state.contiguous(), dfinal_precond.contiguous()
     with on_device(q):
         chunks = cut(q.shape[0], q.shape[1], cu_seqlens)
         dv, dw, dstate = memory_reverse(
-            q, k, w, A, e, do, dfinal_state, transitions, chunks, rule
+            q, k, w, A, e, do, dfinal_state, transitions, chunks, options
         )
-        dq, dk = gradients(w, e, do, dv, kept, chunks, rule)
+        dq, dk = gradients(w, e, do, dv, kept, chunks, options)
         gates = (k, beta, log_gamma)
         dbeta = torch.empty_like(beta)
         dlog_gamma = None if log_gamma is None else torch.empty_like(beta)
         found = (dk, dbeta, dlog_gamma)
-        if rule.precond_min is not None:
+        if options.precond_min is not None:
             dfinal_precond = token_scan_reverse(
-                *gates, x, starts, dw, dfinal_precond, *found, clipped, chunks, rule
+                *gates, x, starts, dw, dfinal_precond, *found, clipped, chunks, options
             )
         dprecond = chunk_scan_reverse(
-            *gates, x, starts, inverse, M, dw, dfinal_precond, *found, clipped, chunks, rule
+            *gates, x, starts, inverse, M, dw, dfinal_precond, *found, clipped, chunks, options
         )
-    gradient = [dq, dk, dv, dbeta, dstate, dprecond]
-    return gradient if dlog_gamma is None else [*gradient, dlog_gamma]
+    gates_given = [dbeta] if dlog_gamma is None else [dbeta, dlog_gamma]
+    return [dq, dk, dv, *gates_given, dstate, dprecond]
 
 
-def step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_gamma: Tensor | None,
-    state: Tensor,
-    precond: Tensor,
-    rule: Rule,
-    slots: Tensor | None = None,
-) -> Tensor:
-    """o [B, H, V]; state and precond are updated in place. `slots` as in `decode.decode`."""
+def step(token: Token, options: Options) -> Tensor:
+    """o [B, H, V]; state and precond are updated in place. `slots` as in `step.decode`."""
+    q, k, v, beta, log_gamma, _, state, precond, slots = token
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     with on_device(q):
-        return decode(q, k, v, beta, log_gamma, state, precond, rule, slots)
+        return decode(q, k, v, beta, log_gamma, state, precond, options, slots)
 
 
 def _at_chunks(precond: Tensor, chunks: Chunks) -> Tensor:

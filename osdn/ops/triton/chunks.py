@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from osdn.ops.validation import capturing, mark_of
+from osdn.ops.packing import remember
 
 CHUNK = 64
 # A walk over at least LONG chunks is cut into segments where it would run on at most FEW programs,
@@ -56,9 +56,6 @@ class Chunks(NamedTuple):
     spans: Table
 
 
-_last: tuple[Tensor, list[int] | int, Chunks] | None = None
-
-
 def chunk_bound(B: int, T: int, cu_seqlens: Tensor | None, size: int = CHUNK) -> int:
     """The first dimension of a tensor with an entry for each run of `size` tokens."""
     if cu_seqlens is None:
@@ -72,29 +69,20 @@ def span_bound(B: int, T: int, cu_seqlens: Tensor | None) -> int:
 
 
 def cut(B: int, T: int, cu_seqlens: Tensor | None) -> Chunks:
-    """The chunks of [B, T] tokens; built on the device, once for each cu_seqlens tensor.
-
-    Every layer of a model is handed the same cu_seqlens, so the last one is remembered. Not one
-    that does not tell when it is changed (see `mark_of`); and not while a CUDA graph is captured:
-    it must make the tables itself, to follow offsets that change before a replay, and its memory
-    must not outlive it.
-    """
-    bound = chunk_bound(B, T, cu_seqlens)
+    """The chunks of [B, T] tokens; built on the device, once for each cu_seqlens tensor."""
     if cu_seqlens is None:
+        bound = chunk_bound(B, T, None)
         spans = Table(span_bound(B, T, None), None, None)
         return Chunks(B, bound, bound // B, None, None, None, spans)
-    global _last
-    mark = None if capturing(cu_seqlens) else mark_of(cu_seqlens)
-    known = None if mark is None else _last
-    if known is not None and known[0] is cu_seqlens and known[1] == mark:
-        return known[2]
+    return remember(cu_seqlens, ("triton chunks", T, SPAN), lambda: _cut_packed(cu_seqlens, T))
+
+
+def _cut_packed(cu_seqlens: Tensor, T: int) -> Chunks:
     table, spans = (_tabulate(T, cu_seqlens, size) for size in (CHUNK, SPAN * CHUNK))
-    sequences = cu_seqlens.shape[0] - 1
-    offsets = cu_seqlens.long().contiguous()
-    chunks = Chunks(sequences, bound, bound, offsets, table.offsets, table.indices, spans)
-    if mark is not None:
-        _last = (cu_seqlens, mark, chunks)
-    return chunks
+    sequences, bound = cu_seqlens.shape[0] - 1, table.bound
+    # A copy always: the tensor itself would never be freed, see `remember`.
+    offsets = cu_seqlens.to(torch.int64, copy=True, memory_format=torch.contiguous_format)
+    return Chunks(sequences, bound, bound, offsets, table.offsets, table.indices, spans)
 
 
 def _tabulate(T: int, cu_seqlens: Tensor, size: int) -> Table:

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from osdn.ops.rule import Rule
+from osdn.ops.operands import Options
 from osdn.ops.triton import chunks as cutting
 from osdn.ops.triton.chunks import (
     CHUNK,
@@ -172,21 +172,24 @@ def gradients_kernel(
     S = ()  # Sᵀ in blocks [BV, BK]
     for i in tl.static_range((V + BV - 1) // BV):
         o_v = i * BV + tl.arange(0, BV)
-        S = S + (load_tile(kept, o_v, V, K, o_k, K).to(tl.float32),)
+        b_S = load_tile(kept, o_v, V, K, o_k, K).to(tl.float32)
+        S = S + (b_S,)  # noqa: RUF005 (Triton knows no stars)
     left = tl.minimum(left, BT * SPAN)
     for i_t in range(tl.cdiv(left, BT)):
         rest = left - i_t * BT
         b_w = load_tile(w, o_t, rest, H * K, o_k, K)  # [BT, BK]
         E = ()
         for i in tl.static_range(len(S)):
-            E = E + (load_tile(e, o_t, rest, H * V, i * BV + tl.arange(0, BV), V),)  # [BT, BV]
+            b_e = load_tile(e, o_t, rest, H * V, i * BV + tl.arange(0, BV), V)  # [BT, BV]
+            E = E + (b_e,)  # noqa: RUF005
         b_dq = _read(do, E, S, b_w, o_t, rest, True, H, V, BV, PREC)
         store_tile(dq, b_dq * scale, o_t, rest, H * K, o_k, K)
         b_dk = _read(dv, E, S, b_w, o_t, rest, False, H, V, BV, PREC)
         store_tile(dk, -b_dk, o_t, rest, H * K, o_k, K)
         after = ()
         for i in tl.static_range(len(S)):
-            after = after + (tl.dot(tl.trans(E[i]), b_w, S[i], input_precision=PREC),)
+            b_S = tl.dot(tl.trans(E[i]), b_w, S[i], input_precision=PREC)
+            after = after + (b_S,)  # noqa: RUF005
         S = after
 
         w += BT * H * K
@@ -207,7 +210,7 @@ def memory_reverse(
     dfinal_state: Tensor,
     M: Tensor,
     chunks: Chunks,
-    rule: Rule,
+    rule: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dv, dw, dinitial_state); M as `memory` gave it."""
     V = do.shape[-1]
@@ -240,7 +243,7 @@ def _walk(
     dw: Tensor | None,
     dinitial: Tensor,
     chunks: Chunks,
-    rule: Rule,
+    rule: Options,
 ) -> None:
     """Launch the reverse kernel; without dv and dw only dinitial is written, from zero."""
     (B, T, H, K), V = q.shape, do.shape[-1]
@@ -260,7 +263,7 @@ def gradients(
     dv: Tensor,
     kept: Tensor,
     chunks: Chunks,
-    rule: Rule,
+    rule: Options,
 ) -> tuple[Tensor, Tensor]:
     """(dq, phase 2's part of dk); kept [spans, H, V, K] from `memory_forward.memory`."""
     (T, H, K), V = w.shape[1:], e.shape[-1]

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from osdn.ops.rule import Rule
+from osdn.ops.operands import Options
 from osdn.ops.triton import chunks as cutting
 from osdn.ops.triton.chunks import (
     CHUNK,
@@ -77,9 +77,7 @@ def memory_kernel(
     type = q.dtype.element_ty
     if SAVE:
         spans = tl.cdiv(segment, SPAN)
-        _, _, first = locate_sequence(
-            i_n, cu_seqlens, span_offsets, T, spans, BT * SPAN, IS_VARLEN
-        )
+        _, _, first = locate_sequence(i_n, cu_seqlens, span_offsets, T, spans, BT * SPAN, IS_VARLEN)
         kept += (first * H + i_h) * K * V
 
     # b_S is Sᵀ [BV, BK]
@@ -94,7 +92,7 @@ def memory_kernel(
         b_k = load_tile(k, o_t, left, H * K, o_k, K)  # [BT, BK]
         b_w = load_tile(w, o_t, left, H * K, o_k, K)  # [BT, BK]
         b_A = load_tile(A, o_t, left, H * BT, o_t, BT)  # [BT, BT]
-        if SAVE:
+        if SAVE:  # noqa: SIM102 (decided when it is compiled)
             if i_t % SPAN == 0:
                 store_tile(kept, b_S, o_v, V, K, o_k, K)
                 kept += H * K * V
@@ -142,7 +140,7 @@ def memory(
     e: Tensor | None,
     kept: Tensor | None,
     chunks: Chunks,
-    rule: Rule,
+    rule: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(o, final_state, M); the residuals go into e [B, T, H, V] where it is given, and Sᵀ at the
     start of every span into kept [spans, H, V, K].
@@ -184,7 +182,7 @@ def _walk(
     kept: Tensor | None,
     final: Tensor,
     chunks: Chunks,
-    rule: Rule,
+    rule: Options,
 ) -> None:
     """Launch the kernel; without v the values are zero, without o nothing is read, initial too."""
     (T, H, K), V = w.shape[1:], final.shape[-1]

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from osdn.ops.rule import Rule
+from osdn.ops.operands import Options
 from osdn.ops.triton.chunks import (
     CHUNK,
     Chunks,
@@ -264,7 +264,7 @@ def chunk_scan_reverse(
     dlog_gamma: Tensor | None,
     clipped: Tensor,
     chunks: Chunks,
-    rule: Rule,
+    rule: Options,
 ) -> Tensor:
     """dinitial_precond; completes dk and fills dβ and dlog γ, before chunk `clipped` with a box."""
     T, H, K = k.shape[1:]

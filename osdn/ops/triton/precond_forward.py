@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from osdn.ops.rule import Rule
+from osdn.ops.operands import Options
 from osdn.ops.triton.chunks import CHUNK, Chunks, load_tile, locate_chunk, locate_sequence, tile
 from osdn.ops.triton.config import launch
 from osdn.ops.triton.precond_gates import (
@@ -188,10 +188,10 @@ def scan_kernel(
 
 
 def chunk_inverse(
-    k: Tensor, beta: Tensor, log_gamma: Tensor | None, chunks: Chunks, rule: Rule
+    k: Tensor, beta: Tensor, log_gamma: Tensor | None, chunks: Chunks, rule: Options
 ) -> tuple[Tensor, Tensor]:
     """(I + L)⁻¹ of phase 1 [B, T, H, CHUNK] in float32, and as `inverse_like` has it."""
-    B, T, H, K = k.shape
+    T, H, K = k.shape[1:]
     kept = inverse_like(k)
     inverse = kept if kept.dtype == torch.float32 else torch.empty_like(kept, dtype=torch.float32)
     scratch = inverse.new_empty(chunks.bound * H * SCRATCH)
@@ -221,7 +221,7 @@ def chunk_scan(
     x: Tensor,
     starts: Tensor,
     chunks: Chunks,
-    rule: Rule,
+    rule: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fill x [B, T, H] and starts [chunks, H, K].
 

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from osdn.ops.rule import Rule
+from osdn.ops.operands import Options
 from osdn.ops.triton.chunks import (
     CHUNK,
     Chunks,
@@ -130,7 +130,7 @@ def transfers(
     inverse: Tensor,
     clipped: Tensor | None,
     chunks: Chunks,
-    rule: Rule,
+    rule: Options,
 ) -> Tensor:
     """M of every segment [segments, H, K, K] float32, empty where there are none.
 

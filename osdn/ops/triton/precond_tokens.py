@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from osdn.ops.rule import Rule
+from osdn.ops.operands import Options
 from osdn.ops.triton.chunks import CHUNK, Chunks, locate_sequence, tile
 from osdn.ops.triton.config import launch
 from osdn.ops.triton.precond_gates import clip
@@ -126,7 +126,7 @@ def token_scan(
     final: Tensor,
     clipped: Tensor,
     chunks: Chunks,
-    rule: Rule,
+    rule: Options,
 ) -> None:
     """Put w [B, T, H, K], x [B, T, H], starts [chunks, H, K] and the last d [N, H, K] right."""
     T, H, K = k.shape[1:]

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from osdn.ops.rule import Rule
+from osdn.ops.operands import Options
 from osdn.ops.triton.chunks import CHUNK, Chunks, locate_sequence, tile
 from osdn.ops.triton.config import launch
 from osdn.ops.triton.precond_gates import clip
@@ -185,7 +185,7 @@ def token_scan_reverse(
     dlog_gamma: Tensor | None,
     clipped: Tensor,
     chunks: Chunks,
-    rule: Rule,
+    rule: Options,
 ) -> Tensor:
     """λ at the start of chunk `clipped`; completes dk and fills dβ and dlog γ from there on."""
     T, H, K = k.shape[1:]

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from osdn.ops.rule import Rule
+from osdn.ops.operands import Options
 from osdn.ops.triton.chunks import (
     CHUNK,
     Chunks,
@@ -93,7 +93,8 @@ def _write_key(p_k, p_w, o_t, left, o_k, c, out, box, gates, K: tl.constexpr, H:
 
 @triton.jit(do_not_specialize=["T"])
 def write_keys_kernel(
-    k, beta, log_gamma, x, starts, w, A, scratch, clipped, cu_seqlens, indices, eta, d_min, d_max, T,
+    k, beta, log_gamma, x, starts, w, A, scratch, clipped,
+    cu_seqlens, indices, eta, d_min, d_max, T,
     H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, IS_VARLEN: tl.constexpr,
     PATH: tl.constexpr, STORED: tl.constexpr, BOXED: tl.constexpr,
@@ -172,7 +173,7 @@ def write_keys(
     A: Tensor,
     clipped: Tensor,
     chunks: Chunks,
-    rule: Rule,
+    rule: Options,
     *,
     repair: bool,
 ) -> None:

@@ -1,0 +1,202 @@
+"""Train the grid of an MQAR recipe, keep every finished cell, compare the mixers."""
+
+import json
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from osdn.errors import UserError
+from osdn.evals.mqar.recipe import Cell, MQARRecipe
+from osdn.evals.mqar.task import MQARModel, Outcome, train
+from osdn.evals.plots import save
+from osdn.evals.results import RESULT, make_result, write_json
+from osdn.system.processes import end_with_parent
+from osdn.train.setup import make_device
+
+CELLS = "cells"
+PLOT = "mqar.png"
+Outcomes = dict[Cell, dict[str, Any]]
+
+
+def compare(recipe: MQARRecipe, out: Path) -> dict[str, Any]:
+    """Train the cells that `out` lacks; write and return the result (see osdn.evals.results).
+
+    Raises:
+        UserError: `out` holds a cell of another recipe.
+    """
+    outcomes = _finished(recipe, out / CELLS)
+    left = [cell for cell in recipe.cells() if cell not in outcomes]
+    with tqdm(total=len(recipe.cells()), initial=len(outcomes), desc="mqar", unit="cell") as bar:
+        for cell, outcome in _train_all(recipe, left):
+            write_json(out / CELLS / cell.file, outcome)
+            outcomes[cell] = outcome
+            bar.set_postfix_str(
+                f"{cell.mixer} lr {cell.learning_rate:g}: {outcome['accuracy']:.3f}"
+            )
+            bar.update()
+    result = summarise(recipe, outcomes)
+    write_json(out / RESULT, result)
+    save(result["curves"], [], out / PLOT)
+    return result
+
+
+def _finished(recipe: MQARRecipe, directory: Path) -> Outcomes:
+    outcomes = {}
+    for cell in recipe.cells():
+        path = directory / cell.file
+        if not path.exists():
+            continue
+        try:
+            outcome = json.loads(path.read_text())
+            described, *_ = (outcome[x] for x in ("cell", "accuracy", "diverged", "state_size"))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{path}: damaged; delete it to train it again") from error
+        if described != json.loads(json.dumps(recipe.describe(cell))):
+            raise UserError(
+                f"{path}: trained with another recipe; choose another --out, or delete {directory}"
+            )
+        outcomes[cell] = outcome
+    return outcomes
+
+
+def _train_all(recipe: MQARRecipe, cells: list[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """Every cell's outcome as it is finished, in this process or in several."""
+    if recipe.train.processes == 1 or len(cells) == 1:
+        for cell in cells:
+            yield cell, train_cell(recipe, cell)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        recipe.train.processes, mp_context=context, initializer=_begin_worker
+    ) as pool:
+        try:
+            pending = {pool.submit(train_cell, recipe, cell): cell for cell in cells}
+            for future in as_completed(pending):
+                yield pending[future], future.result()
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed, perhaps for want of memory; the finished cells are "
+                f"kept: give the command again, with fewer than train.processes="
+                f"{recipe.train.processes} if memory was short"
+            ) from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _begin_worker() -> None:
+    torch.set_num_threads(1)
+    end_with_parent()
+
+
+def train_model(model: MQARModel, recipe: MQARRecipe, cell: Cell) -> Outcome:
+    """Train a model as a cell says, whatever its mixer is."""
+    options = recipe.train
+    return train(
+        model,
+        recipe.task(cell.setting),
+        optimizer=options.optimizer.model_copy(update={"lr": cell.learning_rate}),
+        schedule=options.schedule,
+        examples=options.examples,
+        test_examples=options.test_examples,
+        batch_size=cell.setting.batch_size,
+        epochs=options.epochs,
+        stop_at=options.stop_at,
+        seed=cell.seed,
+    )
+
+
+def train_cell(recipe: MQARRecipe, cell: Cell) -> dict[str, Any]:
+    """Train one cell; its description, accuracy and more, as plain values."""
+    torch.manual_seed(cell.seed)
+    model = recipe.build(cell.mixer, cell.width).to(make_device(recipe.train.device))
+    outcome = train_model(model, recipe, cell)
+    return {
+        "cell": recipe.describe(cell),
+        "accuracy": outcome.accuracy,
+        "by_pair": [round(share, 4) for share in outcome.by_pair],
+        "steps": outcome.steps,
+        "diverged": outcome.diverged,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "state_size": model.state_size(cell.setting.length),
+    }
+
+
+def summarise(recipe: MQARRecipe, outcomes: Outcomes) -> dict[str, Any]:
+    """The result: a score per mixer, task and width at its best learning rate, table and curves.
+
+    The best learning rate is the one with the highest mean over the seeds, on the test set itself,
+    as in the published sweep. The interval of a score is the lowest and the highest seed.
+    """
+    rows, scores, curves = [], [], []
+    for setting in recipe.tasks:
+        for width in recipe.widths:
+            group = f"{setting.length} tokens, {setting.pairs} pairs, width {width}"
+            series = {}
+            for mixer in recipe.mixers:
+                points = {
+                    lr: [outcomes[Cell(mixer, setting, width, lr, s)] for s in recipe.seeds]
+                    for lr in recipe.learning_rates
+                }
+                best, row = _row(points)
+                rows.append([group, mixer, *row])
+                values = [one["accuracy"] for one in points[best]]
+                scores.append(_spread(mixer, values) | {"group": group})
+                series[mixer] = [
+                    [lr, *(s[key] for key in ("value", "low", "high"))]
+                    for lr, s in (
+                        (lr, _spread("", [one["accuracy"] for one in found]))
+                        for lr, found in points.items()
+                    )
+                ]
+            axes = {"x": "learning rate", "y": "share of right answers", "log_x": True}
+            curves.append({"title": f"MQAR, {group}", **axes, "series": series})
+    columns = [
+        "task",
+        "mixer",
+        "state",
+        "best lr",
+        "mean",
+        "± over seeds",
+        "grid's best",
+        "diverged",
+    ]
+    table = {"title": "MQAR at each mixer's best learning rate", "columns": columns, "rows": rows}
+    protocol = recipe.model_dump(
+        mode="json", exclude={"mixers": True, "train": {"device", "processes"}}
+    )
+    return make_result(
+        "mqar",
+        protocol=protocol | {"mixers": recipe.mixers},
+        model=None,
+        samples=len(outcomes),
+        scores=scores,
+        tables=[table],
+        curves=curves,
+    )
+
+
+def _row(points: dict[float, list[dict[str, Any]]]) -> tuple[float, list[Any]]:
+    """(best learning rate, [state, best lr, mean, spread, grid's best, diverged cells])."""
+    means = {lr: mean(one["accuracy"] for one in found) for lr, found in points.items()}
+    best = max(means, key=lambda lr: means[lr])
+    values = [one["accuracy"] for one in points[best]]
+    cells = [one for found in points.values() for one in found]
+    spread = f"{stdev(values):.3f}" if len(values) > 1 else "–"
+    grid_best = max(one["accuracy"] for one in cells)
+    diverged = sum(one["diverged"] for one in cells)
+    state = f"{cells[0]['state_size']:,}"
+    return best, [state, f"{best:g}", f"{means[best]:.3f}", spread, f"{grid_best:.3f}", diverged]
+
+
+def _spread(name: str, values: list[float]) -> dict[str, Any]:
+    """A score whose interval is the range over the seeds."""
+    ends = {"low": min(values), "high": max(values)}
+    return {"group": "", "name": name, "value": mean(values), **ends, "n": len(values)}
