@@ -155,6 +155,23 @@ def test_half_precision(options):
     check(make_inputs(1, 66, 1, 40, 24, dtype=torch.float16), **options)
 
 
+def test_spans_of_packed_sequences(monkeypatch):
+    """The backward starts at every second chunk of each sequence from what the forward kept."""
+    monkeypatch.setattr("osdn.ops.triton.chunks.SPAN", 2)
+    offsets = torch.tensor([0, 140, 141, 280], device=DEVICE)
+    chunks = cut(1, 280, offsets)
+    assert chunks.spans.offsets.tolist() == [0, 2, 3]
+    used = [pair for pair in chunks.spans.indices.tolist() if pair[0] >= 0]
+    assert used == [[0, 0], [0, 1], [1, 0], [2, 0], [2, 1]]
+    inputs = make_inputs(1, 280, 1, 16, 20, sequences=3, dtype=torch.float32)
+    check(inputs, cu_seqlens=offsets)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_scales_the_backward_divides_by(scale):
+    check(make_inputs(1, 20, 1, 16, 16, dtype=torch.float32), scale=scale)
+
+
 def test_duplicate_keys_and_strong_writes():
     inputs = make_inputs(1, 70, 1, 16, 16, dtype=torch.float32)
     k = inputs["k"].detach()
