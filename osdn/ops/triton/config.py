@@ -49,7 +49,7 @@ FLOAT32: dict[str, dict[str, Any]] = {
     "scan_reverse": {"num_warps": 8, "STAGES": 2},
     "precond_gradients": {"num_warps": 8, "BK": 32},
 }
-# Shared memory a block, in bytes. `memory_reverse` takes 224 KiB with two stages, which an H100 has,
+# Shared memory a block, in bytes. `memory_reverse` takes 224 KiB with two stages, as an H100 has,
 # and 112 KiB with one: with less than the first no loads are pipelined, with less than the second
 # its blocks of V are halved.
 PIPELINE_BYTES, WHOLE_BYTES = 227 * 1024, 120 * 1024

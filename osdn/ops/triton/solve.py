@@ -27,7 +27,7 @@ def _substitute(p):
         row = tl.where(column == i, 1.0, 0.0)
         for j in tl.static_range(0, i):
             row -= tl.load(p_b + (i * 16 + j)) * X[j]
-        X = X + (row,)  # noqa: RUF005 (Triton knows no stars)
+        X = X + (row,)  # type: ignore[assignment]  # noqa: RUF005 (Triton knows no stars)
     tl.debug_barrier()  # every thread has read L
     for i in tl.static_range(0, 16):
         tl.store(p_b + i * 16 + column, X[i])
