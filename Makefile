@@ -6,7 +6,7 @@ READY := $(VENV)/ready
 # One thread per library and passive waiting: two test processes share two cores.
 QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
-.PHONY: demo test slow lint study clean
+.PHONY: demo test slow lint study docs clean
 
 demo: $(READY)
 	@$(BIN)/osdn demo $(ARGS)
@@ -31,6 +31,15 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/imports.py
+
+# Pages from the code first, then the site in runs/site; a warning or a broken link is an error.
+docs: $(READY) $(VENV)/docs
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(VENV)/docs: $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"Python 3.11 to 3.13 is needed, this is {v[0]}.{v[1]}; name one: make PYTHON=python3.12")'

@@ -87,7 +87,7 @@ def compile_all(capability: int) -> Iterator[tuple[str, list[Row]]]:
             o, _, _, saved = kernels.forward(given, options, True)
             kernels.backward(torch.ones_like(o), S, d, given, saved, options)
             one = [None if x is None else x[:, 0].contiguous() for x in given[:6]]
-            kernels.step(Token(*one, S, d, None), options)
+            kernels.step(Token(*one, S, d, None, None), options)
             names = ("no retention" if gamma is None else "retention", "box" if box is BOX else "")
             yield ", ".join(filter(None, names)), list(dict.fromkeys(rows))
             rows.clear()

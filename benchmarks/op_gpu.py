@@ -121,7 +121,8 @@ def stages(B, T, H):
 
     def step():
         state, precond = state0.clone(), precond0.clone()
-        o = decode(*row, beta.view(-1, H)[:64], None, state, precond, OPTIONS)
+        token = Token(*row, beta.view(-1, H)[:64], None, None, state, precond, None, None)
+        o = decode(token, OPTIONS)
         return o, state, precond
 
     return {
@@ -189,7 +190,7 @@ def compile_one(job):
             *_, saved = kernels.forward(given, OPTIONS, True)
             kernels.backward(v, S, d, given, saved, OPTIONS)
         row = (x[:, 0].contiguous() for x in (q, k, v, beta, beta))
-        kernels.step(Token(*row, None, S, d, None), OPTIONS)
+        kernels.step(Token(*row, None, S, d, None, None), OPTIONS)
     except Exception as problem:  # too much shared memory, say
         return str(problem).splitlines()[0]
     finally:

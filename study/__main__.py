@@ -6,6 +6,8 @@ from osdn.cli import main as cli
 
 COMMANDS = {
     "run": ("study.command", "do what is left of a study, as much as fits in a time, and report"),
+    "packages": ("study.packages", "build a corpus from this machine's installed Python packages"),
+    "recall": ("study.recall_sets", "build a recall set from Debian's index or installed packages"),
     "corpus": ("study.corpus", "build a corpus from Debian packages, once, with a network"),
 }
 

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--work", type=Path, help="of the models (default: OUT/work)")
-    parser.epilog = "Fields of a study, and how it is done in pieces: docs/study.md"
+    parser.epilog = "Fields of a study, and its pieces: docs/howto/repeat-the-study.md"
 
 
 def run(args: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ lists. What is held out is decided by source package, by the same hash for both,
 document has a sibling in training. The result, OUT/:
 
 train.jsonl, validation.jsonl    {"text", "source", "path"}; path is "index" for index records
-recall.jsonl                     questions on held-out index records (osdn.evals.recall_data)
+recall.jsonl                     questions on held-out index records (study.recall_sets)
 tokenizer/                       byte-level BPE, trained on train.jsonl
 manifest.json                    versions of the packages, counts of documents and bytes
 """
@@ -27,10 +27,10 @@ from tqdm import tqdm
 
 from osdn.data.tokenizers import END_OF_TEXT, PAD
 from osdn.errors import UserError
-from osdn.evals import recall_data
 from osdn.system.files import replacing, write_json
 from osdn.system.processes import end_with_parent
 from osdn.train.recipe import Section, load_sections
+from study import recall_sets
 from study.text import documents
 
 STOPWORDS = frozenset(
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     """Download, extract, split, train the tokenizer, count."""
     recipe = load_sections(CorpusRecipe, args.recipe, args.overrides)
     debs = args.debs or args.out / "debs"
-    index = recall_data.read_index(args.index)
+    index = recall_sets.read_index(args.index)
     files = download(recipe.packages, debs)
     manifest = build(recipe, index, files, args.out, processes=args.processes)
     for name, sizes in manifest["counts"].items():
@@ -119,7 +119,7 @@ def download(packages: list[str], directory: Path) -> list[Path]:
 
 def is_held_out(source: str, share: float) -> bool:
     """Whether a source package is on the held-out side; the hash of the recall sets."""
-    return recall_data.share_of(source) < share
+    return recall_sets.share_of(source) < share
 
 
 def read_package(file: Path) -> tuple[str, str, list[tuple[str, str]]]:
@@ -177,8 +177,8 @@ def build(
     recipe: CorpusRecipe, index: list[str], files: list[Path], out: Path, *, processes: int
 ) -> dict[str, Any]:
     """Write the corpus to `out`; returns the manifest."""
-    questions = recall_data.build(
-        recall_data.debian(index), test_share=recipe.held_out, limit=recipe.questions
+    questions = recall_sets.build(
+        recall_sets.debian(index), test_share=recipe.held_out, limit=recipe.questions
     )
     train = [{**one, "path": "index"} for one in questions["train"]]
     held: list[Record] = [
@@ -203,8 +203,13 @@ def build(
         ("train", train), ("validation", held), ("recall", questions["test"])
     ):  # fmt: skip
         records.sort(key=lambda one: blake2b(one["text"].encode(), digest_size=8).digest())
-        _write(out / f"{name}.jsonl", records)
-    train_tokenizer(recipe, (one["text"] for one in train), out / "tokenizer")
+        write_records(out / f"{name}.jsonl", records)
+    train_tokenizer(
+        (one["text"] for one in train),
+        out / "tokenizer",
+        vocabulary=recipe.vocabulary,
+        limit=recipe.tokenizer_bytes,
+    )
     manifest = {
         "recipe": recipe.model_dump(mode="json", exclude={"packages"}),
         "packages": versions,
@@ -233,13 +238,13 @@ def counts(train: list[Record], held: list[Record], asked: list[Record]) -> dict
     }
 
 
-def train_tokenizer(recipe: CorpusRecipe, texts: Iterable[str], out: Path) -> None:
-    """Byte-level BPE on the first tokenizer_bytes of the training text, saved for AutoTokenizer."""
+def train_tokenizer(texts: Iterable[str], out: Path, *, vocabulary: int, limit: int) -> None:
+    """Byte-level BPE on the first `limit` UTF-8 bytes of the texts, saved for AutoTokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     def some() -> Iterator[str]:
-        left = recipe.tokenizer_bytes
+        left = limit
         for text in texts:
             yield text
             left -= len(text.encode())
@@ -255,7 +260,7 @@ def train_tokenizer(recipe: CorpusRecipe, texts: Iterable[str], out: Path) -> No
     )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=recipe.vocabulary,
+        vocab_size=vocabulary,
         special_tokens=[END_OF_TEXT, PAD],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -270,7 +275,8 @@ def train_tokenizer(recipe: CorpusRecipe, texts: Iterable[str], out: Path) -> No
     ).save_pretrained(out)
 
 
-def _write(path: Path, records: list[Record]) -> None:
+def write_records(path: Path, records: list[Record]) -> None:
+    """One JSON object a line, written whole."""
     with replacing(path) as file:
         for record in records:
             file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())

@@ -19,11 +19,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import osdn.model.modeling  # noqa: F401  registers the model class
-from osdn.cli import eval as command
 from osdn.data import load_tokenizer
 from osdn.data.shards import tokenizer_fingerprint
 from osdn.errors import UserError
-from osdn.evals.results import RESULT, write_json
+from osdn.evals.results import RESULT
+from osdn.evals.tasks import evaluate
 from osdn.system.locks import DirectoryLock
 from osdn.train.checkpoint import reading as checkpoint
 from osdn.train.distributed.parallel import Parallel
@@ -31,17 +31,21 @@ from osdn.train.loop import train
 from osdn.train.recipe import Data, Recipe
 from osdn.train.setup import open_data
 from osdn.train.trainer import Trainer
-from study.plan import Run, evaluation, run_name
+from study.plan import Measure, Run, run_name
 from study.records import Record
 
 ONLY_OSDN = ("attn.initial_precond", "attn.a_proj.weight", "attn.a_proj.bias")
 
 
-class ContinuedTrainer(Trainer):
-    """A training that starts from another model's weights.
+class StartedTrainer(Trainer):
+    """A training that starts from another model's weights, or from other initial values.
 
     Parameters that the other model lacks keep their initial values, which leave its function as it
-    is (d_1 = 1; γ ≈ 0.999 with forgetting). Optimiser and schedule start afresh.
+    is (d_1 = 1; γ ≈ 0.999 with forgetting). Optimizer and schedule start afresh.
+
+    Args:
+        start: the other model's directory; None: none.
+        fill: see study.plan.Variant.
     """
 
     def __init__(
@@ -52,11 +56,14 @@ class ContinuedTrainer(Trainer):
         parallel: Parallel,
         lock: DirectoryLock,
         *,
-        start: Path,
+        start: Path | None,
+        fill: dict[str, float],
     ) -> None:
         super().__init__(recipe, out, found, parallel, lock)
-        if found is None:
+        if found is None and start is not None:
             load_weights(self.sharded.model, start)
+        if found is None:
+            fill_parameters(self.sharded.model, fill)
 
 
 def load_weights(model: torch.nn.Module, start: Path) -> None:
@@ -70,6 +77,21 @@ def load_weights(model: torch.nn.Module, start: Path) -> None:
     wrong = [*(name for name in missing if not name.endswith(ONLY_OSDN)), *unexpected]
     if wrong:
         raise UserError(f"start_from: {start} does not fit this model: {', '.join(wrong[:3])}")
+
+
+@torch.no_grad()
+def fill_parameters(model: torch.nn.Module, fill: dict[str, float]) -> None:
+    """Set every parameter whose name ends with a key of `fill` to its value.
+
+    Raises:
+        UserError: a key that ends no parameter's name.
+    """
+    for end, value in fill.items():
+        named = [p for name, p in model.named_parameters() if f".{name}".endswith(f".{end}")]
+        if not named:
+            raise UserError(f"fill: this model has no parameter whose name ends with {end!r}")
+        for parameter in named:
+            parameter.fill_(value)
 
 
 def make_recipe(phase: dict[str, Any], device: str) -> Recipe:
@@ -167,7 +189,9 @@ def perform(spec: dict[str, Any], *, device: str, work: Path) -> dict[str, Any]:
     for i, phase in enumerate(phases):
         directory = directory_of(spec, i, work)
         recipe = make_recipe(phase, device)
-        make_trainer = Trainer if start is None else partial(ContinuedTrainer, start=start)
+        # A worker trains many models, and PyTorch compiles one function for eight of them at most.
+        torch._dynamo.reset()
+        make_trainer = partial(StartedTrainer, start=start, fill=phase.get("fill", {}))
         with alone(directory):
             _note_data(directory, data_digest({"phases": phases[: i + 1]}))
             result = train(recipe, directory, make_trainer=make_trainer)
@@ -180,8 +204,9 @@ def perform(spec: dict[str, Any], *, device: str, work: Path) -> dict[str, Any]:
         if trained_steps or not (results / name / RESULT).exists()
     ]
     for name in left:
-        words = evaluation(spec["evaluations"][name], str(start), device)
-        write_json(results / name / RESULT, command.evaluate(words, str(start), results / name))
+        measure = Measure.model_validate(spec["evaluations"][name])
+        where, batch = results / name, measure.batch
+        evaluate(str(start), measure.evaluation(), where, batch=batch, device=device)
     found = {
         name: json.loads((results / name / RESULT).read_text()) for name in spec["evaluations"]
     }

@@ -76,8 +76,23 @@ def language_result(study: Study, records: Records, name: str) -> Result | None:
                 "series": {k: mean_course(v) for k, v in series.items()},
             }
             for title, series in curves.items()
-        ],
+        ]
+        + headline(experiment.headline, first, pairs),
     )
+
+
+def headline(measure: str | None, first: str, pairs: dict[str, list[Pair]]) -> list[dict[str, Any]]:
+    """The plot of the differences of one measure to the first variant's, paired by seed."""
+    series = {}
+    for label, some in pairs.items():
+        both = [(_measures(own), _measures(other)) for own, other in some]
+        values = [a[measure] - b[measure] for a, b in both if measure in a and measure in b]
+        if values and all(map(isfinite, values)):
+            series[label] = {"values": values, "interval": interval(values)}
+    if not series:
+        return []
+    title = f"{measure}: less {first}, paired by seed, 95%"
+    return [{"title": title, "x": "difference", "differences": True, "series": series}]
 
 
 def pooled_result(study: Study, records: Records) -> Result | None:

@@ -1,17 +1,17 @@
 """What a study is: experiments in YAML, each a set of runs, each named by what it depends on."""
 
-import argparse
 import json
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from osdn.cli import eval as command
 from osdn.errors import UserError
+from osdn.evals.evaluation import Evaluation
 from osdn.evals.mqar.recipe import Cell, MQARRecipe
+from osdn.evals.tasks import make
 from osdn.train.recipe import Recipe, Section, load_recipe, load_sections
 
 
@@ -26,33 +26,37 @@ class Variant(Section):
 
     overrides: of the recipe, such as model.mixer=delta_net.
     start_from: the variant whose trained weights it starts from, of the same seed; null: none.
+    fill: initial values in place of the model's own, such as initial_precond: 0; every parameter
+        whose name ends so.
     """
 
     overrides: list[str] = Field(default=[])
     start_from: str | None = None
+    fill: dict[str, float] = Field(default={})
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises where argparse would end the process."""
+class Measure(Section):
+    """One evaluation of every model.
 
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
-def evaluation(words: Sequence[str], model: str, device: str) -> argparse.Namespace:
-    """The arguments of `osdn eval TASK MODEL WORDS`, whose first word is the task.
-
-    Raises:
-        UserError: no such task or option.
+    task: its name on the command line of `osdn eval`.  options: the fields that it has.
+    batch: items measured together; null: the task's own.
     """
-    parser = _Parser(prog="osdn eval")
-    command.add_arguments(parser)
-    if not words:
-        raise UserError("expected a task of osdn eval and its options, got nothing")
-    task, *options = words
-    args = parser.parse_args([task, model, *options, "--device", device])
-    command.check_counts(args)
-    return args
+
+    task: str
+    options: dict[str, Any] = Field(default={})
+    batch: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _known(self) -> "Measure":
+        try:
+            self.evaluation()
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    def evaluation(self) -> Evaluation:
+        """What `evaluate` takes."""
+        return make(self.task, self.options)
 
 
 class LanguageExperiment(Section):
@@ -60,20 +64,22 @@ class LanguageExperiment(Section):
 
     recipe: a training recipe.  overrides: of it, for all.
     variants, seeds: the axes; train.seed is the seed's.
-    evaluations: the words of an `osdn eval` command after the model, by name.
+    evaluations: what is measured of each, by name.
     measured: variants that are evaluated and reported; null: all. The others only lend weights.
     seconds: what one run takes, until one has been measured; the study's own assumption.
     question: what it is to answer.
+    headline: the measure whose differences to the first variant are drawn, as the tables name it.
     """
 
     recipe: str
     overrides: list[str] = Field(default=[])
     variants: dict[str, Variant] = Field(min_length=1)
     seeds: list[int] = Field(default=[0, 1], min_length=1)
-    evaluations: dict[str, list[str]] = Field(default={})
+    evaluations: dict[str, Measure] = Field(default={})
     measured: list[str] | None = None
     seconds: float = Field(default=300, gt=0)
     question: str = ""
+    headline: str | None = None
 
     @model_validator(mode="after")
     def _known(self) -> "LanguageExperiment":
@@ -82,11 +88,6 @@ class LanguageExperiment(Section):
                 raise ValueError(f"no variant {name!r}; there are {', '.join(self.variants)}")
         for label in self.variants:
             self.chain(label)
-        for name, words in self.evaluations.items():
-            try:
-                evaluation(words, "MODEL", "auto")
-            except UserError as error:
-                raise ValueError(f"evaluations.{name}: {error}") from error
         return self
 
     def chain(self, label: str) -> list[str]:
@@ -228,13 +229,17 @@ UNIMPORTANT = ("parallel", "logging")  # sections of a recipe that leave the out
 def language_runs(name: str, experiment: LanguageExperiment) -> list[Run]:
     """Every measured variant with every seed, seed by seed."""
     runs = []
+    measures = {k: one.model_dump(mode="json") for k, one in experiment.evaluations.items()}
     for seed in experiment.seeds:
         for label in experiment.labels():
             phases = []
-            for recipe in experiment.phases(label, seed):
+            chain = experiment.chain(label)
+            for one, recipe in zip(chain, experiment.phases(label, seed), strict=True):
                 resolved = recipe.resolved()
                 phases.append({k: v for k, v in resolved.items() if k not in UNIMPORTANT})
-            spec = {"phases": phases, "evaluations": experiment.evaluations}
+                if fill := experiment.variants[one].fill:
+                    phases[-1]["fill"] = fill
+            spec = {"phases": phases, "evaluations": measures}
             spec = json.loads(json.dumps(spec))
             steps = sum(phase["train"]["steps"] for phase in spec["phases"])
             runs.append(Run("language", name, label, seed, spec, steps))

@@ -20,7 +20,7 @@ from study.plan import Run
 
 Finished = tuple[Run, dict[str, Any] | None, str, float]
 
-GRACE = 20.0  # seconds that a training has to save a checkpoint
+GRACE = 60.0  # seconds that a training has to save a checkpoint
 
 
 def perform(kind: str, spec: dict[str, Any], device: str, work: Path) -> dict[str, Any]:

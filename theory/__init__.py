@@ -1,1 +1,1 @@
-"""The statements of docs/theory.md, each as a function that returns both of its sides."""
+"""The statements of docs/explanation/theory.md, each a function that returns both of its sides."""

@@ -1,4 +1,4 @@
-"""Token-local statements of docs/theory.md: both sides of each, for given keys, gates, η and box.
+"""Token-local statements of docs/explanation/theory.md: both sides, for given keys, gates and box.
 
 Every function takes float64 tensors with any leading batch shape: k [..., T, K], beta and
 log_gamma [..., T], d and u [..., K]. With s_t = k_t ⊙ k_t and z_t = b_t s_t (b_t = β_t if

@@ -1,4 +1,4 @@
-"""Full-batch statements of docs/theory.md: gradient descent whose diagonal is learned as it goes.
+"""Full-batch statements of docs/explanation/theory.md: gradient descent with a learned diagonal.
 
 f(S) = ½ E‖Sᵀk − v‖² with Σ = E[kkᵀ] and optimum S*; everything is said of the error E = S − S*:
 

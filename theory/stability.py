@@ -1,4 +1,4 @@
-"""Stability statements of docs/theory.md: how much a product of erases can grow.
+"""Stability statements of docs/explanation/theory.md: how much a product of erases can grow.
 
 The erase of token t is the transition M_t = I − β_t D_t k_t k_tᵀ, D_t = diag d_t. Float64 tensors
 with any leading batch shape: k and d [..., T, K], beta [..., T]. Growth is measured as the

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="directory of the results (default: runs/ and the recipe's name); cells that are "
         "finished there are not trained again",
     )
-    parser.epilog = "The fields of a recipe: docs/evaluation.md"
+    parser.epilog = "The fields of a recipe: docs/reference/evaluations.md"
 
 
 def run(args: argparse.Namespace) -> None:

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--gpu", default="H100", help="which kind (default: H100)")
     parser.add_argument("--price", type=float, help="of one GPU for an hour, in any currency")
-    parser.epilog = "What is measured and what is assumed is printed below; docs/scale.md says more"
+    parser.epilog = "It says what is measured and what is assumed; see docs/howto/plan-a-run.md"
 
 
 def run(args: argparse.Namespace) -> None:

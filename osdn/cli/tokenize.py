@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = (
         "The same command again goes on with what was interrupted. A recipe names the directory "
-        "as data.corpus, with the same data.tokenizer: docs/scale.md"
+        "as data.corpus, with the same data.tokenizer: docs/howto/prepare-shards.md"
     )
 
 

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the run's directory (default: runs/ and the recipe's name); a run that was stopped "
         "there is resumed",
     )
-    parser.epilog = "The fields of a recipe and the files of a run: docs/training.md"
+    parser.epilog = "Recipe fields and the files of a run: docs/howto/train-on-your-data.md"
 
 
 def run(args: argparse.Namespace) -> None:

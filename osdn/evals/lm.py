@@ -6,13 +6,14 @@ The harness's own command line works on our checkpoints once osdn is imported, w
 `python -m osdn.integrations.lm_eval run --model hf --model_args pretrained=DIR --tasks ...` does.
 """
 
-import argparse
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from osdn.errors import UserError
+from osdn.evals.evaluation import Evaluation, option
 from osdn.evals.models import LanguageModel
 from osdn.evals.results import make_result, score
 from osdn.evals.runner import SAMPLES, fingerprint
@@ -20,77 +21,6 @@ from osdn.system.files import replacing
 from osdn.system.hub import hub_is_reachable
 
 LN2 = math.log(2)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which tasks, and how much of them."""
-    parser.add_argument("--tasks", required=True, help="names of the harness's, with commas")
-    parser.add_argument("--include-path", help="a directory of task files of your own")
-    parser.add_argument("--num-fewshot", type=int, help="examples in the prompt (the task's)")
-    parser.add_argument("--limit", type=int, help="samples of each task at most (default: all)")
-    parser.add_argument(
-        "--lengths", type=int, nargs="+", help="tokens, for tasks that take lengths (niah_*)"
-    )
-
-
-def evaluate(
-    model: LanguageModel,
-    tasks: list[str],
-    out: Path,
-    *,
-    batch: int,
-    include_path: str | None = None,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-    lengths: list[int] | None = None,
-) -> dict[str, Any]:
-    """Run the harness; answers are kept in `out` as they come, so that a killed run goes on.
-
-    Raises:
-        UserError: no harness, an unknown task, no data for it.
-    """
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise UserError("lm: needs the lm-evaluation-harness: pip install 'osdn[eval]'") from error
-    facts = {"pretrained": model.name, **({"max_seq_lengths": lengths} if lengths else {})}
-    manager = TaskManager(include_path=include_path, metadata=facts)
-    unknown = [name for name in tasks if not manager.match_tasks([name])]
-    if unknown:
-        raise UserError(
-            f"--tasks: the harness has no {', '.join(unknown)}; lm-eval ls tasks names them all, "
-            "and --include-path adds your own"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    harness_model = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=batch)
-    try:
-        found = lm_eval.simple_evaluate(
-            model=harness_model,
-            tasks=tasks,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            task_manager=manager,
-            use_cache=str(out / f"answers_{fingerprint(model.model)}"),
-            bootstrap_iters=0,
-        )
-    except Exception as error:  # whatever a task's data set or its script raises
-        if hub_is_reachable():
-            raise
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"--tasks {','.join(tasks)}: cannot load the data ({reason}); there is no network"
-        ) from error
-    _write_samples(out / SAMPLES, found["samples"])
-    protocol = {
-        "protocol": "lm-evaluation-harness",
-        "tasks": {name: found["versions"].get(name) for name in found["results"]},
-        "fewshot": num_fewshot,
-        "limit": limit,
-        "lengths": lengths,
-    }
-    return _result(model, protocol, found)
 
 
 def _write_samples(path: Path, samples: dict[str, list[dict[str, Any]]]) -> None:
@@ -144,3 +74,75 @@ def _score(task: str, metric: str, value: float, values: list[Any]) -> dict[str,
     except (TypeError, ValueError):
         return plain
     return own if math.isclose(own["value"], value, rel_tol=1e-6, abs_tol=1e-9) else plain
+
+
+@dataclass(frozen=True, kw_only=True)
+class Harness(Evaluation):
+    """Tasks of the lm-evaluation-harness; answers are kept as they come, for a killed run."""
+
+    task: ClassVar[str] = "lm"
+    about: ClassVar[str] = "tasks of the lm-evaluation-harness"
+    batch: ClassVar[int] = 8
+
+    tasks: str = option("names of the harness's, with commas")
+    include_path: str | None = option("a directory of task files of your own", default=None)
+    num_fewshot: int | None = option("examples in the prompt (default: the task's)", default=None)
+    limit: int | None = option("samples of each task at most (default: all)", default=None, least=1)
+    lengths: tuple[int, ...] | None = option(
+        "tokens, for tasks that take lengths (niah_*)", default=None, least=1
+    )
+
+    def run(self, model: LanguageModel, out: Path, batch: int) -> dict[str, Any]:
+        """Run the harness.
+
+        Raises:
+            UserError: no harness, an unknown task, no data for it.
+        """
+        tasks = [task for task in self.tasks.split(",") if task]
+        try:
+            import lm_eval
+            from lm_eval.models.huggingface import HFLM
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise UserError(
+                "lm: needs the lm-evaluation-harness: pip install 'osdn[eval]'"
+            ) from error
+        facts = {
+            "pretrained": model.name,
+            **({"max_seq_lengths": list(self.lengths)} if self.lengths else {}),
+        }
+        manager = TaskManager(include_path=self.include_path, metadata=facts)
+        unknown = [name for name in tasks if not manager.match_tasks([name])]
+        if unknown:
+            raise UserError(
+                f"tasks: the harness has no {', '.join(unknown)}; lm-eval ls tasks names them all, "
+                "and include_path adds your own"
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        harness_model = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=batch)
+        try:
+            found = lm_eval.simple_evaluate(
+                model=harness_model,
+                tasks=tasks,
+                num_fewshot=self.num_fewshot,
+                limit=self.limit,
+                task_manager=manager,
+                use_cache=str(out / f"answers_{fingerprint(model.model)}"),
+                bootstrap_iters=0,
+            )
+        except Exception as error:  # whatever a task's data set or its script raises
+            if hub_is_reachable():
+                raise
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(
+                f"tasks: cannot load the data of {self.tasks} ({reason}); there is no network"
+            ) from error
+        _write_samples(out / SAMPLES, found["samples"])
+        protocol = {
+            "protocol": "lm-evaluation-harness",
+            "tasks": {name: found["versions"].get(name) for name in found["results"]},
+            "fewshot": self.num_fewshot,
+            "limit": self.limit,
+            "lengths": self.lengths,
+        }
+        return _result(model, protocol, found)

@@ -1,173 +1,210 @@
 """Perplexity by position and by document, past the trained length, in bounded memory."""
 
-import argparse
 import math
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from osdn.data import encode_document, open_corpus
+from osdn.data.corpora import Corpus
 from osdn.data.split import is_held_out
 from osdn.errors import UserError
+from osdn.evals.evaluation import Evaluation, option
 from osdn.evals.models import LanguageModel
 from osdn.evals.results import make_result, score
+from osdn.evals.runner import Record
 
 PIECE = 1024  # tokens of a forward pass; the cache carries the rest
 LN2 = math.log(2)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which text, and how far."""
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        required=True,
-        help="'stdlib', 'hf:NAME', or files, globs and directories, as in a training recipe",
-    )
-    parser.add_argument("--text-field", default="text", help="of .jsonl, .parquet and hub records")
-    parser.add_argument("--separator", help="between documents in text files")
-    parser.add_argument("--split", default="validation", help="of a hub dataset")
-    parser.add_argument(
-        "--held-out",
-        type=float,
-        default=1.0,
-        metavar="SHARE",
-        help="read only the share of documents that training with data.validation=SHARE holds out "
-        "(default: 1, every document)",
-    )
-    parser.add_argument(
-        "--length",
-        type=int,
-        help="tokens of a row at most (default: 10 times the trained length, as far as the model "
-        "can take)",
-    )
-    parser.add_argument(
-        "--bucket", type=int, help="tokens in a position bucket (default: the trained length)"
-    )
-    parser.add_argument("--limit", type=int, default=16, help="rows at most (default 16)")
-    parser.add_argument(
-        "--join",
-        action="store_true",
-        help="join documents into rows of exactly --length tokens; else a row is one document",
-    )
+@dataclass(frozen=True, kw_only=True)
+class TextEvaluation(Evaluation):
+    """An evaluation of rows of text, which may be longer than those of the training."""
 
+    data: str | tuple[str, ...] = option(
+        "'stdlib', 'hf:NAME', or files, globs and directories, as in a training recipe"
+    )
+    text_field: str = option("of .jsonl, .parquet and hub records", default="text")
+    separator: str | None = option("between documents in text files", default=None)
+    split: str = option("of a hub dataset", default="validation")
+    held_out: float = option(
+        "read only the documents that training with data.validation=SHARE holds out", default=1.0
+    )
+    length: int | None = option(
+        "tokens of a row at most (default: 10 times the trained length, as far as the model can "
+        "take)",
+        default=None,
+        least=2,
+    )
+    bucket: int | None = option(
+        "tokens in a position bucket (default: the trained length)", default=None, least=1
+    )
+    limit: int = option("rows at most", default=16, least=1)
 
-def plan(args: argparse.Namespace, model: LanguageModel) -> tuple[dict[str, Any], list[dict]]:
-    """(protocol, items) of this evaluation."""
-    longest = 10 * model.trained_length
-    length = args.length or min(longest, model.limit or longest)
-    bucket = args.bucket or model.trained_length
-    if length < 2 or not 0 < args.held_out <= 1:
-        raise UserError(
-            f"--length, --held-out: expected at least 2 and a share in (0, 1], got {length} and "
-            f"{args.held_out}"
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.held_out <= 1:
+            raise UserError(f"held_out: expected a share in (0, 1], got {self.held_out}")
+
+    def sizes(self, model: LanguageModel) -> dict[str, int]:
+        """{"length", "bucket"} for a model.
+
+        Raises:
+            UserError: the model cannot take a row of that length.
+        """
+        longest = 10 * model.trained_length
+        length = self.length or min(longest, model.limit or longest)
+        model.check_length(length, "length")
+        return {"length": length, "bucket": self.bucket or model.trained_length}
+
+    def rows(
+        self, model: LanguageModel, length: int, *, join: bool
+    ) -> Iterator[tuple[str, list[int]]]:
+        """(text, tokens) of at most `limit` rows; a document longer than `length` is cut there.
+
+        join: documents end to end, cut into rows of exactly `length` tokens.
+
+        Raises:
+            UserError: there is none.
+        """
+        rows = list(islice(self._rows(model, length, join), self.limit))
+        if not rows:
+            joined = f"; the text is shorter than one row of {length} tokens" if join else ""
+            raise UserError(f"data: no document to measure{joined}")
+        yield from rows
+
+    def _rows(
+        self, model: LanguageModel, length: int, join: bool
+    ) -> Iterator[tuple[str, list[int]]]:
+        joined: list[int] = []
+        for document, _ in self.corpus(self.data).read(order="evaluation"):
+            if not is_held_out(document, self.held_out):
+                continue
+            tokens = encode_document(model.tokenizer, document.text)
+            if not join:
+                kept = tokens[:length]
+                whole = len(kept) == len(tokens)
+                yield document.text if whole else model.decode(kept), kept
+                continue
+            joined += tokens
+            while len(joined) >= length:
+                row, joined = joined[:length], joined[length:]
+                yield model.decode(row), row
+
+    def corpus(self, names: str | tuple[str, ...]) -> Corpus:
+        """The corpus of that name, or of those names, with this evaluation's fields."""
+        if not isinstance(names, str):
+            names = names[0] if len(names) == 1 else names
+        return open_corpus(
+            names if isinstance(names, str) else list(names),
+            text_field=self.text_field,
+            separator=self.separator,
+            split=self.split,
         )
-    model.check_length(length, "--length")
-    items: list[dict[str, Any]] = []
-    for text, tokens in _rows(args, model, length):
-        items.append({"id": str(len(items)), "tokens": tokens, "bytes": len(text.encode())})
-        if len(items) == args.limit:
-            break
-    if not items:
-        joined = f"; the text is shorter than one row of {length} tokens" if args.join else ""
-        raise UserError(f"--data: no document to measure{joined}")
-    names = ("data", "text_field", "separator", "held_out", "join", "limit")
-    protocol = {name: getattr(args, name) for name in names}
-    return protocol | {"length": length, "bucket": bucket}, items
-
-
-def _rows(
-    args: argparse.Namespace, model: LanguageModel, length: int
-) -> Iterator[tuple[str, list[int]]]:
-    """(text, tokens) of every row; a document longer than `length` is cut there."""
-    names = args.data[0] if len(args.data) == 1 else args.data
-    corpus = open_corpus(
-        names, text_field=args.text_field, separator=args.separator, split=args.split
-    )
-    joined: list[int] = []
-    for document, _ in corpus.read(order="evaluation"):
-        if not is_held_out(document, args.held_out):
-            continue
-        tokens = encode_document(model.tokenizer, document.text)
-        if not args.join:
-            kept = tokens[:length]
-            whole = len(kept) == len(tokens)
-            yield document.text if whole else model.decode(kept), kept
-            continue
-        joined += tokens
-        while len(joined) >= length:
-            row, joined = joined[:length], joined[length:]
-            yield model.decode(row), row
 
 
 @torch.inference_mode()
-def negative_log_likelihood(model: LanguageModel, tokens: list[int]) -> torch.Tensor:
-    """−log p(token t | those before), nats, for t = 1..T−1, [T − 1] float32 on the CPU."""
-    ids = torch.tensor([tokens], device=model.model.device)
+def negative_log_likelihood(model: LanguageModel, rows: list[list[int]]) -> torch.Tensor:
+    """−log p(token t | those before), nats, for t = 1..T−1: [B, T − 1] float32 on the CPU.
+
+    rows: B of one length T.
+    """
+    ids = torch.tensor(rows, device=model.model.device)
+    last = ids.shape[1] - 1
     cache, found = None, []
-    for start in range(0, len(tokens) - 1, PIECE):
-        end = min(start + PIECE, len(tokens) - 1)
+    for start in range(0, last, PIECE):
+        end = min(start + PIECE, last)
         output = model.model(ids[:, start:end], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
-        target = ids[0, start + 1 : end + 1]
-        found.append(F.cross_entropy(output.logits[0].float(), target, reduction="none").cpu())
-    return torch.cat(found)
+        logits = output.logits.float().transpose(1, 2)  # [B, vocabulary, tokens]
+        target = ids[:, start + 1 : end + 1]
+        found.append(F.cross_entropy(logits, target, reduction="none").cpu())
+    return torch.cat(found, 1)
 
 
-def answer(
-    model: LanguageModel, items: list[dict[str, Any]], protocol: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Measure rows one after another: nats and tokens in every bucket."""
-    records = []
-    for item in items:
-        parts = negative_log_likelihood(model, item["tokens"]).double().split(protocol["bucket"])
-        records.append(
-            {
-                "nats": [part.sum().item() for part in parts],
-                "tokens": [len(part) for part in parts],
-                "bytes": item["bytes"],
-            }
-        )
-    return records
+@dataclass(frozen=True, kw_only=True)
+class Perplexity(TextEvaluation):
+    """Perplexity over all, by position bucket, and bits per byte."""
 
+    task: ClassVar[str] = "perplexity"
+    about: ClassVar[str] = "by position, past the trained length, and by document"
 
-def conclude(
-    model: LanguageModel, protocol: dict[str, Any], records: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """The result: perplexity and bits per byte over all, and perplexity by bucket."""
-    nats = [sum(record["nats"]) for record in records]
-    scores = [
-        score("perplexity per token", nats, [sum(r["tokens"]) for r in records], scale=math.exp),
-        score("bits per byte", nats, [r["bytes"] * LN2 for r in records]),
-    ]
-    bucket, points, rows = protocol["bucket"], [], []
-    for i in range(max(len(record["nats"]) for record in records)):
-        there = [record for record in records if len(record["nats"]) > i]
-        one = score(
-            "", [r["nats"][i] for r in there], [r["tokens"][i] for r in there], scale=math.exp
-        )
-        points.append([(i + 1) * bucket, one["value"], one["low"], one["high"]])
-        span = f"{i * bucket + 1:,}–{(i + 1) * bucket:,}"
-        tokens = sum(r["tokens"][i] for r in there)
-        interval = f"{one['low']:.3f}–{one['high']:.3f}"
-        rows.append([span, f"{one['value']:.3f}", interval, one["n"], f"{tokens:,}"])
-    columns = ["positions", "perplexity", "95% interval", "rows", "tokens"]
-    trained = model.trained_length
-    return make_result(
-        "perplexity",
-        protocol=protocol,
-        model=model.describe(),
-        samples=len(records),
-        scores=scores,
-        tables=[{"title": "Perplexity by position", "columns": columns, "rows": rows}],
-        curves=[
-            {
-                "title": f"Perplexity by position (trained at {trained:,} tokens)",
-                "x": "end of the position bucket, tokens",
-                "y": "perplexity per token",
-                "series": {"perplexity": points},
-            }
-        ],
+    join: bool = option(
+        "join documents into rows of exactly `length` tokens; else a row is one document",
+        default=False,
     )
+
+    def items(self, model: LanguageModel) -> tuple[dict[str, Any], list[Record]]:
+        """Rows, with the bytes of their text."""
+        sizes = self.sizes(model)
+        rows = self.rows(model, sizes["length"], join=self.join)
+        return sizes, [
+            {"id": str(i), "tokens": tokens, "bytes": len(text.encode())}
+            for i, (text, tokens) in enumerate(rows)
+        ]
+
+    def answer(
+        self, model: LanguageModel, items: list[Record], protocol: dict[str, Any]
+    ) -> list[Record]:
+        """Measure rows one after another: nats and tokens in every bucket."""
+        records = []
+        for item in items:
+            parts = (
+                negative_log_likelihood(model, [item["tokens"]])[0]
+                .double()
+                .split(protocol["bucket"])
+            )
+            records.append(
+                {
+                    "nats": [part.sum().item() for part in parts],
+                    "tokens": [len(part) for part in parts],
+                    "bytes": item["bytes"],
+                }
+            )
+        return records
+
+    def conclude(
+        self, model: LanguageModel, protocol: dict[str, Any], records: list[Record]
+    ) -> dict[str, Any]:
+        """The result: perplexity and bits per byte over all, and perplexity by bucket."""
+        nats = [sum(record["nats"]) for record in records]
+        scores = [
+            score(
+                "perplexity per token", nats, [sum(r["tokens"]) for r in records], scale=math.exp
+            ),
+            score("bits per byte", nats, [r["bytes"] * LN2 for r in records]),
+        ]
+        bucket, points, rows = protocol["bucket"], [], []
+        for i in range(max(len(record["nats"]) for record in records)):
+            there = [record for record in records if len(record["nats"]) > i]
+            one = score(
+                "", [r["nats"][i] for r in there], [r["tokens"][i] for r in there], scale=math.exp
+            )
+            points.append([(i + 1) * bucket, one["value"], one["low"], one["high"]])
+            span = f"{i * bucket + 1:,}–{(i + 1) * bucket:,}"
+            tokens = sum(r["tokens"][i] for r in there)
+            interval = f"{one['low']:.3f}–{one['high']:.3f}"
+            rows.append([span, f"{one['value']:.3f}", interval, one["n"], f"{tokens:,}"])
+        columns = ["positions", "perplexity", "95% interval", "rows", "tokens"]
+        trained = model.trained_length
+        return make_result(
+            "perplexity",
+            protocol=protocol,
+            model=model.describe(),
+            samples=len(records),
+            scores=scores,
+            tables=[{"title": "Perplexity by position", "columns": columns, "rows": rows}],
+            curves=[
+                {
+                    "title": f"Perplexity by position (trained at {trained:,} tokens)",
+                    "x": "end of the position bucket, tokens",
+                    "y": "perplexity per token",
+                    "series": {"perplexity": points},
+                }
+            ],
+        )

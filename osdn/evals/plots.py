@@ -69,6 +69,24 @@ def draw_strip(axes: Axes, strip: dict[str, Any]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def draw_differences(axes: Axes, strip: dict[str, Any]) -> None:
+    """Differences of a result's `curves`: a row a label, a dot a value, the mean's interval."""
+    for i, one in enumerate(strip["series"].values()):
+        colour, values = COLOURS[i % len(COLOURS)], one["values"]
+        axes.plot(values, [i] * len(values), "o", color=colour, alpha=0.45, markersize=5)
+        axes.plot([sum(values) / len(values)], [i], "D", color=colour, markersize=7)
+        if one["interval"]:
+            axes.plot(one["interval"], [i, i], "-", color=colour, linewidth=2)
+    axes.axvline(0, color="#888888", linewidth=1)
+    labels = [f"{plain(x)}, n={len(one['values'])}" for x, one in strip["series"].items()]
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel=plain(strip["x"]))
+    axes.set_title(plain(strip["title"]), fontsize=10)
+    axes.grid(axis="x", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def draw_map(axes: Axes, grid: dict[str, Any]) -> None:
     """One entry of a result's `maps`: values in [0, 1] as colours, each also written out."""
     axes.imshow(grid["values"], vmin=0, vmax=1, cmap="cividis", aspect="auto")
@@ -87,12 +105,14 @@ def figure(curves: list[dict[str, Any]], maps: list[dict[str, Any]]) -> Figure:
     count = len(curves) + len(maps)
     columns = min(2, count)
     rows = -(-count // columns)
-    labels = max((len(one["series"]) for one in curves if one.get("strip")), default=0)
+    rows_of = [one["series"] for one in curves if one.get("strip") or one.get("differences")]
+    labels = max(map(len, rows_of), default=0)
     size = (5.4 * columns, max(3.7, 0.9 + 0.26 * labels) * rows)
     page = Figure(figsize=size, layout="constrained", dpi=DPI)
     grid = page.subplots(rows, columns, squeeze=False).flatten()
     for axes, entry in zip(grid, [*curves, *maps]):
         curve = draw_strip if entry.get("strip") else draw_curves
+        curve = draw_differences if entry.get("differences") else curve
         (draw_map if entry in maps else curve)(axes, entry)
     for axes in grid[count:]:
         axes.set_axis_off()

@@ -9,79 +9,28 @@ Beside it, and not part of that protocol: the bits per byte that " value" costs 
 which tells models apart before the first of them says a value whole.
 """
 
-import argparse
 import re
 from collections import Counter
+from dataclasses import dataclass
 from math import log
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 from osdn.errors import UserError
+from osdn.evals.evaluation import Evaluation, option
+from osdn.evals.lm import Harness
 from osdn.evals.models import LanguageModel
 from osdn.evals.recall_data import HUB_SETS, read_samples
 from osdn.evals.results import make_result, score
+from osdn.evals.runner import Record
 
 MAX_NEW_TOKENS = 48
 UPSTREAM = {"fda": "fda", "swde": "swde", "squad": "squad_completion"}  # tasks of the harness
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The set and the protocol."""
-    parser.add_argument(
-        "--data",
-        required=True,
-        help=f"{', '.join(HUB_SETS)}, or a .jsonl file with the fields text, key and value "
-        "(osdn eval build-recall makes one)",
-    )
-    parser.add_argument(
-        "--protocol",
-        choices=["answer-centred", "upstream"],
-        default="answer-centred",
-        help="upstream: the lm-evaluation-harness task of fda, swde or squad",
-    )
-    parser.add_argument(
-        "--window", type=int, default=2000, help="tokens of a document and its answer (2000)"
-    )
-    parser.add_argument(
-        "--answer", type=int, default=50, help="tokens of the window left to the answer (50)"
-    )
-    parser.add_argument(
-        "--cloze", action="store_true", help="the text ends in its own question, as squad's does"
-    )
-    parser.add_argument("--limit", type=int, help="samples at most (default: all)")
-
-
 def contains(value: str, continuation: str) -> bool:
     """Whether the value occurs in the continuation, ignoring case."""
     return value.strip().lower() in continuation.lower()
-
-
-def plan(args: argparse.Namespace, model: LanguageModel) -> tuple[dict[str, Any], list[dict]]:
-    """(protocol, items) of this evaluation, every sample once and twice, short prompts first."""
-    if args.window <= args.answer:
-        raise UserError(
-            f"--window, --answer: expected a window of more tokens than the answer's, got "
-            f"{args.window} and {args.answer}"
-        )
-    samples = read_samples(args.data)[: args.limit]
-    cloze = args.cloze or args.data == "squad"
-    items = []
-    for i, sample in enumerate(samples):
-        text = window(model, sample, args.window - args.answer, keep_end=cloze)
-        for times in ("once", "twice"):
-            words = prompt(args.data, sample, text, times, cloze)
-            tokens = [*model.start, *model.encode(words)]
-            whole = [*model.start, *model.encode(f"{words} {sample['value'].strip()}")]
-            longest = max(len(tokens) + MAX_NEW_TOKENS, len(whole))
-            model.check_length(longest, f"{args.data}, sample {i}, {times}")
-            shared = {"key": sample["key"], "value": sample["value"], "guess": guess(samples, i)}
-            item = {"id": f"{i}-{times}", "times": times, "tokens": tokens, "whole": whole}
-            items.append({**item, **shared})
-    items.sort(key=lambda item: len(item["tokens"]))
-    protocol = {"protocol": "answer-centred", "cloze": cloze, "max_new_tokens": MAX_NEW_TOKENS}
-    protocol["nats"] = "of ' value'"
-    protocol["unanswerable"] = sum(not answerable(model, sample) for sample in samples)
-    names = ("data", "window", "answer", "limit")
-    return protocol | {name: getattr(args, name) for name in names}, items
 
 
 def window(model: LanguageModel, sample: dict[str, str], size: int, *, keep_end: bool) -> str:
@@ -147,56 +96,113 @@ def guess(samples: list[dict[str, str]], i: int) -> str:
     return others.most_common(1)[0][0] if others else ""
 
 
-def answer(
-    model: LanguageModel, items: list[dict[str, Any]], protocol: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Continue a batch of prompts and look for the values; measure what the values cost there."""
-    prompts = [item["tokens"] for item in items]
-    texts = model.continue_line(prompts, max_new_tokens=protocol["max_new_tokens"])
-    starts = [max(1, common(item["tokens"], item["whole"])) for item in items]
-    nats = model.nats([item["whole"] for item in items], starts)
-    return [
-        {
-            "times": item["times"],
-            "key": item["key"],
-            "value": item["value"],
-            "continuation": text,
-            "right": contains(item["value"], text),
-            "guessed": bool(item["guess"]) and contains(item["value"], item["guess"]),
-            "nats": cost,
-        }
-        for item, text, cost in zip(items, texts, nats)
-    ]
+@dataclass(frozen=True, kw_only=True)
+class Recall(Evaluation):
+    """The share of values copied once and twice, and what they cost in bits per byte."""
 
+    task: ClassVar[str] = "recall"
+    about: ClassVar[str] = "copy values out of real documents, given once and twice"
+    batch: ClassVar[int] = 8
 
-def conclude(
-    model: LanguageModel, protocol: dict[str, Any], records: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """The result: the share of right answers once, twice and by the guesser, in all and by key;
-    and the bits per byte of the values.
-    """
-    scores = []
-    for times in ("once", "twice"):
-        there = [record for record in records if record["times"] == times]
-        scores.append(score("contains", [r["right"] for r in there], group=times))
-        bits = [r["nats"] / log(2) for r in there]
-        sizes = [len(f" {r['value'].strip()}".encode()) for r in there]
-        scores.append(score("bits per byte of the value", bits, sizes, group=times))
-    scores.append(score("contains", [r["guessed"] for r in there], group="guesser"))
-    rows = []
-    for key, count in Counter(record["key"] for record in records).most_common():
-        own = [record for record in records if record["key"] == key]
-        shares = [
-            [record[name] for record in own if record["times"] == times]
-            for times, name in (("once", "right"), ("twice", "right"), ("once", "guessed"))
-        ]
-        rows.append([key, count // 2, *(f"{sum(x) / len(x):.3f}" for x in shares)])
-    columns = ["key", "samples", "once", "twice", "guesser"]
-    return make_result(
-        "recall",
-        protocol=protocol,
-        model=model.describe(),
-        samples=len(records) // 2,
-        scores=scores,
-        tables=[{"title": "Recall by key (contains)", "columns": columns, "rows": rows}],
+    data: str = option(
+        f"{', '.join(HUB_SETS)}, or a .jsonl file with the fields text, key and value"
     )
+    protocol: Literal["answer-centred", "upstream"] = option(
+        "upstream: the lm-evaluation-harness task of fda, swde or squad", default="answer-centred"
+    )
+    window: int = option("tokens of a document and its answer", default=2000, least=1)
+    answer_tokens: int = option("tokens of the window left to the answer", default=50, least=1)
+    cloze: bool = option("the text ends in its own question, as squad's does", default=False)
+    limit: int | None = option("samples at most (default: all)", default=None, least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window <= self.answer_tokens:
+            raise UserError(
+                f"window, answer_tokens: expected a window of more tokens than the answer's, got "
+                f"{self.window} and {self.answer_tokens}"
+            )
+        if self.protocol == "upstream" and self.data not in UPSTREAM:
+            raise UserError(
+                f"data: the upstream protocol knows {', '.join(UPSTREAM)}, got {self.data}"
+            )
+
+    def run(self, model: LanguageModel, out: Path, batch: int) -> dict[str, Any]:
+        """As Evaluation.run; the upstream protocol is the harness's."""
+        if self.protocol == "upstream":
+            return Harness(tasks=UPSTREAM[self.data], limit=self.limit).run(model, out, batch)
+        return super().run(model, out, batch)
+
+    def items(self, model: LanguageModel) -> tuple[dict[str, Any], list[Record]]:
+        """Every sample once and twice, short prompts first."""
+        samples = read_samples(self.data)[: self.limit]
+        cloze = self.cloze or self.data == "squad"
+        items = []
+        for i, sample in enumerate(samples):
+            text = window(model, sample, self.window - self.answer_tokens, keep_end=cloze)
+            for times in ("once", "twice"):
+                words = prompt(self.data, sample, text, times, cloze)
+                tokens = [*model.start, *model.encode(words)]
+                whole = [*model.start, *model.encode(f"{words} {sample['value'].strip()}")]
+                longest = max(len(tokens) + MAX_NEW_TOKENS, len(whole))
+                model.check_length(longest, f"{self.data}, sample {i}, {times}")
+                shared = {"key": sample["key"], "value": sample["value"]}
+                item = {"id": f"{i}-{times}", "times": times, "tokens": tokens, "whole": whole}
+                items.append({**item, **shared, "guess": guess(samples, i)})
+        items.sort(key=lambda item: len(item["tokens"]))
+        unanswerable = sum(not answerable(model, sample) for sample in samples)
+        added = {"cloze": cloze, "max_new_tokens": MAX_NEW_TOKENS, "nats": "of ' value'"}
+        return added | {"unanswerable": unanswerable}, items
+
+    def answer(
+        self, model: LanguageModel, items: list[Record], protocol: dict[str, Any]
+    ) -> list[Record]:
+        """Continue prompts and look for the values; measure what the values cost there."""
+        prompts = [item["tokens"] for item in items]
+        texts = model.continue_line(prompts, max_new_tokens=protocol["max_new_tokens"])
+        starts = [max(1, common(item["tokens"], item["whole"])) for item in items]
+        nats = model.nats([item["whole"] for item in items], starts)
+        return [
+            {
+                "times": item["times"],
+                "key": item["key"],
+                "value": item["value"],
+                "continuation": text,
+                "right": contains(item["value"], text),
+                "guessed": bool(item["guess"]) and contains(item["value"], item["guess"]),
+                "nats": cost,
+            }
+            for item, text, cost in zip(items, texts, nats)
+        ]
+
+    def conclude(
+        self, model: LanguageModel, protocol: dict[str, Any], records: list[Record]
+    ) -> dict[str, Any]:
+        """The result: the share of right answers once, twice and by the guesser, in all and by key;
+        and the bits per byte of the values.
+        """
+        scores = []
+        for times in ("once", "twice"):
+            there = [record for record in records if record["times"] == times]
+            scores.append(score("contains", [r["right"] for r in there], group=times))
+            bits = [r["nats"] / log(2) for r in there]
+            sizes = [len(f" {r['value'].strip()}".encode()) for r in there]
+            scores.append(score("bits per byte of the value", bits, sizes, group=times))
+        scores.append(score("contains", [r["guessed"] for r in there], group="guesser"))
+        rows = []
+        for key, count in Counter(record["key"] for record in records).most_common():
+            own = [record for record in records if record["key"] == key]
+            shares = [
+                [record[name] for record in own if record["times"] == times]
+                for times, name in (("once", "right"), ("twice", "right"), ("once", "guessed"))
+            ]
+            rows.append([key, count // 2, *(f"{sum(x) / len(x):.3f}" for x in shares)])
+        columns = ["key", "samples", "once", "twice", "guesser"]
+        return make_result(
+            "recall",
+            protocol=protocol,
+            model=model.describe(),
+            samples=len(records) // 2,
+            scores=scores,
+            tables=[{"title": "Recall by key (contains)", "columns": columns, "rows": rows}],
+        )

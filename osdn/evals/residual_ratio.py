@@ -4,23 +4,25 @@ For every token and head of the osdn and delta_net layers of a model
 
     q_t = (1 − β_t⟨d_t, s_t⟩)² = f_t(S_t) / f_t(S_{t−1}),   s_t = k_t ⊙ k_t
 
-with f_t(S) = ½‖Sᵀk_t − v_t‖² (docs/operator.md). It depends on keys and gates alone, so other
-preconditioners can be tried on the same activations: the shadow ablations.
+with f_t(S) = ½‖Sᵀk_t − v_t‖² (docs/explanation/operator.md). It depends only on keys and gates, so
+other preconditioners can be tried on the same activations: the shadow ablations.
 """
 
-import argparse
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from osdn.errors import UserError
+from osdn.evals.evaluation import Evaluation, option
 from osdn.evals.models import LanguageModel
 from osdn.evals.recall_data import read_prompts
 from osdn.evals.results import make_result, score
+from osdn.evals.runner import Record
 from osdn.layers.osdn import OSDN
 from osdn.ops import reference
 from osdn.ops.operands import Options
@@ -113,84 +115,6 @@ def summarise_layer(layer: Activations) -> dict[str, list[list[float]]]:
     return found
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the prompts are."""
-    parser.add_argument(
-        "--data", required=True, help="prompts: a .jsonl file with a field text, or a text file"
-    )
-    parser.add_argument("--limit", type=int, default=50, help="prompts at most (default 50)")
-    parser.add_argument(
-        "--context", type=int, default=1024, help="tokens of a prompt at most (default 1024)"
-    )
-
-
-def plan(args: argparse.Namespace, model: LanguageModel) -> tuple[dict[str, Any], list[dict]]:
-    """(protocol, items) of this evaluation."""
-    if not mixers(model.model):
-        raise UserError(
-            f"{model.name}: the residual ratio needs osdn or delta_net layers, and this "
-            f"{model.model.config.model_type} model has none"
-        )
-    items = []
-    for i, prompt in enumerate(read_prompts(args.data, args.limit)):
-        tokens = [*model.start, *model.encode(prompt)][: args.context]
-        if len(tokens) < POSITIONS:
-            raise UserError(
-                f"{args.data}: prompt {i} has {len(tokens)} tokens; expected at least {POSITIONS}, "
-                "one for each bin of relative position"
-            )
-        items.append({"id": str(i), "tokens": tokens})
-    protocol = {"data": str(args.data), "context": args.context, "limit": args.limit}
-    return protocol, items
-
-
-def answer(
-    model: LanguageModel, items: list[dict[str, Any]], protocol: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Measure a batch of prompts, one after another."""
-    records = []
-    for item in items:
-        ids = torch.tensor([item["tokens"]], device=model.model.device)
-        layers = [summarise_layer(layer) for layer in capture(model.model, ids)]
-        records.append({"tokens": len(item["tokens"]), "layers": layers})
-    return records
-
-
-def conclude(
-    model: LanguageModel, protocol: dict[str, Any], records: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """The result: geometric means by layer and by relative position, for d and its shadows."""
-    # [prompt, layer, shadow, position, measure]
-    x = np.array([[list(one.values()) for one in record["layers"]] for record in records])
-    names = list(SHADOWS)
-    layers = [layer.layer_idx for layer in mixers(model.model)]  # attention layers count, too
-    scores = [
-        score(name, list(x[:, :, i, :, 0].mean((1, 2))), group="all layers", scale=math.exp)
-        for i, name in enumerate(names)
-    ]
-    rows = []
-    for i, layer in enumerate(layers):
-        means = x[:, i].mean((0, 2))  # [shadow, measure]
-        ratios = [f"{math.exp(value):.3g}" for value in means[:, 0]]
-        rows.append([layer, *ratios, *(f"{value:.3f}" for value in means[0, 1:])])
-    columns = ["layer", *(f"q, {name}" for name in names), "⟨d,s⟩", "β⟨d,s⟩", "share q > 1"]
-    axes = {"x": "relative position", "y": "geometric mean of q", "log_y": True}
-    by_layer = {f"layer {n}": _course(x[:, i, 0, :, 0]) for i, n in enumerate(layers)}
-    by_shadow = {name: _course(x[:, :, i, :, 0].mean(1)) for i, name in enumerate(names)}
-    return make_result(
-        "residual-ratio",
-        protocol=protocol,
-        model=model.describe(),
-        samples=len(records),
-        scores=scores,
-        tables=[{"title": "Residual ratio by layer", "columns": columns, "rows": rows}],
-        curves=[
-            {"title": "Residual ratio by layer", "series": by_layer, **axes},
-            {"title": "Residual ratio and its shadows", "series": by_shadow, **axes},
-        ],
-    )
-
-
 def _course(logs: np.ndarray) -> list[list[float]]:
     """[position, value, low, high] from mean log q [prompt, position]."""
     points = []
@@ -198,3 +122,78 @@ def _course(logs: np.ndarray) -> list[list[float]]:
         one = score("", list(logs[:, position]), scale=math.exp)
         points.append([(position + 0.5) / POSITIONS, one["value"], one["low"], one["high"]])
     return points
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualRatio(Evaluation):
+    """Geometric means of q by layer and by relative position, for d and its shadows."""
+
+    task: ClassVar[str] = "residual-ratio"
+    about: ClassVar[str] = "what a write leaves of the error, and shadow ablations"
+
+    data: str = option("prompts: a .jsonl file with a field text, or a text file")
+    limit: int = option("prompts at most", default=50, least=1)
+    context: int = option("tokens of a prompt at most", default=1024, least=1)
+
+    def items(self, model: LanguageModel) -> tuple[dict[str, Any], list[Record]]:
+        """The prompts' tokens."""
+        if not mixers(model.model):
+            raise UserError(
+                f"{model.name}: the residual ratio needs osdn or delta_net layers, and this "
+                f"{model.model.config.model_type} model has none"
+            )
+        items = []
+        for i, prompt in enumerate(read_prompts(self.data, self.limit)):
+            tokens = [*model.start, *model.encode(prompt)][: self.context]
+            if len(tokens) < POSITIONS:
+                raise UserError(
+                    f"{self.data}: prompt {i} has {len(tokens)} tokens; expected at least "
+                    f"{POSITIONS}, one for each bin of relative position"
+                )
+            items.append({"id": str(i), "tokens": tokens})
+        return {}, items
+
+    def answer(
+        self, model: LanguageModel, items: list[Record], protocol: dict[str, Any]
+    ) -> list[Record]:
+        """Measure a batch of prompts, one after another."""
+        records = []
+        for item in items:
+            ids = torch.tensor([item["tokens"]], device=model.model.device)
+            layers = [summarise_layer(layer) for layer in capture(model.model, ids)]
+            records.append({"tokens": len(item["tokens"]), "layers": layers})
+        return records
+
+    def conclude(
+        self, model: LanguageModel, protocol: dict[str, Any], records: list[Record]
+    ) -> dict[str, Any]:
+        """The result: geometric means by layer and by relative position, for d and its shadows."""
+        # [prompt, layer, shadow, position, measure]
+        x = np.array([[list(one.values()) for one in record["layers"]] for record in records])
+        names = list(SHADOWS)
+        layers = [layer.layer_idx for layer in mixers(model.model)]  # attention layers count, too
+        scores = [
+            score(name, list(x[:, :, i, :, 0].mean((1, 2))), group="all layers", scale=math.exp)
+            for i, name in enumerate(names)
+        ]
+        rows = []
+        for i, layer in enumerate(layers):
+            means = x[:, i].mean((0, 2))  # [shadow, measure]
+            ratios = [f"{math.exp(value):.3g}" for value in means[:, 0]]
+            rows.append([layer, *ratios, *(f"{value:.3f}" for value in means[0, 1:])])
+        columns = ["layer", *(f"q, {name}" for name in names), "⟨d,s⟩", "β⟨d,s⟩", "share q > 1"]
+        axes = {"x": "relative position", "y": "geometric mean of q", "log_y": True}
+        by_layer = {f"layer {n}": _course(x[:, i, 0, :, 0]) for i, n in enumerate(layers)}
+        by_shadow = {name: _course(x[:, :, i, :, 0].mean(1)) for i, name in enumerate(names)}
+        return make_result(
+            "residual-ratio",
+            protocol=protocol,
+            model=model.describe(),
+            samples=len(records),
+            scores=scores,
+            tables=[{"title": "Residual ratio by layer", "columns": columns, "rows": rows}],
+            curves=[
+                {"title": "Residual ratio by layer", "series": by_layer, **axes},
+                {"title": "Residual ratio and its shadows", "series": by_shadow, **axes},
+            ],
+        )

@@ -6,7 +6,8 @@ samples             how many items the scores stand on
 scores              [{group, name, value, low, high, n}]: a mean and its 95% bootstrap interval
 tables              [{title, columns, rows}]
 curves              [{title, x, y, series: {label: [[x, y, low, high], ...]}}], or, shares as dots,
-                    [{title, x, strip: True, series: {label: [value, ...]}}]
+                    [{title, x, strip: True, series: {label: [value, ...]}}], or, differences,
+                    [{title, x, differences: True, series: {label: {values, interval}}}]
 maps                [{title, x, y, columns, rows, values}]: values[row][column]
 provenance          command, commit, versions, hardware, time
 """

@@ -14,6 +14,7 @@ from osdn.errors import UserError
 
 SAMPLES = "samples.jsonl"
 Record = dict[str, Any]
+PLACES = ("data", "reference")  # in a protocol: what is read there is in the fingerprint
 NAMES = ("_name_or_path", "transformers_version")  # of a configuration: they change nothing
 
 
@@ -51,7 +52,7 @@ def measure(
         items: each has "id", unique, and the same on every run.
         answer: measures a batch; one record for each item, without the id.
         protocol: everything that the records depend on; a directory with another one is refused,
-            but for "data", the place of what the fingerprint in it covers.
+            except for PLACES.
         batch: items in a batch.
         name: shown beside the progress bar.
 
@@ -105,7 +106,8 @@ def _read(path: Path, protocol: Record) -> tuple[dict[str, Record], int]:
             error
         )
     expected = json.loads(json.dumps(protocol))
-    changed = sorted(k for k in known | expected if k != "data" and known.get(k) != expected.get(k))
+    names = [name for name in known | expected if name not in PLACES]
+    changed = sorted(name for name in names if known.get(name) != expected.get(name))
     if changed:
         raise UserError(
             f"{path}: holds samples measured otherwise ({', '.join(changed)}); choose another --out"

@@ -1,5 +1,7 @@
 """A block of the OSDN language model: (norm, mixer) and (norm, SwiGLU)."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -10,34 +12,37 @@ from osdn.layers.osdn import OSDN
 from osdn.model.configuration import OSDNConfig
 
 
+def mixer_options(config: OSDNConfig, layer_idx: int) -> dict[str, Any]:
+    """What the configuration says of one layer's mixer, as the mixer's keyword arguments."""
+    options: dict[str, Any] = {
+        "hidden_size": config.hidden_size,
+        "num_heads": config.num_heads,
+        "head_dim": config.head_dim,
+        "layer_idx": layer_idx,
+    }
+    if config.mixers[layer_idx] == "attention":
+        return {**options, "rope_theta": config.rope_theta}
+    return {
+        **options,
+        "head_v_dim": config.head_v_dim,
+        "adaptive": config.mixers[layer_idx] == "osdn",
+        "forgetting": config.forgetting,
+        "eta": config.eta,
+        "beta_aware": config.beta_aware,
+        "precond_min": config.precond_min,
+        "precond_max": config.precond_max,
+        "learn_initial_precond": config.learn_initial_precond,
+        "allow_neg_eigval": config.allow_neg_eigval,
+        "use_output_gate": config.use_output_gate,
+        "conv_size": config.conv_size,
+        "norm_eps": config.norm_eps,
+    }
+
+
 def build_mixer(config: OSDNConfig, layer_idx: int) -> OSDN | Attention:
     """The token mixer that the configuration names for one layer."""
-    if config.mixers[layer_idx] == "attention":
-        return Attention(
-            config.hidden_size,
-            config.num_heads,
-            head_dim=config.head_dim,
-            rope_theta=config.rope_theta,
-            layer_idx=layer_idx,
-        )
-    return OSDN(
-        config.hidden_size,
-        config.num_heads,
-        head_dim=config.head_dim,
-        head_v_dim=config.head_v_dim,
-        adaptive=config.mixers[layer_idx] == "osdn",
-        forgetting=config.forgetting,
-        eta=config.eta,
-        beta_aware=config.beta_aware,
-        precond_min=config.precond_min,
-        precond_max=config.precond_max,
-        learn_initial_precond=config.learn_initial_precond,
-        allow_neg_eigval=config.allow_neg_eigval,
-        use_output_gate=config.use_output_gate,
-        conv_size=config.conv_size,
-        norm_eps=config.norm_eps,
-        layer_idx=layer_idx,
-    )
+    kind = Attention if config.mixers[layer_idx] == "attention" else OSDN
+    return kind(**mixer_options(config, layer_idx))
 
 
 class OSDNBlock(GradientCheckpointingLayer):

@@ -46,8 +46,8 @@ class OSDNConfig(PretrainedConfig):
             multiple of 256.
         mixer: "osdn", "delta_net" (osdn with the preconditioner fixed at 1) or "attention", for
             all layers, or a list with one name a layer.
-        forgetting: "data" (Adaptive Preconditioner Forgetting; of osdn layers) or "none". On text
-            longer than that of the training only "data" was better than DeltaNet (docs/study.md).
+        forgetting: "data" (Adaptive Preconditioner Forgetting; of osdn layers) or "none". Past the
+            trained length only "data" was better than DeltaNet (docs/explanation/findings.md).
         eta: step size of the preconditioner's hypergradient descent, in [0, 2].
         beta_aware: let the hypergradient see the token's own write strength β. d then grows where β
             is small: give it a box (without one perplexity broke past the trained length).

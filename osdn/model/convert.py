@@ -1,7 +1,8 @@
 """Turn a flash-linear-attention DeltaNet checkpoint into an OSDN one that computes the same.
 
-With unit keys, d_1 = 1, γ = 1 and b = 1 the preconditioner stays at 1 for ever (docs/operator.md,
-exactness 3), so the converted model is the DeltaNet it came from, ready to be trained on as OSDN.
+With unit keys, d_1 = 1, γ = 1 and b = 1 the preconditioner stays at 1 forever
+(docs/explanation/operator.md, fact 2), so the converted model is the DeltaNet it came from, ready
+to be trained on as OSDN.
 """
 
 import json

@@ -205,7 +205,8 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         """As transformers does, less the tokenizer that `generate` hands on with stop_strings."""
         for name in ("tokenizer", "assistant_tokenizer"):
             given.pop(name, None)
-        return super().prepare_inputs_for_generation(input_ids, *rest, **given)
+        prepare: Any = super().prepare_inputs_for_generation
+        return prepare(input_ids, *rest, **given)
 
     def _prepare_position_ids_for_generation(self, *_: Any) -> None:
         """None: the layers count tokens themselves, and positions would be checked at each step."""

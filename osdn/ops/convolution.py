@@ -6,7 +6,7 @@ would keep, and an eager run would write and read, several float32 copies of the
 """
 
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from osdn.ops.interface import HAS_TRITON
+from osdn.ops.packing import check_cu_seqlens, remember
 from osdn.ops.registration import dispatched, once
 
 L2_EPS = 1e-6
@@ -21,31 +22,121 @@ TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def short_convolution(
-    x: Tensor, weight: Tensor, cu_seqlens: Tensor | None = None, *, head_dim: int | None = None
+    x: Tensor,
+    weight: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    head_dim: int | None = None,
+    history: Tensor | None = None,
 ) -> Tensor:
     """Causal depthwise convolution over time, SiLU, and with head_dim each head's unit vector.
 
         u_t = Σ_j w_j ⊙ x_{t−W+1+j},   z_t = silu(u_t),   y_t = z_t / sqrt(Σ_head z_t² + 1e-6)
 
     In float32 (float64 for float64 input), rounded once at the end; what lies before a sequence's
-    start counts as zero. Once differentiable, in x and weight; by torch.func and in forward mode
-    too, through the definition.
+    start is its history, or zero. Once differentiable, in x, weight and history; by torch.func and
+    in forward mode too, through the definition.
 
     Args:
         x: [B, T, D], any floating dtype.
         weight: [D, W], any floating dtype; w_{W−1} is the token's own.
         cu_seqlens: [N + 1] offsets of sequences packed along T; none sees its neighbour.
         head_dim: how many features in a row make a head, a divisor of D; None: no norm, y = z.
+        history: [N, D, W−1] the inputs before each sequence, the latest last; N = B, or the number
+            of sequences in cu_seqlens. `next_history` gives those for the tokens that follow.
 
     Returns:
         [B, T, D] in x's dtype.
+
+    Raises:
+        ValueError: a history of another shape; with a history, wrong offsets.
     """
+    if history is not None:
+        past = _Past.of(x, weight.shape[1], cu_seqlens)
+        extended = past.prepend(history, x)
+        y = short_convolution(extended, weight, past.offsets, head_dim=head_dim)
+        return past.drop(y)
     if not torch.compiler.is_compiling() and (
         torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     ):  # which go through the definition alone
         return forward(x, weight, cu_seqlens, head_dim)
     run = _operator if dispatched(x) else _Eager.apply
     return run(x, weight, cu_seqlens, head_dim)
+
+
+def next_history(
+    x: Tensor, width: int, cu_seqlens: Tensor | None = None, history: Tensor | None = None
+) -> Tensor:
+    """[N, D, width − 1]: the last inputs of each sequence, from its history where it is short.
+
+    x, cu_seqlens and history as in `short_convolution`; a history of None is of zeros.
+    """
+    past = _Past.of(x, width, cu_seqlens)
+    if history is None:
+        history = x.new_zeros(past.sequences, x.shape[2], width - 1)
+    return past.last(past.prepend(history, x))
+
+
+class _Past(NamedTuple):
+    """How sequences are stored with W−1 earlier inputs before each of them.
+
+    order: [T + N (W−1)], which of the tokens and then of all histories stands at each place.
+    tokens: [T], the place of each token.  ends: [N (W−1)], the places of each sequence's last.
+    offsets: [N + 1].  All are None without cu_seqlens: then the histories stand first.
+    """
+
+    gap: int
+    sequences: int
+    order: Tensor | None = None
+    tokens: Tensor | None = None
+    ends: Tensor | None = None
+    offsets: Tensor | None = None
+
+    @staticmethod
+    def of(x: Tensor, width: int, cu_seqlens: Tensor | None) -> "_Past":
+        B, T = x.shape[:2]
+        if cu_seqlens is None:
+            return _Past(width - 1, B)
+        check_cu_seqlens(cu_seqlens, x, "x")
+        key = "convolution history", T, width
+        return remember(cu_seqlens, key, lambda: _Past._packed(cu_seqlens, T, width - 1))
+
+    @staticmethod
+    def _packed(cu_seqlens: Tensor, T: int, gap: int) -> "_Past":
+        N, device = len(cu_seqlens) - 1, cu_seqlens.device
+        number, token = torch.arange(N + 1, device=device), torch.arange(T, device=device)
+        offsets = cu_seqlens.long() + gap * number
+        sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
+        tokens = token + gap * (sequence + 1)
+        before = torch.arange(gap, device=device)
+        histories = (offsets[:-1, None] + before).flatten()
+        order = torch.empty(T + N * gap, dtype=torch.int64, device=device)
+        order[tokens] = token
+        order[histories] = torch.arange(T, T + N * gap, device=device)
+        return _Past(gap, N, order, tokens, (offsets[1:, None] - gap + before).flatten(), offsets)
+
+    def prepend(self, history: Tensor, x: Tensor) -> Tensor:
+        """[B, T, D] and [N, D, W−1] -> one tensor of both."""
+        expected = (self.sequences, x.shape[2], self.gap)
+        if history.shape != expected:
+            raise ValueError(
+                f"history: expected shape {expected} ([N, D, W - 1]), got {tuple(history.shape)}"
+            )
+        earlier = history.transpose(1, 2).to(x.dtype)  # [N, W−1, D]
+        if self.order is None:
+            return torch.cat([earlier, x], 1)
+        return torch.cat([x, earlier.flatten(0, 1)[None]], 1).index_select(1, self.order)
+
+    def drop(self, y: Tensor) -> Tensor:
+        """What `prepend` made a place for, without the histories' places: [B, T, D]."""
+        return y[:, self.gap :] if self.tokens is None else y.index_select(1, self.tokens)
+
+    def last(self, extended: Tensor) -> Tensor:
+        """The last W−1 inputs of every sequence, [N, D, W−1]."""
+        if self.ends is None:
+            return extended[:, extended.shape[1] - self.gap :].transpose(1, 2)
+        ends = extended.index_select(1, self.ends)
+        return ends.view(self.sequences, self.gap, extended.shape[2]).transpose(1, 2)
 
 
 def starts_of(cu_seqlens: Tensor | None, T: int) -> Tensor | None:

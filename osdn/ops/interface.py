@@ -27,7 +27,7 @@ BACKENDS = {
 HAS_NUMBA = find_spec("numba") is not None
 HAS_TRITON = find_spec("triton") is not None
 TRITON_LARGEST_HEAD = 256
-TAKE_SLOTS = ("triton",)
+TAKE_POOLS = ("numba", "triton")  # whose steps work on pools where these lie
 
 
 def online_scaled_delta_rule(
@@ -37,6 +37,7 @@ def online_scaled_delta_rule(
     beta: Tensor,
     log_gamma: Tensor | None = None,
     *,
+    log_alpha: Tensor | None = None,
     eta: float = 1.0,
     beta_aware: bool = False,
     precond_min: float | None = None,
@@ -52,20 +53,24 @@ def online_scaled_delta_rule(
 
     For t = 1..T, with s_t = k_t ⊙ k_t, memory S (K×V) and preconditioner d (K):
 
-        e_t     = v_t − S_{t−1}ᵀ k_t
-        S_t     = S_{t−1} + β_t (d_t ⊙ k_t) e_tᵀ
+        S̃_t     = α_t S_{t−1}                                   α_t = exp(log_alpha), else 1
+        e_t     = v_t − S̃_tᵀ k_t
+        S_t     = S̃_t + β_t (d_t ⊙ k_t) e_tᵀ
         o_t     = scale · S_tᵀ q_t
         x_t     = 1 − b_t ⟨d_t, s_t⟩                            b_t = β_t if beta_aware else 1
         d_{t+1} = clip(γ_t d_t + η b_t x_t s_t, precond_min, precond_max)
 
-    With eta=0, no log_gamma and no box, d stays initial_precond: the plain delta rule.
+    With eta=0, no log_gamma and no box, d stays initial_precond: the plain delta rule, or with
+    log_alpha the gated one (Gated DeltaNet).
 
     Args:
         q, k: [B, T, H, K] queries and keys, of one floating dtype. k is used as given: normalise
             it yourself (the layer does); unit keys are what the theory and the defaults assume.
         v: [B, T, H, V] values, same dtype. Under autocast q, k and v are cast to its dtype.
         beta: [B, T, H] write strength β_t in [0, 2], any floating dtype.
-        log_gamma: [B, T, H] log of the retention γ_t, ≤ 0 (APF); None means γ = 1.
+        log_gamma: [B, T, H] log of the preconditioner's retention γ_t, ≤ 0 (APF); None: γ = 1.
+        log_alpha: [B, T, H] log of the memory's retention α_t, ≤ 0 (state decay); None: α = 1.
+            −∞ is α = 0, a hard reset.
         eta: step size η of the hypergradient descent, in [0, 2].
         beta_aware: let the hypergradient see the step's own β_t.
         precond_min, precond_max: the box d is clipped to after each token; both or neither.
@@ -79,20 +84,20 @@ def online_scaled_delta_rule(
             0 = cu_seqlens[0] < ... < cu_seqlens[N] = T. On a GPU looked at once, until it is
             changed in place; not under torch.compile, nor while a CUDA graph is captured or
             replayed.
-        backend: "auto" (triton for CUDA tensors of at most 32 bits with K and V ≤ 256, numba for
-            CPU tensors where it is installed, else chunkwise), "reference", "chunkwise", "numba"
-            or "triton".
+        backend: "auto" (triton for CUDA tensors of at most 32 bits with K and V ≤ 256 and without
+            log_alpha, numba for CPU tensors where it is installed, else chunkwise), "reference",
+            "chunkwise", "numba" or "triton", which does not take log_alpha yet.
 
     Returns:
         o: [B, T, H, V] in v's dtype; final_state: [N, H, K, V] and final_precond: [N, H, K] in
         float32 (float64 for float64 input and in the reference), or None and None.
 
-    Padding: a token with k = 0, beta = 0 and log_gamma = 0 changes neither S nor d (its clip moves
-    a d that starts outside the box, as any token's does).
+    Padding: a token with k = 0, beta = 0, log_gamma = 0 and log_alpha = 0 changes neither S nor d
+    (its clip moves a d that starts outside the box, as any token's does).
 
     A NaN or an infinity in a token reaches the later tokens of its head. With chunkwise and triton
     it also reaches the earlier ones of its chunk of up to 32 and 64 tokens: 0 times NaN is NaN in
-    their products. log γ = −∞ is no such infinity: it is γ = 0.
+    their products. A log γ or log α of −∞ is no such infinity: it is γ = 0 or α = 0.
 
     Second derivatives, forward mode and torch.func are an error but with the reference.
 
@@ -100,16 +105,20 @@ def online_scaled_delta_rule(
         ValueError: a wrong shape, dtype, device, option or backend; the message names the
             argument, what was expected and what came.
 
-    Source: arXiv 2605.13473; the delta rule in chunks is arXiv 2406.06484.
+    Source: arXiv 2605.13473; the delta rule in chunks is arXiv 2406.06484, the gated one
+    arXiv 2412.06464.
     """
-    optional = {"log_gamma": log_gamma, "initial_state": initial_state,
+    optional = {"log_gamma": log_gamma, "log_alpha": log_alpha, "initial_state": initial_state,
                 "initial_precond": initial_precond}  # fmt: skip
     check_kinds({"q": q, "k": k, "v": v, "beta": beta}, optional, scale)
     q, k, v = _autocast(q, k, v)
     check_tensors(q=q, k=k, v=v, beta=beta, **optional)
-    sequences = check_shapes(q, k, v, beta, log_gamma, initial_state, initial_precond, cu_seqlens)
+    operands = Operands._make(  # as given; the states may be absent yet
+        (q, k, v, beta, log_gamma, log_alpha, initial_state, initial_precond, cu_seqlens)
+    )
+    sequences = check_shapes(operands)
     check_rule(eta, precond_min, precond_max, beta_aware)
-    backend = _choose(backend, q, v)
+    backend = _choose(backend, q, v, log_alpha)
     check_reverse_mode(backend, q=q, k=k, v=v, beta=beta, **optional)
 
     (H, K), V = q.shape[2:], v.shape[-1]
@@ -122,7 +131,7 @@ def online_scaled_delta_rule(
         initial_precond = q.new_ones(sequences, H, K, dtype=accumulate)
     initial_precond = initial_precond.expand(sequences, H, K)
 
-    operands = Operands(q, k, v, beta, log_gamma, None, initial_state, initial_precond, cu_seqlens)
+    operands = operands._replace(initial_state=initial_state, initial_precond=initial_precond)
     if backend == "reference":
         o, state, precond = reference.forward(operands, options)
     else:
@@ -141,6 +150,7 @@ def online_scaled_delta_step(
     beta: Tensor,
     log_gamma: Tensor | None = None,
     *,
+    log_alpha: Tensor | None = None,
     state: Tensor,
     precond: Tensor,
     eta: float = 1.0,
@@ -149,19 +159,23 @@ def online_scaled_delta_step(
     precond_max: float | None = None,
     scale: float | None = None,
     slots: Tensor | None = None,
+    write_slots: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One token of `online_scaled_delta_rule`, for decoding: constant time and memory per token.
 
     Args:
-        q, k: [B, H, K].  v: [B, H, V].  beta, log_gamma: [B, H]; None means γ = 1.
-        state: [B, H, K, V], contiguous, as the rule returned it: float32 (float64 for float64 input
-            and in the reference); updated in place.
+        q, k: [B, H, K].  v: [B, H, V].  beta, log_gamma, log_alpha: [B, H]; None means γ = 1 and
+            α = 1.
+        state: [B, H, K, V], as the rule returned it: float32 (float64 for float64 input and in the
+            reference); updated in place. Its first dimension may have any stride.
         precond: [B, H, K], likewise.
         slots: [B] int32 or int64, where sequence i keeps its memory in a pool: state [P, H, K, V]
             and precond [P, H, K] are read and written at slots[i], and nowhere else. Distinct and
-            less than P (nobody looks on a GPU), or negative for an empty place, whose o is of no
-            use. None: sequence i is at i.
+            less than P (not checked on a GPU). Negative: the row is empty, as any number of rows
+            may be; nothing is written for it and its o has no meaning. None: sequence i is at i.
+        write_slots: [B] like slots: sequence i reads slots[i] and writes write_slots[i]. Several
+            rows may read one place, if no other row writes it. None: the same as slots.
         eta, beta_aware, precond_min, precond_max, scale, backend: as in the rule.
 
     Returns:
@@ -172,22 +186,25 @@ def online_scaled_delta_step(
         ValueError: as the rule does, and where a gradient would be needed.
     """
     required = {"q": q, "k": k, "v": v, "beta": beta, "state": state, "precond": precond}
-    check_kinds(required, {"log_gamma": log_gamma}, scale)
+    gates = {"log_gamma": log_gamma, "log_alpha": log_alpha}
+    check_kinds(required, gates, scale)
     q, k, v = _autocast(q, k, v)
-    check_tensors(q=q, k=k, v=v, beta=beta, log_gamma=log_gamma, state=state, precond=precond)
-    check_step_shapes(q, k, v, beta, log_gamma, state, precond, slots)
+    check_tensors(q=q, k=k, v=v, beta=beta, state=state, precond=precond, **gates)
+    token = Token(q, k, v, beta, log_gamma, log_alpha, state, precond, slots, write_slots)
+    check_step_shapes(token)
     check_rule(eta, precond_min, precond_max, beta_aware)
-    backend = _choose(backend, q, v)
-    check_reverse_mode(backend, **required, log_gamma=log_gamma)
+    backend = _choose(backend, q, v, None)
+    check_reverse_mode(backend, **required, **gates)
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     for name, x in (("state", state), ("precond", precond)):
         kept = x.dtype == accumulate or (backend == "reference" and x.dtype == torch.float64)
-        if not kept or not x.is_contiguous():
+        apart = len(x) == 1 or x.stride(0) >= x[0].numel()
+        if not kept or not x[0].is_contiguous() or not apart:
             raise ValueError(
-                f"{name}: expected a contiguous {accumulate} tensor, got {x.dtype} with strides "
-                f"{x.stride()}; keep it as the rule returned it"
+                f"{name}: expected a {accumulate} tensor whose places along dimension 0 are each "
+                f"contiguous and do not overlap, got {x.dtype} with strides {x.stride()}; keep it "
+                "as the rule returned it"
             )
-    token = Token(q, k, v, beta, log_gamma, None, state, precond, slots)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in token):
         raise ValueError(
             "online_scaled_delta_step: expected tensors that need no gradient, since it works in "
@@ -198,24 +215,23 @@ def online_scaled_delta_step(
 
 
 def _step(backend: str, token: Token, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """The step by a backend; where its own step knows no slots, on copies of the places in use."""
-    slots, state, precond = token.slots, token.state, token.precond
-    if slots is not None and backend not in TAKE_SLOTS:
-        used = slots >= 0
-        places = slots[used].long()
+    """The step by a backend; on copies of the places in use where its own knows no pools."""
+    state, precond = token.state, token.precond
+    as_the_rule_returned = token.slots is None and state.is_contiguous() and precond.is_contiguous()
+    if backend not in TAKE_POOLS and not as_the_rule_returned:
+        read, write = token.places()
+        used = (read >= 0) & (write >= 0)
+        read, write, o = read[used], write[used], torch.zeros_like(token.v)
         rows: list[Any] = [None if x is None else x[used] for x in token[:6]]
-        copied, o = (
-            Token._make([*rows, state[places], precond[places], None]),
-            torch.zeros_like(token.v),
-        )
-        o[used], state[places], precond[places] = _step(backend, copied, options)
+        copied = Token._make([*rows, state[read], precond[read], None, None])
+        o[used], state[write], precond[write] = _step(backend, copied, options)
         return o, state, precond
     if backend == "reference":
         return reference.step(token, options), state, precond
     accumulate = torch.float64 if token.q.dtype == torch.float64 else torch.float32
     gates = [_cast(x, accumulate) for x in token[3:6]]
     step = BACKENDS[backend].step if dispatched(token.q) else BACKENDS[backend].eager_step
-    return step(*token[:3], *gates, state, precond, slots, *options), state, precond
+    return step(*token[:3], *gates, *token[6:], *options), state, precond
 
 
 @overload
@@ -237,9 +253,9 @@ def _autocast(*tensors: Tensor) -> list[Tensor]:
     ]
 
 
-def _choose(backend: str, q: Tensor, v: Tensor) -> str:
+def _choose(backend: str, q: Tensor, v: Tensor, log_alpha: Tensor | None) -> str:
     if backend == "auto":
-        if q.is_cuda and not _triton_lacks(q, v):
+        if q.is_cuda and not _triton_lacks(q, v, log_alpha):
             return "triton"
         return "numba" if HAS_NUMBA and q.device.type == "cpu" else "chunkwise"
     if backend not in ("reference", *BACKENDS):
@@ -248,12 +264,12 @@ def _choose(backend: str, q: Tensor, v: Tensor) -> str:
     if backend == "numba" and (not HAS_NUMBA or q.device.type != "cpu"):
         problem = f"tensors on {q.device}" if HAS_NUMBA else "no numba (pip install 'osdn[cpu]')"
         raise ValueError(f"backend: 'numba' needs CPU tensors and numba installed, got {problem}")
-    if backend == "triton" and (problem := _triton_lacks(q, v)):
+    if backend == "triton" and (problem := _triton_lacks(q, v, log_alpha)):
         raise ValueError(f"backend: 'triton' {problem}; use backend='auto' or 'chunkwise'")
     return backend
 
 
-def _triton_lacks(q: Tensor, v: Tensor) -> str:
+def _triton_lacks(q: Tensor, v: Tensor, log_alpha: Tensor | None) -> str:
     """Why the Triton kernels cannot run on these tensors, or an empty string."""
     if not HAS_TRITON:
         return "needs Triton, which PyTorch's CUDA builds bring and this installation lacks"
@@ -275,4 +291,6 @@ def _triton_lacks(q: Tensor, v: Tensor) -> str:
             f"needs K and V of at most {TRITON_LARGEST_HEAD}, got K = {q.shape[-1]} and "
             f"V = {v.shape[-1]}"
         )
+    if log_alpha is not None:  # goes when the kernels over whole sequences read log_alpha
+        return "has no kernels for log_alpha over whole sequences yet"
     return ""

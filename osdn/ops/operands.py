@@ -42,8 +42,10 @@ class Token(NamedTuple):
     """The tensors of one call over one token; an absent one is None.
 
     q, k: [B, H, K].  v: [B, H, V].  beta, log_gamma, log_alpha: [B, H].
-    state: [B, H, K, V] and precond: [B, H, K], which the backend updates in place.
-    slots: [B], the places of state and precond that the rows use; see the interface.
+    state: [P, H, K, V] and precond: [P, H, K], which the backend updates in place; each place is
+    contiguous, the places may lie anywhere apart.
+    slots, write_slots: [B], the place that each row reads and the one that it writes; write_slots
+    None: the same. Without slots P = B and row i is at i.
     """
 
     q: Tensor
@@ -55,6 +57,15 @@ class Token(NamedTuple):
     state: Tensor
     precond: Tensor
     slots: Tensor | None
+    write_slots: Tensor | None
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """The place that each row reads and the one it writes, [B] int64; negative: none."""
+        if self.slots is None:
+            everywhere = torch.arange(len(self.q), device=self.q.device)
+            return everywhere, everywhere
+        read = self.slots.long().contiguous()
+        return read, read if self.write_slots is None else self.write_slots.long().contiguous()
 
 
 class Options(NamedTuple):

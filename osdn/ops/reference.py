@@ -1,7 +1,7 @@
 """The definition: the online scaled delta rule token by token, in float64, under plain autograd.
 
-This file is the paper (arXiv 2605.13473, in the notation of docs/operator.md) and the truth that
-every other backend is tested against. Per batch element and head, with s_t = k_t ⊙ k_t:
+This file is the paper (arXiv 2605.13473, in the notation of docs/explanation/operator.md) and the
+truth that every other backend is tested against. Per batch element and head, with s_t = k_t ⊙ k_t:
 
     S̃_t     = α_t S_{t−1}                                 decay, α_t = exp(log_alpha), else 1
     e_t     = v_t − S̃_tᵀ k_t                              residual

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from osdn.ops.operands import Operands, Token
 from osdn.ops.packing import check_cu_seqlens, has_values
 
 
@@ -73,29 +74,22 @@ def check_tensors(q: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{name}: expected dtype {q.dtype} like q, got {x.dtype}")
 
 
-def check_shapes(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_gamma: Tensor | None,
-    state: Tensor | None,
-    precond: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> int:
-    """The number of sequences N, once every shape fits."""
-    _expect_sizes("q", q, ("B", "T", "H", "K"))
-    _expect_sizes("v", v, ("B", "T", "H", "V"))
-    (B, T, H, K), V = q.shape, v.shape[-1]
+def check_shapes(x: Operands) -> int:
+    """The number of sequences N, once every shape fits; the states may be None here."""
+    _expect_sizes("q", x.q, ("B", "T", "H", "K"))
+    _expect_sizes("v", x.v, ("B", "T", "H", "V"))
+    (B, T, H, K), V = x.q.shape, x.v.shape[-1]
     N = B
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, q)
-        N = cu_seqlens.numel() - 1
-    _expect("k", k, (B, T, H, K), "like q")
-    _expect("v", v, (B, T, H, V), "[B, T, H, V]")
-    _expect("beta", beta, (B, T, H), "[B, T, H]")
-    if log_gamma is not None:
-        _expect("log_gamma", log_gamma, (B, T, H), "[B, T, H]")
+    if x.cu_seqlens is not None:
+        check_cu_seqlens(x.cu_seqlens, x.q)
+        N = x.cu_seqlens.numel() - 1
+    _expect("k", x.k, (B, T, H, K), "like q")
+    _expect("v", x.v, (B, T, H, V), "[B, T, H, V]")
+    for name in ("beta", "log_gamma", "log_alpha"):
+        if (gate := getattr(x, name)) is not None:
+            _expect(name, gate, (B, T, H), "[B, T, H]")
+    state: Tensor | None = x.initial_state
+    precond: Tensor | None = x.initial_precond
     if state is not None:
         _expect("initial_state", state, (N, H, K, V), "[N, H, K, V]")
     if precond is not None and precond.ndim == 2:
@@ -105,52 +99,60 @@ def check_shapes(
     return N
 
 
-def check_step_shapes(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_gamma: Tensor | None,
-    state: Tensor,
-    precond: Tensor,
-    slots: Tensor | None,
-) -> None:
+def check_step_shapes(x: Token) -> None:
     """The shapes of one token. The states are written to, so nothing of them is expanded."""
-    _expect_sizes("q", q, ("B", "H", "K"))
-    _expect_sizes("v", v, ("B", "H", "V"))
-    (B, H, K), V = q.shape, v.shape[-1]
-    _expect("k", k, (B, H, K), "like q")
-    _expect("v", v, (B, H, V), "[B, H, V]")
-    _expect("beta", beta, (B, H), "[B, H]")
-    if log_gamma is not None:
-        _expect("log_gamma", log_gamma, (B, H), "[B, H]")
+    _expect_sizes("q", x.q, ("B", "H", "K"))
+    _expect_sizes("v", x.v, ("B", "H", "V"))
+    (B, H, K), V = x.q.shape, x.v.shape[-1]
+    _expect("k", x.k, (B, H, K), "like q")
+    _expect("v", x.v, (B, H, V), "[B, H, V]")
+    for name in ("beta", "log_gamma", "log_alpha"):
+        if (gate := getattr(x, name)) is not None:
+            _expect(name, gate, (B, H), "[B, H]")
     P, kept = B, "B"
-    if slots is not None:
-        _expect_sizes("state", state, ("P", "H", "K", "V"))
-        P, kept = state.shape[0], "P"
-        _check_slots(slots, q, P)
-    _expect("state", state, (P, H, K, V), f"[{kept}, H, K, V]")
-    _expect("precond", precond, (P, H, K), f"[{kept}, H, K]")
+    if x.slots is not None:
+        _expect_sizes("state", x.state, ("P", "H", "K", "V"))
+        P, kept = x.state.shape[0], "P"
+        _check_slots("slots", x.slots, x.q, P)
+        if x.write_slots is not None:
+            _check_slots("write_slots", x.write_slots, x.q, P)
+        _check_places(x)
+    elif x.write_slots is not None:
+        raise ValueError("write_slots: expected none without slots, the places to read")
+    _expect("state", x.state, (P, H, K, V), f"[{kept}, H, K, V]")
+    _expect("precond", x.precond, (P, H, K), f"[{kept}, H, K]")
 
 
-def _check_slots(slots: Tensor, q: Tensor, P: int) -> None:
-    """[B] integers on q's device; on a CPU, where a look is cheap, distinct and less than P too."""
+def _check_slots(name: str, slots: Tensor, q: Tensor, P: int) -> None:
+    """[B] integers on q's device; on a CPU, where it is cheap, less than P too."""
     if not isinstance(slots, Tensor):
-        raise ValueError(f"slots: expected a tensor, got {type(slots).__name__}")
-    _expect("slots", slots, (len(q),), "[B]")
+        raise ValueError(f"{name}: expected a tensor, got {type(slots).__name__}")
+    _expect(name, slots, (len(q),), "[B]")
     if slots.dtype not in (torch.int32, torch.int64) or slots.device != q.device:
         raise ValueError(
-            f"slots: expected int32 or int64 on {q.device} like q, got {slots.dtype} on "
+            f"{name}: expected int32 or int64 on {q.device} like q, got {slots.dtype} on "
             f"{slots.device}"
         )
-    if slots.device.type != "cpu" or not has_values(slots):
+    if slots.device.type == "cpu" and has_values(slots) and (most := int(slots.max())) >= P:
+        raise ValueError(f"{name}: expected places less than P = {P} of the pool, got {most}")
+
+
+def _check_places(x: Token) -> None:
+    """On a CPU: no two rows write one place, and none reads what another row writes."""
+    if x.slots is None or x.slots.device.type != "cpu" or not has_values(x.slots):
         return
-    used = [slot for slot in slots.tolist() if slot >= 0]
-    if used and (most := max(used)) >= P:
-        raise ValueError(f"slots: expected places less than P = {P} of the pool, got {most}")
-    if len(set(used)) < len(used):
-        twice = next(slot for slot in used if used.count(slot) > 1)
-        raise ValueError(f"slots: expected distinct places, got {twice} more than once")
+    read, write = (places.tolist() for places in x.places())
+    writer: dict[int, int] = {}
+    name = "slots" if x.write_slots is None else "write_slots"
+    for i, (source, target) in enumerate(zip(read, write)):
+        if source >= 0 and target >= 0 and writer.setdefault(target, i) != i:
+            raise ValueError(f"{name}: expected distinct places, got {target} more than once")
+    for i, (source, target) in enumerate(zip(read, write)):
+        if source >= 0 and target >= 0 and writer.get(source, i) != i:
+            raise ValueError(
+                f"write_slots: expected places that no other row reads, got {source}, which row "
+                f"{writer[source]} writes and row {i} reads"
+            )
 
 
 def check_box_holds_one(precond_min: float | None, precond_max: float | None) -> None:

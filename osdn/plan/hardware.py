@@ -55,7 +55,7 @@ GPUS = {
 }
 H100 = GPUS["H100"]
 
-BENCH = "docs/results.md, osdn bench, H100 80GB HBM3, torch 2.11, Triton 3.6"
+BENCH = "docs/reference/speed.md, osdn bench, H100 80GB HBM3, torch 2.11, Triton 3.6"
 MATMUL = Figure(807e12, "FLOP/s", f"bfloat16, 8192³; {BENCH}")
 COPY = Figure(3.00e12, "B/s", BENCH)
 # Milliseconds of (forward, forward and backward) at B16 T4096 H16, K = V = 128, bfloat16.
@@ -77,7 +77,7 @@ TRAFFIC_SHARE = Figure(
     0.62,
     "of the copy rate, between the products",
     "fitted to the 340M and the 1.3B recipe on an H100: 142,969 and 48,872 tokens/s, 1.01 and "
-    "1.05 of what it gives, docs/results.md",
+    "1.05 of what it gives, docs/reference/speed.md",
 )
 EAGER = Figure(3.0, "times the compiled traffic where train.compile is false", NOT_MEASURED)
 LAUNCH = Figure(6e-6, "s to start a kernel", "assumed")

@@ -2,7 +2,6 @@
 
 import json
 import re
-from types import SimpleNamespace
 
 import pytest
 
@@ -61,6 +60,5 @@ def test_a_model_with_a_limit_is_told_so(llama, tmp_path, capsys):
 def test_by_default_lengths_go_as_far_as_the_model_can_take(llama):
     model = load_model(str(llama), device="cpu")
     model.model.config.max_position_embeddings = 3000
-    args = SimpleNamespace(lengths=None, depths=[50], samples=1, seed=0)
-    protocol, items = needle.plan(args, model)
+    protocol, items = needle.Needle(depths=(50,), samples=1).items(model)
     assert protocol["lengths"] == [1024, 2048] == [item["length"] for item in items]

@@ -22,7 +22,8 @@ def test_pieces_give_what_one_forward_gives(which, request, monkeypatch):
     expected = -logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
     for piece in (1, 7, 89, 1024):
         monkeypatch.setattr(perplexity, "PIECE", piece)
-        found = perplexity.negative_log_likelihood(model, tokens)
+        found, again = perplexity.negative_log_likelihood(model, [tokens, tokens[::-1]])
+        assert not torch.equal(found, again)
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -98,14 +99,11 @@ def test_rows_are_documents_or_joined(loaded, tmp_path):
     texts = [f"document {i} " * 5 for i in range(6)]
     for i, text in enumerate(texts):
         (tmp_path / f"{i}.txt").write_text(text)
-    arguments = {"data": [str(tmp_path)], "text_field": "text", "separator": None}
-    arguments |= {"split": "validation", "held_out": 1.0, "length": 64, "bucket": 64, "limit": 99}
-    parsed = type("Arguments", (), {**arguments, "join": False})()
-    _, items = perplexity.plan(parsed, loaded)
+    options = {"data": str(tmp_path), "length": 64, "bucket": 64, "limit": 99}
+    _, items = perplexity.Perplexity(**options).items(loaded)
     cut = [encode_document(loaded.tokenizer, text)[:64] for text in texts]
     assert sorted(item["tokens"] for item in items) == sorted(cut)
-    parsed = type("Arguments", (), {**arguments, "join": True})()
-    _, items = perplexity.plan(parsed, loaded)
+    _, items = perplexity.Perplexity(**options, join=True).items(loaded)
     total = sum(len(encode_document(loaded.tokenizer, text)) for text in texts)
     assert len(items) == total // 64 and all(len(item["tokens"]) == 64 for item in items)
 

@@ -1,9 +1,7 @@
-"""Recall: the window holds the answer, batches change nothing, builders split by source."""
+"""Recall: the window holds the answer, and batches change nothing."""
 
-import argparse
 import json
 import math
-from collections import Counter
 
 import pytest
 import torch
@@ -13,83 +11,9 @@ from osdn.errors import UserError
 from osdn.evals import recall, recall_data
 from osdn.evals.models import LanguageModel, load_model
 
-INDEX = """\
-Package: alpha-{i}
-Source: alpha{source} ({i}.0)
-Version: {i}.{j}-1
-Section: utils
-Maintainer: Ada {i} <ada{i}@example.org>
-Description: the {i}th tool
- Version: in a continuation line is no field
-Depends: libc6,
- libm6
-MD5sum: 0123456789abcdef
-
-"""
-
-
-@pytest.fixture(scope="module")
-def index(tmp_path_factory):
-    """400 packages of 100 sources."""
-    path = tmp_path_factory.mktemp("index") / "Packages"
-    path.write_text("".join(INDEX.format(i=i, j=i * 7 % 13, source=i // 4) for i in range(400)))
-    return path
-
-
-@pytest.fixture(scope="module")
-def built(index, tmp_path_factory):
-    out = tmp_path_factory.mktemp("built")
-    arguments = ["--index", str(index), "--out", str(out), "--test-share", "0.2"]
-    assert main(["eval", "build-recall", "debian", *arguments]) == 0
-    return out
-
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_no_test_document_has_a_sibling_in_training(built):
-    train, test = lines(built / "train.jsonl"), lines(built / "test.jsonl")
-    sources = [{record["source"] for record in records} for records in (train, test)]
-    assert not sources[0] & sources[1] and len(sources[0] | sources[1]) == 100
-    assert len(train) + len(test) == 400 and 0.1 < len(test) / 400 < 0.3
-
-
-def test_only_what_cannot_be_guessed_is_asked(built):
-    test = lines(built / "test.jsonl")
-    asked = Counter(sample["key"] for sample in test)
-    assert set(asked) == {"Version", "Maintainer", "Source"}
-    for sample in test:
-        assert f"{sample['key']}: {sample['value']}" in sample["text"]
-        assert 1 < len(sample["value"]) <= recall_data.LONGEST_VALUE
-        assert "MD5sum" not in sample["text"] and " libm6" in sample["text"]
-
-
-def test_the_guess_is_the_most_frequent_training_value(index):
-    documents = list(recall_data.debian(index.read_text().splitlines()))
-    repeated = [d._replace(text=f"{d.text}\n{i}") for i, d in enumerate(documents[:1] * 3)]
-    found = recall_data.build([*documents, *repeated], test_share=0.5, limit=5)
-    side = {record["source"] for record in found["train"]}
-    expected = Counter(
-        d.fields["Version"] for d in [*documents, *repeated] if d.source in side
-    ).most_common(1)[0][0]
-    assert found["fields"]["Version"]["guess"] == expected and len(found["test"]) == 5
-
-
-def test_installed_distributions_are_a_source(tmp_path):
-    for i in range(60):
-        place = tmp_path / f"pack_{i}-1.{i}.dist-info"
-        place.mkdir()
-        (place / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: pack_{i}\nVersion: 1.{i}\nLicense: MIT\n"
-            f"Classifier: A\nClassifier: B\n\nThe long description.\nVersion: none\n"
-        )
-    out = tmp_path / "set"
-    arguments = ["--path", str(tmp_path), "--out", str(out), "--test-share", "0.3"]
-    assert main(["eval", "build-recall", "metadata", *arguments]) == 0
-    test = lines(out / "test.jsonl")
-    assert len(test) > 5 and {sample["key"] for sample in test} == {"Version"}
-    assert all("Classifier" not in s["text"] and "long" not in s["text"] for s in test)
 
 
 def test_a_window_is_centred_on_the_answer(loaded):
@@ -127,11 +51,10 @@ def test_a_value_is_scored_as_the_tokenizer_has_it_after_the_prompt(loaded, tmp_
     monkeypatch.setattr(LanguageModel, "encode", lambda self, text: [5, *real(self, text)])
     path = tmp_path / "set.jsonl"
     path.write_text(json.dumps({"text": "Code: XK-77", "key": "code", "value": " XK-77 "}) + "\n")
-    parser = argparse.ArgumentParser()
-    recall.add_arguments(parser)
-    protocol, items = recall.plan(parser.parse_args(["--data", str(path)]), loaded)
+    evaluation = recall.Recall(data=str(path))
+    protocol, items = evaluation.items(loaded)
     assert protocol["unanswerable"] == 0
-    for item, record in zip(items, recall.answer(loaded, items, protocol)):
+    for item, record in zip(items, evaluation.answer(loaded, items, protocol)):
         size = len(" XK-77")
         assert item["whole"] == [*item["tokens"], *b" XK-77"]
         log_p = loaded.model(torch.tensor([item["whole"]])).logits[0].detach().log_softmax(-1)
@@ -205,10 +128,18 @@ def test_an_answer_ends_at_the_first_line_break(loaded, monkeypatch):
     assert len(steps) == 3
 
 
-def test_the_command_counts_answers_and_guesses(built, checkpoint, tmp_path, monkeypatch):
+def test_the_command_counts_answers_and_guesses(checkpoint, tmp_path, monkeypatch):
     """A model that copies when the document came twice: scores 0 and 1, the guesser in between."""
     data = tmp_path / "set.jsonl"
-    samples = lines(built / "test.jsonl")[:6]
+    samples = [
+        {
+            "text": f"Package: tool{i}\nVersion: {i}.{7 * i}-1\nSection: utils",
+            "key": "Version",
+            "value": f"{i}.{7 * i}-1",
+            "guess": "nothing of it",
+        }
+        for i in range(6)
+    ]
     samples[0]["guess"] = samples[0]["value"] + "0"
     data.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
 
@@ -237,7 +168,7 @@ def test_the_command_counts_answers_and_guesses(built, checkpoint, tmp_path, mon
     assert result["samples"] == 6
 
 
-def test_errors_are_one_line(tmp_path, checkpoint, llama, built, monkeypatch, capsys):
+def test_errors_are_one_line(tmp_path, checkpoint, llama, monkeypatch, capsys):
     monkeypatch.setattr(recall_data, "hub_is_reachable", lambda: False)
     monkeypatch.setattr("osdn.model.loading.hub_is_reachable", lambda: False)
     empty = tmp_path / "empty.jsonl"
@@ -248,12 +179,14 @@ def test_errors_are_one_line(tmp_path, checkpoint, llama, built, monkeypatch, ca
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
         (bare / name).write_bytes((checkpoint / name).read_bytes())
-    good = str(built / "test.jsonl")
+    document = {"text": "Name: item\nCode: XK-77\n" * 20, "key": "Code", "value": "XK-77"}
+    (tmp_path / "good.jsonl").write_text(json.dumps(document) + "\n")
+    good = str(tmp_path / "good.jsonl")
     cases = [
         ([str(checkpoint), "--data", str(empty)], "no sample"),
         ([str(checkpoint), "--data", str(wrong)], "expected the fields text, key and value"),
         ([str(checkpoint), "--data", "nowhere.jsonl"], "cannot read"),
-        ([str(checkpoint), "--data", good, "--window", "50"], "--window"),
+        ([str(checkpoint), "--data", good, "--window", "50"], "window, answer_tokens:"),
         ([str(checkpoint), "--data", good, "--protocol", "upstream"], "upstream protocol knows"),
         ([str(bare), "--data", good], "--tokenizer"),
         ([str(tmp_path), "--data", good], "no model to load"),
@@ -293,8 +226,3 @@ def test_a_record_without_a_text_is_named(tmp_path, line):
     with pytest.raises(UserError, match="line 2: expected the fields text"):
         recall_data.read_samples(str(path))
     assert recall_data.read_prompts(str(path), 1) == ["a"]
-
-
-def test_an_index_with_nothing_to_ask_says_so():
-    with pytest.raises(UserError, match="nothing to ask"):
-        recall_data.build([], test_share=0.1, limit=10)

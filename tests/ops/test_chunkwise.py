@@ -240,7 +240,7 @@ def test_step_matches_the_forward_of_one_token():
     assert saved == []
     state, precond = S.clone(), d.clone()
     one = [None if y is None else y[:, 0] for y in operands[:6]]
-    got = chunkwise.step(Token(*one, state, precond, None), rule)
+    got = chunkwise.step(Token(*one, state, precond, None, None), rule)
     for name, y, z in (
         ("o", got, o[:, 0]),
         ("S", state, final_state),

@@ -54,7 +54,7 @@ def test_opcheck_backward(fast_backend, gamma, rule, packed):
 def test_opcheck_step(fast_backend, gamma, rule):
     *token, S, d, _ = arguments(gamma, grad=False)
     token = [x if x is None else x[:, 0].contiguous() for x in token]
-    torch.library.opcheck(BACKENDS[fast_backend].step, (*token, S, d, None, *rule))
+    torch.library.opcheck(BACKENDS[fast_backend].step, (*token, S, d, None, None, *rule))
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])

@@ -100,6 +100,93 @@ def test_a_disk_that_fills_while_the_cache_is_written_costs_time_alone(monkeypat
     assert twice(21) == 42 and tried
 
 
+AGAIN = """
+import sys
+from osdn.ops.numba.vectors import entry
+
+def double(x):
+    return 2 * x
+
+double.__qualname__ = "double_for_a_test"
+compiled = entry(double)
+assert compiled(21) == 42
+print(compiled.stats.cache_hits, compiled._cache.cache_path)
+"""
+
+
+@pytest.mark.parametrize("ending", ["*.nbi", "*.nbc"], ids=["index", "code"])
+@pytest.mark.parametrize("left", [0, 20], ids=["empty", "cut"])
+def test_a_damaged_cache_is_written_anew(tmp_path, ending, left):
+    """As a power cut may leave it: no error, and sound again for the process after."""
+    script = tmp_path / "again.py"
+    script.write_text(AGAIN)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment["NUMBA_CACHE_DIR"] = str(tmp_path / "cache")
+
+    def hits() -> str:
+        run = subprocess.run(
+            [sys.executable, str(script)], env=environment, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr
+        return run.stdout.split()[0]
+
+    assert (hits(), hits()) == ("0", "1")
+    files = list((tmp_path / "cache").rglob(ending))
+    assert len(files) == 1
+    files[0].write_bytes(files[0].read_bytes()[:left])
+    assert (hits(), hits()) == ("0", "1")
+
+
+def test_the_name_of_the_machine_code_is_that_of_all_its_files(tmp_path, monkeypatch):
+    """An entry inlines functions of other files, whose changes numba's own cache does not see."""
+    from osdn.ops.numba import vectors
+
+    def name() -> str:
+        def double(x):
+            return 2 * x
+
+        return entry(double).py_func.__qualname__
+
+    monkeypatch.setattr(vectors, "__file__", str(tmp_path / "vectors.py"))
+    (tmp_path / "precond.py").write_text("a = 1")
+    before = name()
+    assert name() == before
+    (tmp_path / "precond.py").write_text("a = 2")
+    assert name() != before
+    kernels = Path(compiled.__file__).parent
+    assert {"walk.py", "step.py", "precond.py", "memory.py"} <= {
+        x.name for x in kernels.glob("*.py")
+    }
+
+
+AFTER_MAIN = """
+import threading
+import torch
+from osdn.ops import numba as compiled, online_scaled_delta_rule
+
+compiled.WORTH_A_THREAD = 1
+torch.set_num_threads(2)
+x = [torch.rand(1, 9, 4, 8) for _ in "qkv"] + [torch.rand(1, 9, 4)]
+before = online_scaled_delta_rule(*x, backend="numba")[0]
+
+def late():
+    threading.main_thread().join()
+    after = online_scaled_delta_rule(*x, backend="numba")[0]
+    print(torch.equal(after, before), flush=True)
+
+threading.Thread(target=late).start()
+"""
+
+
+def test_a_thread_that_outlives_the_main_one_still_computes():
+    """As a server's thread at the end of the program: Python then has no pool to hand work to."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = subprocess.run(
+        [sys.executable, "-c", AFTER_MAIN], env=environment, capture_output=True, text=True
+    )
+    assert run.stdout.split() == ["True"], run.stdout + run.stderr
+
+
 def test_compiled_graph_with_wrong_offsets_is_an_error_not_a_crash():
     """torch.compile skips the front door's check; the kernels index memory with the offsets."""
     x = detached(make_inputs(1, 9, 2, 4, 6, sequences=2))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from osdn.ops import convolution
-from osdn.ops.convolution import short_convolution
+from osdn.ops.convolution import next_history, short_convolution
 from tests.numerics import assert_close
 
 triton = pytest.importorskip("osdn.ops.triton.convolution", reason="Triton cannot be installed")
@@ -135,3 +135,73 @@ def test_opcheck():
     x.requires_grad_(), weight.requires_grad_()
     given = (x, weight, torch.tensor([0, 2, 6]), 2)
     torch.library.opcheck(torch.ops.osdn.short_convolution.default, given)
+
+
+HISTORIES = [
+    # B, T, D, W, head_dim, cu_seqlens
+    (2, 7, 12, 4, 6, None),
+    (2, 1, 6, 4, None, None),
+    (1, 40, 12, 4, 4, [0, 1, 3, 20, 40]),
+    (1, 33, 6, 3, None, [0, 2, 33]),
+    (1, 5, 4, 1, 2, [0, 2, 5]),
+]
+
+
+def with_history(D, N, W, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(N, D, W - 1, generator=generator).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize(("B", "T", "D", "W", "head_dim", "ends"), HISTORIES)
+def test_a_history_equals_the_inputs_before(B, T, D, W, head_dim, ends):
+    """Each sequence by itself with its history in front; values and all three gradients."""
+    x, weight, dy = (one.to(DEVICE) for one in make(B, T, D, W))
+    history = with_history(D, B if ends is None else len(ends) - 1, W)
+    leaves = [y.double().requires_grad_() for y in (x, weight, history)]
+    cu_seqlens = None if ends is None else torch.tensor(ends, device=DEVICE)
+    y = short_convolution(*leaves[:2], cu_seqlens, head_dim=head_dim, history=leaves[2])
+    pieces = [(b, 0, T) for b in range(B)] if ends is None else [(0, *p) for p in pairwise(ends)]
+    alone = []
+    for n, (b, begin, end) in enumerate(pieces):
+        one = torch.cat([leaves[2][n].T, leaves[0][b, begin:end]])[None]
+        alone.append(short_convolution(one, leaves[1], head_dim=head_dim)[:, W - 1 :])
+    separate = torch.cat(alone, 0 if ends is None else 1)
+    assert_close(y, separate, 1e-14)  # a vector of SiLU and its remainder round differently
+    got, want = (torch.autograd.grad(one, leaves, dy.double()) for one in (y, separate))
+    for actual, wanted, name in zip(got, want, ("x", "weight", "history")):
+        assert_close(actual, wanted, 1e-13, name)
+
+
+@pytest.mark.parametrize(("B", "T", "D", "W", "head_dim", "ends"), HISTORIES)
+def test_the_next_history_goes_on(B, T, D, W, head_dim, ends):
+    """Two calls, the second with what next_history gives, equal one over the joined sequences."""
+    x, weight, _ = (one.to(DEVICE) for one in make(B, T, D, W))
+    more, *_ = (one.to(DEVICE) for one in make(B, T, D, W))
+    cu_seqlens = None if ends is None else torch.tensor(ends, device=DEVICE)
+    history = next_history(x, W, cu_seqlens)
+    second = short_convolution(more, weight, cu_seqlens, head_dim=head_dim, history=history)
+    pieces = [(b, 0, T) for b in range(B)] if ends is None else [(0, *p) for p in pairwise(ends)]
+    for n, (b, begin, end) in enumerate(pieces):
+        joined = torch.cat([x[b, begin:end], more[b, begin:end]])[None]
+        want = short_convolution(joined, weight, head_dim=head_dim)[0, end - begin :]
+        got = second[n] if ends is None else second[0, begin:end]
+        assert_close(got, want, 1e-14)
+        longer = torch.cat([x.new_zeros(W - 1, D), joined[0]])
+        after = next_history(more, W, cu_seqlens, history)
+        assert torch.equal(after[n].T, longer[len(longer) - W + 1 :])
+
+
+def test_a_history_of_another_shape_is_named():
+    x, weight, _ = make(1, 9, 4, 3)
+    with pytest.raises(ValueError, match=r"history: expected shape \(2, 4, 2\) .* got \(1, 4, 2\)"):
+        short_convolution(x, weight, torch.tensor([0, 3, 9]), history=torch.zeros(1, 4, 2))
+    with pytest.raises(ValueError, match="cu_seqlens: expected offsets from 0 to T = 9"):
+        short_convolution(x, weight, torch.tensor([0, 3, 8]), history=torch.zeros(2, 4, 2))
+
+
+def test_a_history_in_one_compiled_graph():
+    x, weight, _ = (one.to(DEVICE) for one in make(1, 9, 4, 3))
+    history, offsets = with_history(4, 2, 3), torch.tensor([0, 3, 9], device=DEVICE)
+    run = lambda at: short_convolution(x, weight, at, history=history)  # noqa: E731
+    fast = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(fast(offsets), run(offsets))

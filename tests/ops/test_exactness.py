@@ -1,4 +1,4 @@
-"""What must hold exactly (docs/operator.md), for every backend, in float64."""
+"""What must hold exactly (docs/explanation/operator.md), for every backend, in float64."""
 
 import pytest
 import torch

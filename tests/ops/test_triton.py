@@ -245,7 +245,7 @@ def test_step_with_slots_of_a_pool():
     for i, slot in ((0, 4), (2, 0)):
         S, d = pool[slot : slot + 1].clone(), preconds[slot : slot + 1].clone()
         q, k, v, beta, log_gamma = (x[i : i + 1].contiguous() for x in token)
-        alone = backend_step(Token(q, k, v, beta, log_gamma, None, S, d, None), rule)
+        alone = backend_step(Token(q, k, v, beta, log_gamma, None, S, d, None, None), rule)
         assert torch.equal(alone[0], o[i])
         assert torch.equal(S[0], state[slot]) and torch.equal(d[0], precond[slot])
     for slot in (1, 2, 3):
@@ -272,7 +272,7 @@ def test_custom_operator_contract():
     token = [x if x is None else x.detach()[:, 0].contiguous() for x in tensors[:6]]
     states = [x.detach() for x in tensors[6:]]
     for slots in (None, torch.zeros(1, dtype=torch.int64, device=DEVICE)):
-        arguments = (*token, *states, slots, 1.0, True, None, None, 0.25)
+        arguments = (*token, *states, slots, slots, 1.0, True, None, None, 0.25)
         torch.library.opcheck(BACKENDS["triton"].step, arguments)
 
 

@@ -213,7 +213,7 @@ def test_mixers_and_gpus_order_themselves_as_measured(name):
     ],
 )
 def test_the_runs_on_one_gpu(gpu, name, overrides, speed, peak):
-    """Tokens/s, to which one share is fitted, and GiB, which are counted (docs/results.md)."""
+    """Tokens/s, to which one share is fitted, and counted GiB (docs/reference/speed.md)."""
     found = plan(name, gpu=GPUS[gpu], overrides=["model.forgetting=none", *overrides])
     assert found.tokens_per_s == pytest.approx(speed, rel=0.1)
     assert found.memory.tensors / GIB == pytest.approx(peak, rel=0.05)
@@ -248,7 +248,7 @@ def test_the_command_prints_a_plan_a_table_and_its_assumptions(capsys):
     hours, cost = re.search(r"([\d,.]+) GPU hours, cost ([\d,]+) at 3 an hour", text).groups()
     assert int(cost.replace(",", "")) == pytest.approx(3 * float(hours.replace(",", "")), abs=2)
     assert "374,583,488 parameters on 8 × H100 (DDP)" in text and "bottleneck" in text
-    assert "Assumptions:" in text and "docs/results.md" in text and "assumed" in text
+    assert "Assumptions:" in text and "docs/reference/speed.md" in text and "assumed" in text
     line = ["plan", "recipes/1.3b.yaml", "parallel.shard=1", "--gpu", "L40S", "--gpus", "1,16,4096"]
     assert main(line) == 0
     text = capsys.readouterr().out

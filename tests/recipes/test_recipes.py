@@ -69,6 +69,6 @@ def test_the_reference_sizes(path):
         assert train.schedule.min_ratio == 0.1
         steps = (train.steps, train.schedule.warmup_steps)
         assert steps == {"340m": (20_480, 1_024), "1.3b": (190_735, 2_048)}[path.stem]
-    assert load_recipe(path).resolved()["model"]["forgetting"] == "data"  # docs/study.md
+    assert load_recipe(path).resolved()["model"]["forgetting"] == "data"
     expected = {"340m": (374_386_688, 374_362_112), "1.3b": (1_365_726_208, 1_365_677_056)}
     assert (counts["osdn"], counts["delta_net"]) == expected[path.stem]

@@ -11,15 +11,19 @@ import sys
 import time
 
 import pytest
+import yaml
+from safetensors.torch import load_file
 
+from osdn.errors import UserError
+from osdn.evals.plots import figure
 from study.__main__ import main
 from study.language import directory_of, perform, steps_left
-from study.language_report import _cell, _curves, _gain
+from study.language_report import _cell, _curves, _gain, headline
 from study.plan import all_runs, load_study
 from study.records import Clock
-from study.statistics import mean_course
+from study.statistics import interval, mean_course
 from study.workers import complete
-from tests.study.tiny import write_language
+from tests.study.tiny import HANG, write_language
 
 
 def test_language_models_start_from_one_training(tmp_path):
@@ -163,12 +167,56 @@ def test_a_run_killed_in_its_evaluations_goes_on_with_those_that_are_left(tmp_pa
 
 def test_a_misspelt_evaluation_is_named_before_anything_is_trained(tmp_path, capsys):
     path = write_language(tmp_path)
-    path.write_text(path.read_text().replace("--limit", "--limitt"))
-    assert main(["run", str(path), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 1
-    assert "evaluations.perplexity: unrecognized arguments: --limitt 3" in capsys.readouterr().err
-    path.write_text(path.read_text().replace("--limitt\n", "--limit\n").replace("- '3'", "- '0'"))
-    assert main(["run", str(path), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 1
-    assert "--limit: expected at least 1, got 0" in capsys.readouterr().err
+    whole = path.read_text()
+    words = ["run", str(path), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    for before, after, said in (
+        ("limit: 3", "limitt: 3", "no option 'limitt'; there are data, "),
+        ("limit: 3", "limit: 0", "limit: expected at least 1, got 0"),
+        ("limit: 3", "limit: three", "perplexity.limit: Input should be a valid integer"),
+        ("task: recall", "task: recal", "expected one of the tasks recall, "),
+    ):
+        path.write_text(whole.replace(before, after))
+        assert main(words) == 1
+        error = capsys.readouterr().err
+        assert said in error and "evaluations" in error, error
+
+
+def test_initial_values_can_be_others(tmp_path):
+    """A variant that begins with d_1 = 0 is another run, and its first checkpoint says so."""
+    path = write_language(tmp_path)
+    raw = yaml.safe_load(path.read_text())
+    experiment = raw["language"]["upgrade"]
+    experiment["variants"] = {"OSDN": {}, "from 0": {"fill": {"initial_precond": 0}}}
+    experiment |= {"measured": None, "evaluations": {}}
+    experiment["overrides"] = ["train.steps=1", "train.optimizer.lr=1e-12"]
+    path.write_text(yaml.safe_dump(raw))
+    ones, zeros = all_runs(load_study(path))
+    assert "fill" not in ones.spec["phases"][0]
+    for run, value in ((ones, 1.0), (zeros, 0.0)):
+        perform(run.spec, device="cpu", work=tmp_path / "work")
+        model = directory_of(run.spec, 0, tmp_path / "work") / "model"
+        weights = load_file(model / "model.safetensors")
+        found = [x for name, x in weights.items() if name.endswith("initial_precond")]
+        assert found and all((x - value).abs().max() < 1e-6 for x in found)
+    zeros.spec["phases"][0]["fill"] = {"precond": 0.0}
+    with pytest.raises(UserError, match="no parameter whose name ends with 'precond'"):
+        perform(zeros.spec, device="cpu", work=tmp_path / "work")
+
+
+def test_the_headline_is_drawn_with_its_interval():
+    def record(value):
+        trained = {"loss": value, "bits_per_byte": None, "nonfinite": 0}
+        return {"outcome": {"train": trained, "evaluations": {}}}
+
+    pairs = {"a": [(record(3.0), record(1.0)), (record(5.0), record(1.0))], "b": []}
+    (plot,) = headline("loss, mean of the last 50 steps", "first", pairs)
+    one = {"values": [2.0, 4.0], "interval": interval([2.0, 4.0])}
+    assert plot["series"] == {"a": one} and "less first" in plot["title"]
+    assert headline("another", "first", pairs) == headline(None, "first", pairs) == []
+    (axes,) = figure([plot], []).axes
+    drawn = [list(line.get_xdata()) for line in axes.lines]
+    assert [2.0, 4.0] in drawn and [3.0] in drawn and list(one["interval"]) in drawn
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a, n=2"]
 
 
 def test_sigterm_leaves_a_checkpoint_of_the_language_model_under_way(tmp_path):
@@ -181,7 +229,7 @@ def test_sigterm_leaves_a_checkpoint_of_the_language_model_under_way(tmp_path):
         stdout=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + HANG
     while not any(log.stat().st_size for log in out.glob("work/*/log.jsonl")):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)

@@ -1,6 +1,5 @@
 """The study's recipes: every run can be built, and matched models are matched."""
 
-import argparse
 import re
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 
 from osdn import OSDNConfig, OSDNForCausalLM
-from osdn.cli import eval as command
 from osdn.errors import UserError
 from osdn.train.recipe import load_sections
 from study.__main__ import main
@@ -26,6 +24,12 @@ from study.report import mqar_points
 from study.statistics import gains, signed, spread
 
 STUDY = Path("study/recipes")
+QUALITY = Path("docs/reference/quality.md")
+
+
+def words(page: str) -> str:
+    """The page in one line: a figure may be broken over two."""
+    return " ".join(page.split())
 
 
 def test_mqar_runs_are_built_as_their_specs_say():
@@ -53,6 +57,7 @@ def test_mqar_runs_are_built_as_their_specs_say():
         ("mqar", "many_seeds", 216),
         ("language", "language", 31),
         ("language", "longer_2026_11_26", 4),
+        ("repeats", "repeats", 20),
     ],
 )
 def test_the_records_that_are_kept_are_runs_of_the_recipes(study, kept, count, tmp_path):
@@ -70,7 +75,7 @@ def test_the_figures_of_the_page_are_those_of_the_records(tmp_path):
     study, records = load_study(STUDY / "mqar_cpu.yaml"), Records(tmp_path)
     merge(records, [STUDY.parent / "records" / "mqar_cpu.jsonl.xz"])
     ((_, mixers),) = mqar_points(study, records, "twenty_seeds").items()
-    page = (STUDY.parents[1] / "docs" / "study.md").read_text()
+    page = words(QUALITY.read_text())
     osdn = f"{spread(mixers['osdn'][2.5e-3])['value']:.3f}"
     assert osdn == "0.826" and f"| OSDN (η 1) | {osdn} ±" in page
     ((_, mixers),) = mqar_points(study, records, "apf_again").items()
@@ -81,21 +86,21 @@ def test_the_figures_of_the_page_are_those_of_the_records(tmp_path):
 def test_the_language_figures_of_the_pages_are_those_of_the_records(tmp_path):
     study, records = load_study(STUDY / "language.yaml"), Records(tmp_path)
     merge(records, [STUDY.parent / "records" / "language.jsonl.xz"])
-    pages = [Path("docs/study.md"), Path("docs/results.md"), Path("README.md")]
+    pages = [QUALITY, Path("docs/explanation/findings.md"), Path("README.md")]
     pages = [page.read_text() for page in pages]
     for experiment, label, measure, there in (
         ("longer", "OSDN", "bits per byte, validation", [True, True, True]),
         ("longer", "OSDN, APF", "bits per byte, validation", [True, True, True]),
-        ("longer", "OSDN", "residual ratio, all layers, own", [True, True, False]),
-        ("longer", "OSDN, APF", "residual ratio, all layers, own", [True, True, False]),
-        ("longer", "OSDN", "recall, once, contains", [True, True, False]),
+        ("longer", "OSDN", "residual ratio, all layers, own", [True, False, False]),
+        ("longer", "OSDN, APF", "residual ratio, all layers, own", [True, False, False]),
+        ("longer", "OSDN", "recall, once, contains", [True, False, False]),
         ("longer", "OSDN, APF", "perplexity, bits per byte", [True, False, False]),
-        ("warm_up", "OSDN, APF", "bits per byte, validation", [True, True, False]),
+        ("warm_up", "OSDN, APF", "bits per byte, validation", [True, False, False]),
         ("gate", "OSDN, APF, η 0", "bits per byte, validation", [True, False, False]),
-        ("models", "OSDN, APF", "bits per byte, validation", [True, True, False]),
+        ("models", "OSDN, APF", "bits per byte, validation", [True, False, False]),
         ("all", "OSDN", "perplexity, bits per byte", [True, True, True]),
         ("all", "OSDN, APF", "perplexity, bits per byte", [True, True, True]),
-        ("all", "OSDN, APF", "recall, once, contains", [True, False, False]),
+        ("all", "OSDN, APF", "recall, once, contains", [True, True, False]),
     ):
         pooled = experiment == "all"
         result = (
@@ -105,7 +110,7 @@ def test_the_language_figures_of_the_pages_are_those_of_the_records(tmp_path):
         row = next(row for row in less["rows"] if row[0] == measure)
         gain = row[less["columns"].index(label)].partition(";")[0]
         for page, wanted in zip(pages, there):
-            assert gain in page or not wanted, (label, measure, gain)
+            assert gain in words(page) or not wanted, (label, measure, gain)
     (curve,) = pooled_result(study, records)["curves"]
     seen = 0
     for label, points in curve["series"].items():
@@ -120,7 +125,7 @@ def test_the_language_figures_of_the_pages_are_those_of_the_records(tmp_path):
 
 
 def test_the_pairs_of_two_corpora_are_those_of_the_page(tmp_path):
-    study, page = load_study(STUDY / "language.yaml"), Path("docs/study.md").read_text()
+    study, page = load_study(STUDY / "language.yaml"), words(QUALITY.read_text())
     pairs = []
     for name in ("language", "longer_2026_11_26"):  # each in a directory of its own
         records = Records(tmp_path / name)
@@ -167,11 +172,9 @@ def test_language_models_are_matched_and_their_evaluations_parse():
         first = 262_144_000 if run.experiment == "longer" else 98_304_000
         assert tokens == [first, 32_768_000][: len(tokens)]
     assert min(counts.values()) > 30e6 and max(counts.values()) / min(counts.values()) < 1.001
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    for task, *words in runs[0].spec["evaluations"].values():
-        args = parser.parse_args([task, "model", *words])
-        assert args.task == task and args.limit if task != "needle" else args.samples == 4
+    for one in study.language["models"].evaluations.values():
+        evaluation = one.evaluation()
+        assert evaluation.samples == 4 if one.task == "needle" else evaluation.limit
     assert all(one.spec["evaluations"] == runs[0].spec["evaluations"] for one in runs)
 
 

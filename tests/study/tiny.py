@@ -6,6 +6,7 @@ from random import Random
 
 import yaml
 
+HANG = 1500  # seconds, many times what a slow machine needs: only to end a test that hangs
 WORDS = ("stone", "river", "copper", "lantern", "meadow", "signal", "harbour", "winter", "engine")
 MQAR = {
     "mixers": {
@@ -86,8 +87,8 @@ def write_language(directory: Path) -> Path:
         "seeds": [0],
         "seconds": 1,
         "evaluations": {
-            "recall": ["recall", "--data", str(directory / "held.jsonl"), "--limit", "3"],
-            "perplexity": ["perplexity", "--data", str(directory / "held.jsonl"), "--limit", "3"],
+            task: {"task": task, "options": {"data": str(directory / "held.jsonl"), "limit": 3}}
+            for task in ("recall", "perplexity")
         },
     }
     path = directory / "language.yaml"

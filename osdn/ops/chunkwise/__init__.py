@@ -1,7 +1,7 @@
 """The operator in plain PyTorch, chunk by chunk, on any device, with a hand-written backward.
 
-Sequences are cut into chunks of C tokens (varlen.py). Phase 1 (phase1.py) finds the preconditioner
-d_t for every token, phase 2 (phase2.py) the memory with write keys w_t = β_t d_t ⊙ k_t. In the
+Sequences are cut into chunks of C tokens (layout.py). Phase 1 (precond.py) finds the preconditioner
+d_t for every token, phase 2 (memory.py) the memory with write keys w_t = β_t d_t ⊙ k_t. In the
 backward phase 2 comes first; then
 
     dk += β d dw,  dβ = ⟨dw, d ⊙ k⟩,  and dd = β k dw goes to phase 1's reverse scan.
@@ -30,6 +30,7 @@ from osdn.ops.chunkwise import memory as phase2
 from osdn.ops.chunkwise import precond as phase1
 from osdn.ops.chunkwise.layout import Layout, layout_of, size_of
 from osdn.ops.chunkwise.memory import Kept
+from osdn.ops.chunkwise.retention import Decay
 from osdn.ops.operands import Operands, Options, Token
 
 # Floats a tensor of a group of chunks: about 25 such tensors live at once.
@@ -109,6 +110,13 @@ def _kept(
     return [like.new_empty(R, *size) for size in sizes]
 
 
+def _decay(
+    layout: Layout, log_alpha: Tensor | None, i: int, j: int, dtype: torch.dtype
+) -> Decay | None:
+    """How the memory decays in steps [i, j); None where it does not."""
+    return None if log_alpha is None else Decay.of(layout.load(log_alpha, i, j, dtype).exp_())
+
+
 def _learning_target(k: Tensor, beta: Tensor, options: Options, out: Tensor) -> Tensor:
     """z = b ⊙ k ⊙ k, [R, C, K], in `out`."""
     torch.mul(k, k, out=out)
@@ -119,7 +127,7 @@ def forward(
     operands: Operands, options: Options, save: bool
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """(o, final_state, final_precond, saved): saved is the residual e and the path of d."""
-    q, k, v, beta, log_gamma, _, initial_state, initial_precond, cu_seqlens = operands
+    q, k, v, beta, log_gamma, log_alpha, initial_state, initial_precond, cu_seqlens = operands
     dtype, constant = operands.dtype, options.constant_precond(log_gamma is not None)
     layout, V = layout_of(k, cu_seqlens), v.shape[-1]
     groups = _groups(layout, q.device, max(q.shape[-1], V))
@@ -144,7 +152,8 @@ def forward(
             minus_v = v.new_empty(R, 2 * C, V, dtype=dtype)
             layout.load_into(minus_v[:, :C], v, i, j).neg_()
             minus_v[:, C:].zero_()
-            oc = phase2.forward(pair, minus_v, w, S, Kept(*kept[:3]), options.scale, sizes)
+            decay = _decay(layout, log_alpha, i, j, dtype)
+            oc = phase2.forward(pair, minus_v, w, S, Kept(*kept[:3]), options.scale, sizes, decay)
             layout.store(oc, o, i, j)
         for x in saved[1:]:
             x[layout.rows(0, len(layout.active)).stop :].zero_()
@@ -169,14 +178,14 @@ def backward(
     options: Options,
 ) -> list[Tensor]:
     """The gradients of operands.differentiable(), in its order."""
-    q, k, v, beta, log_gamma, _, _, initial_precond, cu_seqlens = operands
+    q, k, v, beta, log_gamma, log_alpha, _, initial_precond, cu_seqlens = operands
     dtype, constant = operands.dtype, options.constant_precond(log_gamma is not None)
     layout = layout_of(k, cu_seqlens)
     groups, C = _groups(layout, q.device, max(q.shape[-1], v.shape[-1])), layout.C
     d0, clipped = layout.sort(initial_precond), bool(saved[0])
     dS, lam = layout.sort(dfinal_state), layout.sort(dfinal_precond)
     out = [x.new_empty(x.shape) for x in (q, k, v, beta)]
-    out += [] if log_gamma is None else [log_gamma.new_empty(log_gamma.shape)]
+    out += [x.new_empty(x.shape) for x in (log_gamma, log_alpha) if x is not None]
     with _exactly(q.device), torch.inference_mode():
         for i, j, sizes in reversed(groups):
             rows = layout.rows(i, j)
@@ -188,7 +197,9 @@ def backward(
             path = _hand_out(d0, sizes) if constant else kept[3]
             scaled = path * kc
             w = scaled * b
-            dpair, dv, dw = phase2.backward(pair, w, y, dS, Kept(*kept[:3]), sizes)
+            decay = _decay(layout, log_alpha, i, j, dtype)
+            made = phase2.backward(pair, w, y, dS, Kept(*kept[:3]), sizes, decay)
+            dpair, dv, dw, dlog_alpha = made
             dk, dq = dpair[:, :C], dpair[:, C:]
             db = torch.linalg.vecdot(dw, scaled)
             dk.addcmul_(dw.mul_(b), path)
@@ -206,6 +217,7 @@ def backward(
                     dz.mul_(b)
                 dk.addcmul_(dz, kc, value=2)
                 results += [] if dlog_gamma is None else [dlog_gamma]
+            results += [] if dlog_alpha is None else [dlog_alpha]
             for x, y in zip(results, out):
                 layout.store(x, y, i, j)
     return [*out, layout.unsort(dS), layout.unsort(lam)]
@@ -213,11 +225,13 @@ def backward(
 
 def step(token: Token, options: Options) -> Tensor:
     """One token: updates state [B, H, K, V] and precond [B, H, K] in place, returns o [B, H, V]."""
-    q, k, v, beta, log_gamma, _, state, precond, _ = token
+    q, k, v, beta, log_gamma, log_alpha, state, precond, *_ = token
     with _exactly(q.device):
         S, d, dtype = state.flatten(0, 1), precond.flatten(0, 1), v.dtype
         q, k, v = (x.flatten(0, 1).to(S.dtype) for x in (q, k, v))
         b = beta.flatten()[:, None]
+        if log_alpha is not None:
+            S.mul_(log_alpha.exp().flatten()[:, None, None])
         e = torch.baddbmm(v.unsqueeze(1), k.unsqueeze(1), S, alpha=-1)
         S.baddbmm_((d * k).mul_(b).unsqueeze(2), e)
         o = torch.bmm(q.unsqueeze(1), S).mul_(options.scale)

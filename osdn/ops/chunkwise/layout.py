@@ -14,7 +14,7 @@ from torch import Tensor
 
 from osdn.ops.packing import remember
 
-# 32 and not 64: fewer operations a token at K = V = 64, measured in docs/LOG.md.
+# 32 and not 64: fewer operations a token at K = V = 64 (docs/log/2026-11-23-chunkwise.md).
 LARGEST_CHUNK, SMALLEST_CHUNK = 32, 8
 
 

@@ -11,6 +11,11 @@ Backward with P = tril(q wᵀ), do already times scale and dS the gradient of th
     dq = do Sᵀ + dP w    dk = −z Sᵀ + dA w    dv = z    dw = e dSᵀ + dPᵀ q + dAᵀ k
     dS ← dS + qᵀ do − kᵀ z
 
+With a state decay α let G[i, j] = Π_{j<m≤i} α_m for j ≤ i, a_i = Π_{m≤i} α_m and b_j = Π_{m>j} α_m.
+Then k wᵀ and q wᵀ above are taken times G, element by element, as are dP and dA; k S and q S times
+a, as are the parts of dq and dk that S gives; and wᵀ e, w dS and e dSᵀ have b ⊙ w in place of w.
+S and dS pass a chunk times Π α_m. `retention` has these products and the gradient of log α.
+
 Rows are [R, C, ·] as in `layout`. k and q lie one above the other, [R, 2 C, K], since S
 multiplies both, and w both of their gradients: one product in place of two. What needs S or dS is
 done step by step, while these are in the cache. E is kept, and S at every chunk's start; to find
@@ -21,12 +26,14 @@ Source: arXiv 2406.06484 for the delta rule in chunks (there with v′ = β e an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from osdn.ops.chunkwise.layout import first_rows
+from osdn.ops.chunkwise.retention import Decay, dlog_retention
 
 
 class Kept(NamedTuple):
@@ -41,7 +48,14 @@ class Kept(NamedTuple):
 
 
 def forward(
-    pair: Tensor, minus_v: Tensor, w: Tensor, S: Tensor, kept: Kept, scale: float, sizes: list[int]
+    pair: Tensor,
+    minus_v: Tensor,
+    w: Tensor,
+    S: Tensor,
+    kept: Kept,
+    scale: float,
+    sizes: list[int],
+    decay: Decay | None = None,
 ) -> Tensor:
     """o [R, C, V] of a group; e, −E and S go into `kept`, and S [N·H, K, V] to the group's end.
 
@@ -49,42 +63,89 @@ def forward(
     """
     C, (e, minus_E, *_) = w.shape[1], kept
     minus_one = torch.eye(C, dtype=w.dtype, device=w.device).neg_().expand_as(minus_E)
-    A = torch.bmm(w, pair[:, :C].mT).mT
+    A = torch.bmm(w, pair[:, :C].mT).mT  # k wᵀ, [R, C, C]
+    P = torch.bmm(pair[:, C:], w.mT).tril_()  # q wᵀ, [R, C, C]
+    if decay is not None:
+        A, P = A.mul_(decay.between), P.mul_(decay.between)
     # Into an `out` that lies row by row: a third of the time, since nothing is transposed.
     torch.linalg.solve_triangular(A, minus_one, upper=False, unitriangular=True, out=minus_E)
+    at_start, at_end = _decayed(pair, w, decay)
     reads = minus_v
-    pieces = (pair, reads, reads[:, :C], minus_E, e, w.mT, kept.S)
-    steps = zip(first_rows(S, sizes), *(x.split(sizes) for x in pieces))
-    for now, pair_n, reads_n, error_n, minus_E_n, e_n, wt_n, start_n in steps:
-        start_n.copy_(now)
-        reads_n.baddbmm_(pair_n, now)
-        torch.bmm(minus_E_n, error_n, out=e_n)
-        now.baddbmm_(wt_n, e_n)
-    P = torch.bmm(pair[:, C:], w.mT).tril_()
-    return torch.baddbmm(reads[:, C:], P, e, beta=scale, alpha=scale)
+    pieces = (at_start, reads, reads[:, :C], minus_E, e, at_end.mT, kept.S)
+    steps = zip(first_rows(S, sizes), _whole(decay, sizes), *(x.split(sizes) for x in pieces))
+    for now, whole, pair_n, reads_n, error_n, minus_E_n, e_n, wt_n, start_n in steps:
+        start_n.copy_(now)  # [r, K, V]
+        reads_n.baddbmm_(pair_n, now)  # [r, 2 C, K] [r, K, V]: k S − v above q S
+        torch.bmm(minus_E_n, error_n, out=e_n)  # [r, C, C] [r, C, V]
+        if whole is not None:
+            now.mul_(whole)
+        now.baddbmm_(wt_n, e_n)  # [r, K, C] [r, C, V]
+    return torch.baddbmm(reads[:, C:], P, e, beta=scale, alpha=scale)  # [R, C, V]
+
+
+def _decayed(pair: Tensor, w: Tensor, decay: Decay | None) -> tuple[Tensor, Tensor]:
+    """What reads the memory at the chunk's start, and what writes to the one at its end."""
+    if decay is None:
+        return pair, w
+    return pair * _twice(decay.start).unsqueeze(-1), w * decay.end.unsqueeze(-1)
+
+
+def _twice(x: Tensor) -> Tensor:
+    """[R, C, ...] for both halves of a pair, [R, 2 C, ...]."""
+    return torch.cat((x, x), 1)
+
+
+def _whole(decay: Decay | None, sizes: list[int]) -> Sequence[Tensor | None]:
+    """What a chunk leaves of the memory at its start, for each step, [r, 1, 1]."""
+    return [None] * len(sizes) if decay is None else decay.whole.split(sizes)
 
 
 def backward(
-    pair: Tensor, w: Tensor, y: Tensor, dS: Tensor, kept: Kept, sizes: list[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dk above dq, dv, dw) of a group; dS [N·H, K, V] moves to its start.
+    pair: Tensor,
+    w: Tensor,
+    y: Tensor,
+    dS: Tensor,
+    kept: Kept,
+    sizes: list[int],
+    decay: Decay | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(dk above dq, dv, dw, dlog α or None) of a group; dS [N·H, K, V] moves to its start.
 
     y: [R, 2 C, V], do times scale in its lower half; its upper half becomes −z.
     """
     C, (e, minus_E, S, *_) = w.shape[1], kept
     minus_z, dw, dpair = torch.empty_like(e), torch.empty_like(w), torch.empty_like(pair)
-    P = torch.bmm(pair[:, C:], w.mT).tril_()
-    de = torch.bmm(P.mT, y[:, C:])
-    pieces = (pair.mT, y, y[:, :C], w, de, minus_E.mT, minus_z, e, dw, S.mT, dpair)
-    steps = list(zip(first_rows(dS, sizes), *(x.split(sizes) for x in pieces)))
-    for now, pair_n, y_n, upper_n, w_n, de_n, Et_n, minus_z_n, e_n, dw_n, St_n, dpair_n in reversed(
-        steps
-    ):
-        torch.bmm(e_n, now.mT, out=dw_n)
-        torch.bmm(Et_n, de_n.baddbmm_(w_n, now), out=minus_z_n)
+    P = torch.bmm(pair[:, C:], w.mT).tril_()  # [R, C, C]
+    if decay is not None:
+        P.mul_(decay.between)
+    de = torch.bmm(P.mT, y[:, C:])  # [R, C, V]
+    at_start, at_end = _decayed(pair, w, decay)
+    dwhole = None if decay is None else torch.empty_like(decay.whole)
+    pieces = (at_start.mT, y, y[:, :C], at_end, de, minus_E.mT, minus_z, e, dw, S, dpair)
+    wholes = zip(
+        _whole(decay, sizes), [None] * len(sizes) if dwhole is None else dwhole.split(sizes)
+    )
+    steps = list(zip(first_rows(dS, sizes), wholes, *(x.split(sizes) for x in pieces)))
+    for now, (whole, dwhole_n), pair_n, y_n, upper_n, w_n, de_n, Et_n, minus_z_n, e_n, dw_n, S_n, \
+            dpair_n in reversed(steps):  # fmt: skip
+        torch.bmm(e_n, now.mT, out=dw_n)  # [r, C, V] [r, V, K]
+        torch.bmm(Et_n, de_n.baddbmm_(w_n, now), out=minus_z_n)  # [r, C, C] [r, C, V]
         upper_n.copy_(minus_z_n)
-        torch.bmm(y_n, St_n, out=dpair_n)
-        now.baddbmm_(pair_n, y_n)
+        torch.bmm(y_n, S_n.mT, out=dpair_n)  # [r, 2 C, V] [r, V, K]
+        if whole is not None and dwhole_n is not None:
+            torch.mul(whole, (S_n * now).sum((1, 2), keepdim=True), out=dwhole_n)
+            now.mul_(whole)
+        now.baddbmm_(pair_n, y_n)  # [r, K, 2 C] [r, 2 C, V]
     ones = w.new_ones(C, C)
     products = torch.bmm(y, e.mT).mul_(torch.cat((ones.tril(-1), ones.tril())))  # dA above dP
-    return dpair.baddbmm_(products, w), minus_z.neg_(), dw.baddbmm_(products.mT, pair)
+    dlog_alpha = None
+    if decay is not None and dwhole is not None:
+        products.mul_(_twice(decay.between))  # [R, 2 C, C]
+        dpair.mul_(_twice(decay.start).unsqueeze(-1))  # [R, 2 C, K]
+        dw.mul_(decay.end.unsqueeze(-1))  # [R, C, K]
+        between = torch.bmm(pair, w.mT).mul_(products).unflatten(1, (2, C)).sum(1)
+        start = torch.linalg.vecdot(pair, dpair).unflatten(1, (2, C)).sum(1)
+        dlog_alpha = dlog_retention(between, start, torch.linalg.vecdot(w, dw), dwhole)
+    dpair.baddbmm_(products, w)  # [R, 2 C, C] [R, C, K]
+    dw.baddbmm_(products.mT, pair)  # [R, C, 2 C] [R, 2 C, K]
+    return dpair, minus_z.neg_(), dw, dlog_alpha

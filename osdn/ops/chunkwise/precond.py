@@ -20,7 +20,7 @@ Gradient, with λ_t = dL/dd_t along the whole recurrence, g_t the direct gradien
 
 Rows are [R, C, ·] as in `layout`; a vector over a chunk is kept as a row, [R, 1, C], which
 products take far faster than a column. Source of the recurrence: arXiv 2605.13473; the chunked form
-is derived in docs/operator.md.
+is derived in docs/explanation/operator.md.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.linalg import solve_triangular as solve
 
 from osdn.ops.chunkwise.layout import first_rows
+from osdn.ops.chunkwise.retention import stretches
 from osdn.ops.operands import Options
 
 
@@ -80,12 +81,7 @@ def _prepare(p: Chunks, eta: float) -> None:
     """Write L and P, the parallel part."""
     p.L.baddbmm_(p.z, p.z.mT, beta=0, alpha=eta)
     if p.gamma is not None and p.kept is not None:
-        # Products of γ over each stretch, never quotients of products, which may be 0 over 0.
-        outside = p.z.new_ones(*p.kept.shape[1:]).tril_(-1)[:, :-1]
-        factors = torch.addcmul(outside, 1 - outside, p.gamma[:, None])
-        torch.cumprod(factors, -1, out=p.kept[:, :, 1:])
-        p.kept[:, :, 0] = 1
-        p.L.mul_(p.kept.triu_()[:, 1:, :-1].mT)
+        p.L.mul_(stretches(p.gamma, p.kept)[:, 1:, :-1].mT)
 
 
 def forward(p: Chunks, path: Tensor, d: Tensor, options: Options) -> bool:

@@ -3,7 +3,7 @@
 Phase 1 makes the preconditioner's path from the keys alone: in chunks (`precond_forward`,
 `precond_backward`), and token by token from where a box clips it (`precond_tokens`). `write_keys`
 turns it into the operands of phase 2, which walks the memory (`memory_forward`, `memory_backward`).
-`decode` is one token. docs/kernels.md says what each kernel reads, writes and costs.
+`decode` is one token. docs/explanation/kernels.md says what each kernel reads, writes and costs.
 """
 
 import torch
@@ -129,11 +129,10 @@ def backward(
 
 
 def step(token: Token, options: Options) -> Tensor:
-    """o [B, H, V]; state and precond are updated in place. `slots` as in `step.decode`."""
-    q, k, v, beta, log_gamma, _, state, precond, slots = token
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    with on_device(q):
-        return decode(q, k, v, beta, log_gamma, state, precond, options, slots)
+    """o [B, H, V]; state and precond are updated in place."""
+    token = token._replace(q=token.q.contiguous(), k=token.k.contiguous(), v=token.v.contiguous())
+    with on_device(token.q):
+        return decode(token, options)
 
 
 def _at_chunks(precond: Tensor, chunks: Chunks) -> Tensor:

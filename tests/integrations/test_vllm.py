@@ -1,0 +1,134 @@
+"""vLLM serves our checkpoints with exactly the tokens of `generate`.
+
+These tests need vLLM (constraints-vllm.txt) and are skipped where it is not installed. Every engine
+runs in a process of its own, so that one that dies leaves nothing behind for the next.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from osdn import OSDNConfig, OSDNForCausalLM
+
+pytest.importorskip("vllm", reason="vLLM is not installed (make vllm)")
+pytestmark = pytest.mark.vllm
+
+LENGTHS = (1, 2, 3, 5, 17, 40, 63, 64, 65, 100, 129, 200, 300)
+NEW = 20
+MODELS = {
+    "osdn": {"forgetting": "none"},
+    "apf": {},
+    "beta_aware in a box": {"beta_aware": True, "precond_min": 0.5, "precond_max": 1.5},
+    "delta_net": {"mixer": "delta_net", "use_output_gate": True},
+    "hybrid": {"mixer": ["osdn", "attention", "delta_net", "attention"], "head_v_dim": 64},
+}
+NGRAMS = {
+    "method": "ngram",
+    "num_speculative_tokens": 3,
+    "prompt_lookup_max": 3,
+    "prompt_lookup_min": 1,
+}
+ENGINES = [
+    ("osdn", {}),
+    ("apf", {}),
+    ("beta_aware in a box", {}),
+    ("delta_net", {}),
+    ("hybrid", {}),
+    # Prompts in pieces, and 26 requests in 16 places: each place is used again.
+    ("apf", {"max_num_batched_tokens": 64, "max_num_seqs": 16}),
+    ("hybrid", {"max_num_batched_tokens": 64, "max_num_seqs": 16}),
+    ("apf", {"enable_prefix_caching": True}),
+    ("hybrid", {"enable_prefix_caching": True}),
+    ("apf", {"enforce_eager": False}),
+    ("hybrid", {"enforce_eager": False}),
+    # Without prefix caching: together they need Triton, which vLLM has no CPU build of.
+    ("apf", {"speculative_config": NGRAMS, "enable_prefix_caching": False}),
+    ("hybrid", {"speculative_config": NGRAMS, "enable_prefix_caching": False}),
+]
+# Run as a script with a JSON object on standard input; the tokens go to the file that it names.
+ENGINE = """
+import json, sys
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    given = json.load(sys.stdin)
+    engine = LLM(**given["engine"])
+    sampling = SamplingParams(
+        temperature=0, max_tokens=given["new"], ignore_eos=True, detokenize=False
+    )
+    prompts = [{"prompt_token_ids": prompt} for prompt in given["prompts"]]
+    made = []
+    for _ in range(given["rounds"]):
+        made += [list(x.outputs[0].token_ids) for x in engine.generate(prompts, sampling)]
+    with open(given["to"], "w") as file:
+        json.dump(made, file)
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Of each model, its directory and the tokens that `generate` makes of each prompt alone."""
+    random = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(1, 300, (n,), generator=random).tolist() for n in LENGTHS]
+    found = {}
+    for name, options in MODELS.items():
+        torch.manual_seed(0)
+        config = OSDNConfig(
+            hidden_size=64, num_heads=2, num_hidden_layers=4, vocab_size=300,
+            max_position_embeddings=1024, **options,
+        )  # fmt: skip
+        model = OSDNForCausalLM(config).eval()
+        for parameter in model.parameters():  # so that tokens depend on what came long before
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.15)
+        if model.model.layers[0].attn.initial_precond is not None:
+            torch.nn.init.uniform_(model.model.layers[0].attn.initial_precond, 0.6, 1.4)
+        path = tmp_path_factory.mktemp("model")
+        model.save_pretrained(path)
+        made = [
+            model.generate(torch.tensor([p]), max_new_tokens=NEW, do_sample=False)[0, len(p) :]
+            for p in prompts
+        ]
+        found[name] = path, [x.tolist() for x in made]
+    return prompts, found
+
+
+def serve(path: Path, prompts: list[list[int]], rounds: int = 1, **options) -> list[list[int]]:
+    """The tokens that an engine makes of all prompts at once, in a process that then ends."""
+    engine = {
+        "model": str(path), "skip_tokenizer_init": True, "dtype": "float32",
+        "max_model_len": 1024, "enforce_eager": True, "kv_cache_memory_bytes": 2**28,
+    }  # fmt: skip
+    script, to = path / "engine.py", path / "tokens.json"
+    to.unlink(missing_ok=True)
+    given = {
+        "engine": engine | options, "prompts": prompts, "new": NEW, "rounds": rounds, "to": str(to)
+    }  # fmt: skip
+    script.write_text(ENGINE)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        input=json.dumps(given),
+        capture_output=True,
+        text=True,
+        timeout=1800,  # to end a hang
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return json.loads(to.read_text())
+
+
+@pytest.mark.parametrize(("name", "options"), ENGINES)
+def test_tokens_are_those_of_generate(name, options, checkpoints):
+    """13 prompts of 1 to 300 tokens, each twice at once; once more where prefixes are kept."""
+    prompts, models = checkpoints
+    path, expected = models[name]
+    rounds = 2 if options.get("enable_prefix_caching") else 1
+    assert serve(path, prompts * 2, rounds, **options) == expected * 2 * rounds
+
+
+def test_several_processes_a_model_are_refused(checkpoints):
+    prompts, models = checkpoints
+    with pytest.raises(AssertionError, match="tensor_parallel_size: OSDN models are served with 1"):
+        serve(models["apf"][0], prompts[:1], tensor_parallel_size=2)
