@@ -1,7 +1,8 @@
 """Warps and pipeline stages of each kernel, and the blocks of those that split a dimension.
 
 Fixed rather than autotuned, so that a first call compiles each kernel once and results do not
-depend on timings; chosen by benchmarks/op_gpu.py on an H100 at K = V = 128 (docs/explanation/kernels.md).
+depend on timings; chosen by benchmarks/op_gpu.py on an H100 at K = V = 128
+(docs/explanation/kernels.md).
 `gradients` with {"num_warps": 4, "num_stages": 1, "BK": 64, "BV": 128} took 0.79 ms instead of 1.02
 there; its results have not been compared with float64 on a GPU yet.
 """
