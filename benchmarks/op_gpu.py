@@ -9,12 +9,16 @@ a compiler error shows in one configuration and not in the next.
 """
 
 import itertools
-import subprocess
+import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import torch
-from torch.nn.functional import normalize
+from torch.nn.functional import logsigmoid, normalize
+from triton.runtime.jit import JITFunction
 
+from osdn.ops import triton as kernels
 from osdn.ops.operands import Operands, Options, Token
 from osdn.ops.triton import (
     chunk_scan,
@@ -24,11 +28,11 @@ from osdn.ops.triton import (
     memory,
     memory_reverse,
     saved_like,
-    states,
     token_scan,
     token_scan_reverse,
     write_keys,
 )
+from osdn.ops.triton import chunks as cutting
 from osdn.ops.triton.config import CONFIG
 from osdn.ops.triton.precond_forward import chunk_inverse
 from osdn.ops.triton.precond_segments import transfers
@@ -51,12 +55,11 @@ GRIDS = {
     "token_scan": grid(num_warps=[1]),
     "write_keys": grid(num_warps=[1], BK=[16, 32], maxnreg=[96, 128, 168, 255]),
     "memory": grid(num_warps=[4, 8], num_stages=[1, 2], BV=[64, 128]),
-    "states": grid(num_warps=[4, 8], num_stages=[2, 3], BK=[64, 128], BV=[64, 128]),
     "memory_reverse": grid(num_warps=[4, 8], num_stages=[1, 2], BV=[64, 128]),
-    "gradients": grid(num_warps=[4, 8], num_stages=[1, 2, 3], BK=[64, 128], BV=[64]),
+    "gradients": grid(num_warps=[4, 8], num_stages=[1, 2], BK=[64, 128], BV=[64, 128]),
     "couple": grid(num_warps=[4, 8], BK=[32, 64, 128]),
     "scan_reverse": grid(num_warps=[2, 4, 8], STAGES=[2, 3, 4]),
-    "precond_gradients": grid(num_warps=[4, 8], BK=[32, 64, 128]),
+    "precond_gradients": grid(num_warps=[2, 4, 8], BK=[32, 64, 128], maxnreg=[128, 168, 255]),
     "step": grid(num_warps=[4, 8, 16], BV=[32, 64, 128]),
 }
 
@@ -71,15 +74,16 @@ def stages(B, T, H):
     beta = torch.rand(B, T, H, device="cuda")
     S0, d0 = torch.zeros(B, H, K, K, device="cuda"), torch.ones(B, H, K, device="cuda")
     chunks = cut(B, T, None)
-    saved = saved_like(Operands(q, k, v, beta, None, None, S0, d0, None), OPTIONS, True)
-    x, starts, w, ka, A, clipped, e = saved[:7]
-    _, solve, M = chunk_scan(k, beta, None, d0, x, starts, chunks, OPTIONS)
-    write_keys(k, beta, None, x, starts, w, A, ka, clipped, chunks, OPTIONS, repair=False)
-    *_, parts = memory(q, w, ka, v, A, S0, e, chunks, OPTIONS)
-    dv, dS, _ = memory_reverse(q, w, ka, A, do, S0, parts, chunks, OPTIONS)
-    S = states(w, e, S0, parts, chunks)
-    dbeta = torch.empty_like(beta)
-    _, dk, dw = gradients(q, k, w, e, do, dv, S, dS, chunks, OPTIONS)
+    gamma = logsigmoid(torch.randn(B, T, H, device="cuda") + 6.9)
+    saved = saved_like(Operands(q, k, v, beta, gamma, None, S0, d0, None), OPTIONS, True)
+    x, starts, w, A, clipped, e, kept = saved[:7]
+    gates = (k, beta, gamma)
+    _, solve, M = chunk_scan(*gates, d0, x, starts, chunks, OPTIONS)
+    write_keys(*gates, x, starts, w, A, clipped, chunks, OPTIONS, repair=False)
+    *_, maps = memory(q, k, w, v, A, S0, e, kept, chunks, OPTIONS)
+    dv, dw, _ = memory_reverse(q, k, w, A, e, do, S0, maps, chunks, OPTIONS)
+    dbeta, dgamma = torch.empty_like(beta), torch.empty_like(beta)
+    _, dk = gradients(w, e, do, dv, kept, chunks, OPTIONS)
     state0 = torch.randn(64, H, K, K, device="cuda")
     precond0 = torch.ones(64, H, K, device="cuda")
     row = [t.view(-1, H, t.shape[-1])[:64].contiguous() for t in (q, k, v)]
@@ -88,32 +92,32 @@ def stages(B, T, H):
         return A.view(-1, 64, H, 64).transpose(1, 2)[:256]
 
     def inverse():
-        return (solved(chunk_inverse(k, beta, None, chunks, OPTIONS)),)
+        return (solved(chunk_inverse(*gates, chunks, OPTIONS)[0]),)
 
     def keys():
-        write_keys(k, beta, None, x, starts, w, A, ka, clipped, chunks, OPTIONS, repair=False)
-        return w, ka, solved(A)
+        write_keys(*gates, x, starts, w, A, clipped, chunks, OPTIONS, repair=False)
+        return w, solved(A)
 
     def scan():
-        return (chunk_scan(k, beta, None, d0, x, starts, chunks, OPTIONS)[0], x, starts)
+        return (chunk_scan(*gates, d0, x, starts, chunks, OPTIONS)[0], x, starts)
 
     def tokens():
         """Every token, as where the box clips in each sequence's first chunk."""
         w2, x2, starts2, part, final = (t.clone() for t in (w, x, starts, dk, d0))
         first = torch.arange(B, device="cuda", dtype=torch.int32) * (chunks.bound // B)
         first = first[:, None].expand(B, H).contiguous()
-        token_scan(k, beta, None, w2, x2, starts2, final, first, chunks, BOX)
+        token_scan(*gates, w2, x2, starts2, final, first, chunks, BOX)
         gradient = token_scan_reverse(
-            k, beta, None, x2, starts2, dw, d0, part, dbeta, None, first, chunks, BOX
+            *gates, x2, starts2, dw, d0, part, dbeta, dgamma, first, chunks, BOX
         )
         return w2, x2, final, gradient, part, dbeta
 
     def reverse():
         part = dk.clone()
         found = chunk_scan_reverse(
-            k, beta, None, x, starts, solve, M, dw, d0, part, dbeta, None, clipped, chunks, OPTIONS
+            *gates, x, starts, solve, M, dw, d0, part, dbeta, dgamma, clipped, chunks, OPTIONS
         )
-        return dbeta, found, part
+        return dbeta, dgamma, found, part
 
     def step():
         state, precond = state0.clone(), precond0.clone()
@@ -124,13 +128,12 @@ def stages(B, T, H):
     return {
         "inverse": inverse,
         "scan": scan,
-        "transfer": lambda: (transfers(k, beta, None, solve, None, chunks, OPTIONS),),
+        "transfer": lambda: (transfers(*gates, solve, None, chunks, OPTIONS),),
         "token_scan": tokens,
         "write_keys": keys,
-        "memory": lambda: memory(q, w, ka, v, A, S0, e, chunks, OPTIONS)[:2],
-        "states": lambda: (states(w, e, S0, parts, chunks),),
-        "memory_reverse": lambda: memory_reverse(q, w, ka, A, do, S0, parts, chunks, OPTIONS),
-        "gradients": lambda: gradients(q, k, w, e, do, dv, S, dS, chunks, OPTIONS),
+        "memory": lambda: memory(q, k, w, v, A, S0, e, kept, chunks, OPTIONS)[:2],
+        "memory_reverse": lambda: memory_reverse(q, k, w, A, e, do, S0, maps, chunks, OPTIONS),
+        "gradients": lambda: gradients(w, e, do, dv, kept, chunks, OPTIONS),
         "couple": reverse,
         "scan_reverse": reverse,
         "precond_gradients": reverse,
@@ -160,27 +163,39 @@ def error(actual, expected):
 
 
 def compile_all(names):
-    """Run each stage under each configuration at a tiny size, one process a stage."""
-    workers = [
-        subprocess.Popen([sys.executable, __file__, "--compile", f"{name}:{i}:4"])
-        for name in names
-        for i in range(4)
-    ]
-    for worker in workers:
-        worker.wait()
+    """Compile every stage under each configuration, by as many processes as there are cores."""
+    jobs = [(name, config) for name in names for config in (CONFIG[name], *GRIDS[name])]
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, 16), get_context("spawn")) as pool:
+        for (name, config), problem in zip(jobs, pool.map(compile_one, jobs)):
+            if problem:
+                print(f"{name} {config}: {problem[:80]}", flush=True)
 
 
-def compile_part(part):
-    """Every n-th configuration of one stage, from the i-th on."""
-    name, i, n = part.split(":")
-    call = stages(1, 64, SHAPES[0][2])[name]
-    for config in GRIDS[name][int(i) :: int(n)]:
-        CONFIG[name] = config
-        try:
-            call()
-            torch.cuda.synchronize()
-        except Exception as problem:  # too much shared memory, say: reported when it is timed
-            print(f"{name} {config}: {str(problem).splitlines()[0][:80]}", flush=True)
+def compile_one(job):
+    """Compile one kernel, launching nothing; the first line of what goes wrong."""
+    name, CONFIG[job[0]] = job
+    original = JITFunction.run
+
+    def run(self, *args, grid, warmup=False, **options):
+        if self.fn.__name__ == f"{name}_kernel":
+            original(self, *args, grid=grid, warmup=True, **options)
+
+    JITFunction.run = run
+    H, options = SHAPES[0][2], {"dtype": torch.float32, "device": "cuda"}
+    try:
+        for T in (64, 64 * cutting.LONG):  # the second is walked in segments
+            q, k, v = (torch.empty(1, T, H, K, device="cuda").bfloat16() for _ in range(3))
+            beta, S, d = (torch.empty(*n, **options) for n in ((1, T, H), (1, H, K, K), (1, H, K)))
+            given = Operands(q, k, v, beta, beta, None, S, d, None)
+            *_, saved = kernels.forward(given, OPTIONS, True)
+            kernels.backward(v, S, d, given, saved, OPTIONS)
+        row = (x[:, 0].contiguous() for x in (q, k, v, beta, beta))
+        kernels.step(Token(*row, None, S, d, None, None), OPTIONS)
+    except Exception as problem:  # too much shared memory, say
+        return str(problem).splitlines()[0]
+    finally:
+        JITFunction.run = original
+    return None
 
 
 def main(names):
@@ -214,7 +229,4 @@ def main(names):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--compile"]:
-        compile_part(sys.argv[2])
-    else:
-        main(sys.argv[1:] or list(GRIDS))
+    main(sys.argv[1:] or list(GRIDS))

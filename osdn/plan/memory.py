@@ -17,7 +17,7 @@ from osdn.model.modeling import OSDNForCausalLM
 from osdn.plan.hardware import FRAGMENTS, RESERVE
 from osdn.train.recipe import Train
 
-CHUNK = 64  # tokens in a chunk of the kernels
+CHUNK, SPAN = 64, 8  # tokens in a chunk of the kernels, chunks in a span
 
 
 class Model(NamedTuple):
@@ -70,12 +70,12 @@ def heads(config: OSDNConfig) -> tuple[int, int, int]:
 def kernel_bytes(config: OSDNConfig, name: str, c: int) -> float:
     """What an osdn or delta_net layer's kernels keep for the backward, for one token.
 
-    x and d at chunk starts in float32; w, A k and A; e; and, where d moves, the inverse of phase 1
-    in float32 (saved_like of osdn/ops/triton, long rows).
+    x and d at chunk starts in float32; w and A; e; the memory at the start of every span; and,
+    where d moves, the inverse of phase 1 (saved_like of osdn/ops/triton, long rows).
     """
     H, K, V = heads(config)
-    operands = 4 + 4 * K / CHUNK + 2 * c * K + c * CHUNK + c * V
-    return H * (operands + (4 * CHUNK if name == "osdn" else 0))
+    operands = 4 + 4 * K / CHUNK + c * K + c * CHUNK + c * V + c * K * V / (CHUNK * SPAN)
+    return H * (operands + (c * CHUNK if name == "osdn" else 0))
 
 
 def kept_by_block(config: OSDNConfig, name: str, train: Train, *, r: int, c: int) -> float:

@@ -79,7 +79,7 @@ def _saved(inputs: dict, bounds: dict) -> torch.Tensor:
     rule = Options(1.0, False, *bounds.values(), 0.25)
     tensors = {n: None if x is None else x.detach() for n, x in inputs.items()}
     operands = Operands(**tensors, log_alpha=None, cu_seqlens=None)
-    return backend_forward(operands, rule, True)[3][5]
+    return backend_forward(operands, rule, True)[3][4]
 
 
 def test_when_walks_are_cut_into_segments():
@@ -92,6 +92,7 @@ def test_when_walks_are_cut_into_segments():
 
 @pytest.mark.parametrize("T, V, options", [(300, 20, {}), (257, 70, BOX)])
 def test_walks_in_segments(monkeypatch, T, V, options):
+    monkeypatch.setattr("osdn.ops.triton.chunks.SPAN", 1)
     monkeypatch.setattr("osdn.ops.triton.chunks.LEAST", 1)
     monkeypatch.setattr("osdn.ops.triton.chunks.LONG", 2)
     assert count_segments(1, T, 2) == count_segments(1, T, 1, ease=2) == 5
@@ -99,6 +100,7 @@ def test_walks_in_segments(monkeypatch, T, V, options):
 
 
 def test_segments_and_a_box_that_is_left_late(monkeypatch):
+    monkeypatch.setattr("osdn.ops.triton.chunks.SPAN", 1)
     monkeypatch.setattr("osdn.ops.triton.chunks.LEAST", 1)
     monkeypatch.setattr("osdn.ops.triton.chunks.LONG", 2)
     inputs = make_inputs(1, 300, 1, 20, 16, gamma=False, dtype=torch.float32)
@@ -111,6 +113,7 @@ def test_segments_and_a_box_that_is_left_late(monkeypatch):
 
 
 def test_segments_of_several_sequences_and_heads(monkeypatch):
+    monkeypatch.setattr("osdn.ops.triton.chunks.SPAN", 2)
     monkeypatch.setattr("osdn.ops.triton.chunks.LEAST", 2)
     monkeypatch.setattr("osdn.ops.triton.chunks.LONG", 3)
     assert count_segments(2, 390, 2, ease=2) == 4  # of two chunks each, the last of one
@@ -150,6 +153,23 @@ def test_packed_sequences(options):
 @pytest.mark.parametrize("options", [{"beta_aware": True}, BOX])
 def test_half_precision(options):
     check(make_inputs(1, 66, 1, 40, 24, dtype=torch.float16), **options)
+
+
+def test_spans_of_packed_sequences(monkeypatch):
+    """The backward starts at every second chunk of each sequence from what the forward kept."""
+    monkeypatch.setattr("osdn.ops.triton.chunks.SPAN", 2)
+    offsets = torch.tensor([0, 140, 141, 280], device=DEVICE)
+    chunks = cut(1, 280, offsets)
+    assert chunks.spans.offsets.tolist() == [0, 2, 3]
+    used = [pair for pair in chunks.spans.indices.tolist() if pair[0] >= 0]
+    assert used == [[0, 0], [0, 1], [1, 0], [2, 0], [2, 1]]
+    inputs = make_inputs(1, 280, 1, 16, 20, sequences=3, dtype=torch.float32)
+    check(inputs, cu_seqlens=offsets)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_scales_the_backward_divides_by(scale):
+    check(make_inputs(1, 20, 1, 16, 16, dtype=torch.float32), scale=scale)
 
 
 def test_duplicate_keys_and_strong_writes():

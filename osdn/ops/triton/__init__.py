@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from osdn.ops.operands import Operands, Options, Token
-from osdn.ops.triton.chunks import CHUNK, Chunks, chunk_bound, cut, on_device
-from osdn.ops.triton.memory_backward import gradients, memory_reverse, states
-from osdn.ops.triton.memory_forward import memory, segments_like
+from osdn.ops.triton.chunks import CHUNK, Chunks, chunk_bound, cut, on_device, span_bound
+from osdn.ops.triton.memory_backward import gradients, memory_reverse
+from osdn.ops.triton.memory_forward import memory, transitions_like
 from osdn.ops.triton.precond_backward import chunk_scan_reverse
-from osdn.ops.triton.precond_forward import chunk_scan
+from osdn.ops.triton.precond_forward import chunk_scan, inverse_like
 from osdn.ops.triton.precond_segments import transfers_like
 from osdn.ops.triton.precond_tokens import token_scan
 from osdn.ops.triton.precond_tokens_backward import token_scan_reverse
@@ -30,8 +30,8 @@ def forward(
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     with on_device(q):
         chunks = cut(q.shape[0], q.shape[1], cu_seqlens)
-        x, starts, w, ka, A, clipped = _intermediates(k, beta, initial_precond, cu_seqlens)
-        e = torch.empty_like(v) if save else None
+        x, starts, w, A, clipped = _intermediates(k, beta, initial_precond, cu_seqlens)
+        e, kept = _residuals(k, v, cu_seqlens) if save else (None, None)
         gates = (k, beta, log_gamma)
         if cu_seqlens is not None:
             starts.zero_()  # those past the last chunk are never written
@@ -42,46 +42,52 @@ def forward(
             inverse, M = _solve_like(k, cu_seqlens, constant=True)
         else:
             precond, inverse, M = chunk_scan(*gates, initial_precond, x, starts, chunks, options)
-        write_keys(*gates, x, starts, w, A, ka, clipped, chunks, options, repair=False)
+        write_keys(*gates, x, starts, w, A, clipped, chunks, options, repair=False)
         if options.precond_min is not None:  # both return at once where no token left the box
             token_scan(*gates, w, x, starts, precond, clipped, chunks, options)
-            write_keys(*gates, x, starts, w, A, ka, clipped, chunks, options, repair=True)
-        o, state, segments = memory(q, w, ka, v, A, initial_state, e, chunks, options)
-    if e is None:
+            write_keys(*gates, x, starts, w, A, clipped, chunks, options, repair=True)
+        o, state, transitions = memory(q, k, w, v, A, initial_state, e, kept, chunks, options)
+    if e is None or kept is None:
         return o, state, precond, []
-    return o, state, precond, [x, starts, w, ka, A, clipped, e, inverse, M, *segments]
+    return o, state, precond, [x, starts, w, A, clipped, e, kept, inverse, M, transitions]
 
 
 def saved_like(operands: Operands, options: Options, save: bool) -> list[Tensor]:
-    """Empty: `_intermediates`, e [B, T, H, V], phase 1's solve, and `memory`'s of segments."""
+    """Empty: `_intermediates`, `_residuals`, phase 1's solve, the segments' maps of the memory."""
     if not save:
         return []
     q, k, v, beta, log_gamma, _, _, initial_precond, cu_seqlens = operands
     made = _intermediates(k, beta, initial_precond, cu_seqlens)
     solve = _solve_like(k, cu_seqlens, options.constant_precond(log_gamma is not None))
-    return [*made, v.new_empty(v.shape), *solve, *segments_like(q, v, cu_seqlens)]
+    residuals = _residuals(k, v, cu_seqlens)
+    return [*made, *residuals, *solve, transitions_like(q, v, cu_seqlens)]
+
+
+def _residuals(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Empty e [B, T, H, V], and kept [spans, H, V, K]: Sᵀ at the start of every span."""
+    B, T, H, K = k.shape
+    kept = k.new_empty(span_bound(B, T, cu_seqlens), H, v.shape[-1], K)
+    return torch.empty_like(v), kept
 
 
 def _solve_like(k: Tensor, cu_seqlens: Tensor | None, constant: bool) -> tuple[Tensor, Tensor]:
-    """Empty inverse [B, T, H, CHUNK] and M of `precond_forward`, of no size where d is constant."""
-    B, T, H, K = k.shape
+    """Empty inverse and M of `precond_forward`, of no size where d is constant."""
     if constant:
-        return k.new_empty(0, dtype=torch.float32), k.new_empty(0, H, K, K, dtype=torch.float32)
-    inverse = k.new_empty(B, T, H, CHUNK, dtype=torch.float32)
-    return inverse, transfers_like(k, cu_seqlens)
+        H, K = k.shape[2:]
+        return inverse_like(k[:0]), k.new_empty(0, H, K, K, dtype=torch.float32)
+    return inverse_like(k), transfers_like(k, cu_seqlens)
 
 
 def _intermediates(
     k: Tensor, beta: Tensor, precond: Tensor, cu_seqlens: Tensor | None
 ) -> list[Tensor]:
-    """Empty x [B, T, H], d [chunks, H, K], w and A k [B, T, H, K], A [B, T, H, CHUNK], and
+    """Empty x [B, T, H], d [chunks, H, K], w [B, T, H, K], A [B, T, H, CHUNK], and
     clipped [N, H] int32: with a box, the number of the first chunk where d left it, or the bound.
     """
     B, T, H, K = k.shape
     return [
         beta.new_empty(beta.shape),
         beta.new_empty(chunk_bound(B, T, cu_seqlens), H, K),
-        k.new_empty(k.shape),
         k.new_empty(k.shape),
         k.new_empty(B, T, H, CHUNK),
         precond.new_empty(precond.shape[:2], dtype=torch.int32),
@@ -97,16 +103,16 @@ def backward(
     options: Options,
 ) -> list[Tensor]:
     """The gradients of operands.differentiable(), in its order."""
-    q, k, _, beta, log_gamma, _, initial_state, _, cu_seqlens = operands
-    x, starts, w, ka, A, clipped, e, inverse, M, *segments = saved
+    q, k, _, beta, log_gamma, _, _, _, cu_seqlens = operands
+    x, starts, w, A, clipped, e, kept, inverse, M, transitions = saved
     q, k, do = q.contiguous(), k.contiguous(), do.contiguous()
     dfinal_state, dfinal_precond = dfinal_state.contiguous(), dfinal_precond.contiguous()
     with on_device(q):
         chunks = cut(q.shape[0], q.shape[1], cu_seqlens)
-        dv, dS, dstate = memory_reverse(q, w, ka, A, do, dfinal_state, segments, chunks, options)
-        S = states(w, e, initial_state, segments, chunks)
-        dq, dk, dw = gradients(q, k, w, e, do, dv, S, dS, chunks, options)
-        del S, dS
+        dv, dw, dstate = memory_reverse(
+            q, k, w, A, e, do, dfinal_state, transitions, chunks, options
+        )
+        dq, dk = gradients(w, e, do, dv, kept, chunks, options)
         gates = (k, beta, log_gamma)
         dbeta = torch.empty_like(beta)
         dlog_gamma = None if log_gamma is None else torch.empty_like(beta)

@@ -21,17 +21,30 @@ CHUNK = 64
 # so that about PROGRAMS run (two on each of an H100's 132 multiprocessors), of at least LEAST
 # chunks each.
 LONG, FEW, PROGRAMS, LEAST = 256, 64, 256, 16
+# The forward keeps the memory at the start of every SPAN-th chunk of a sequence; `gradients` starts
+# there. Measured at 4, 8 and 16 (docs/kernels.md). Segments consist of whole spans.
+SPAN = 8
+
+
+class Table(NamedTuple):
+    """The runs of `size` tokens that sequences are cut into: chunks, or spans of SPAN chunks.
+
+    bound: at least their number.  Without cu_seqlens, offsets and indices are None.
+    offsets: [N] int32, number of each sequence's first run.
+    indices: [bound, 2] int32, (sequence, run within it), or (−1, 0) past the last run.
+    """
+
+    bound: int
+    offsets: Tensor | None
+    indices: Tensor | None
 
 
 class Chunks(NamedTuple):
-    """The cut of one call. Without cu_seqlens, offsets and indices are None.
+    """The cut of one call: the table of chunks, spread out, and `spans`, that of spans.
 
     sequences: how many there are, or how many segments of them.
     segment: chunks of a segment, or of a whole sequence; not used with cu_seqlens.
-
-    bound: at least the number of chunks.  cu_seqlens [N + 1] int64.
-    offsets: [N] int32, number of each sequence's first chunk.
-    indices: [bound, 2] int32, (sequence, chunk within it), or (−1, 0) past the last chunk.
+    cu_seqlens: [N + 1] int64, or None.
     """
 
     sequences: int
@@ -40,36 +53,50 @@ class Chunks(NamedTuple):
     cu_seqlens: Tensor | None
     offsets: Tensor | None
     indices: Tensor | None
+    spans: Table
 
 
-def chunk_bound(B: int, T: int, cu_seqlens: Tensor | None) -> int:
-    """The first dimension of a per-chunk tensor."""
+def chunk_bound(B: int, T: int, cu_seqlens: Tensor | None, size: int = CHUNK) -> int:
+    """The first dimension of a tensor with an entry for each run of `size` tokens."""
     if cu_seqlens is None:
-        return B * ((T + CHUNK - 1) // CHUNK)
-    return T // CHUNK + cu_seqlens.shape[0] - 1
+        return B * ((T + size - 1) // size)
+    return T // size + cu_seqlens.shape[0] - 1
+
+
+def span_bound(B: int, T: int, cu_seqlens: Tensor | None) -> int:
+    """The same of a tensor with an entry for each span."""
+    return chunk_bound(B, T, cu_seqlens, SPAN * CHUNK)
 
 
 def cut(B: int, T: int, cu_seqlens: Tensor | None) -> Chunks:
     """The chunks of [B, T] tokens; built on the device, once for each cu_seqlens tensor."""
     if cu_seqlens is None:
         bound = chunk_bound(B, T, None)
-        return Chunks(B, bound, bound // B, None, None, None)
-    return remember(cu_seqlens, ("triton chunks", T), lambda: _cut_packed(cu_seqlens, T))
+        spans = Table(span_bound(B, T, None), None, None)
+        return Chunks(B, bound, bound // B, None, None, None, spans)
+    return remember(cu_seqlens, ("triton chunks", T, SPAN), lambda: _cut_packed(cu_seqlens, T))
 
 
 def _cut_packed(cu_seqlens: Tensor, T: int) -> Chunks:
-    bound = chunk_bound(1, T, cu_seqlens)
+    table, spans = (_tabulate(T, cu_seqlens, size) for size in (CHUNK, SPAN * CHUNK))
+    sequences, bound = cu_seqlens.shape[0] - 1, table.bound
+    # A copy always: the tensor itself would never be freed, see `remember`.
+    offsets = cu_seqlens.to(torch.int64, copy=True, memory_format=torch.contiguous_format)
+    return Chunks(sequences, bound, bound, offsets, table.offsets, table.indices, spans)
+
+
+def _tabulate(T: int, cu_seqlens: Tensor, size: int) -> Table:
+    """The runs of `size` tokens of packed sequences."""
+    bound = chunk_bound(1, T, cu_seqlens, size)
     lengths = cu_seqlens.diff()
-    ends = ((lengths + CHUNK - 1) // CHUNK).cumsum(0)
+    ends = ((lengths + size - 1) // size).cumsum(0)
     starts = torch.cat([ends.new_zeros(1), ends])
     number = torch.arange(bound, device=cu_seqlens.device)
     sequence = torch.searchsorted(ends, number, right=True)
     local = number - starts[sequence]
     used = sequence < lengths.numel()
     pairs = torch.stack([torch.where(used, sequence, -1), torch.where(used, local, 0)], 1)
-    # A copy always: the tensor itself would never be freed, see `remember`.
-    offsets = cu_seqlens.to(torch.int64, copy=True, memory_format=torch.contiguous_format)
-    return Chunks(lengths.numel(), bound, bound, offsets, starts[:-1].int(), pairs.int())
+    return Table(bound, starts[:-1].int(), pairs.int())
 
 
 def count_segments(B: int, T: int, programs: int, ease: int = 1) -> int:
@@ -78,14 +105,20 @@ def count_segments(B: int, T: int, programs: int, ease: int = 1) -> int:
     ease: how many times less a step of this walk takes than one of the memory's.
     """
     walk = triton.cdiv(T, CHUNK)
-    count = triton.cdiv(walk, max(LEAST, triton.cdiv(B * walk * programs, PROGRAMS)))
+    segment = _whole_spans(max(LEAST, triton.cdiv(B * walk * programs, PROGRAMS)))
+    count = triton.cdiv(walk, segment)
     return count if B * programs * ease <= FEW and walk >= LONG * ease else 1
 
 
 def split(chunks: Chunks, count: int) -> Chunks:
-    """Each sequence in `count` segments; sequences without cu_seqlens only."""
-    segment = triton.cdiv(chunks.segment, count)
+    """Each sequence in `count` segments, as `count_segments` found it; not with cu_seqlens."""
+    segment = _whole_spans(triton.cdiv(chunks.segment, count))
     return chunks._replace(sequences=chunks.sequences * count, segment=segment)
+
+
+def _whole_spans(segment: int) -> int:
+    """The least number of chunks, of whole spans, that holds a segment."""
+    return triton.cdiv(segment, SPAN) * SPAN
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
@@ -167,3 +200,17 @@ def store_tile(p, value, o_r, rows, stride, o_c, cols):
     mask = (o_r[:, None] < rows) & (o_c[None, :] < cols)
     value = value.to(p.dtype.element_ty)
     tl.store(p + o_r[:, None] * stride + o_c[None, :], value, mask=mask)
+
+
+@triton.jit
+def load_transposed(p, o_c, cols, stride, o_r, rows):
+    """The transpose of a tile in memory, [columns o_c, rows o_r]; zero where there is none."""
+    mask = (o_c[:, None] < cols) & (o_r[None, :] < rows)
+    return tl.load(p + o_r[None, :] * stride + o_c[:, None], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_transposed(p, value, o_c, cols, stride, o_r, rows):
+    """Write a tile as `load_transposed` reads one, in the pointer's dtype."""
+    mask = (o_c[:, None] < cols) & (o_r[None, :] < rows)
+    tl.store(p + o_r[None, :] * stride + o_c[:, None], value.to(p.dtype.element_ty), mask=mask)

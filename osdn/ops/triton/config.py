@@ -3,6 +3,8 @@
 Fixed rather than autotuned, so that a first call compiles each kernel once and results do not
 depend on timings; chosen by benchmarks/op_gpu.py on an H100 at K = V = 128
 (docs/explanation/kernels.md).
+`gradients` with {"num_warps": 4, "num_stages": 1, "BK": 64, "BV": 128} took 0.79 ms instead of 1.02
+there; its results have not been compared with float64 on a GPU yet.
 """
 
 from functools import cache
@@ -19,21 +21,21 @@ CONFIG: dict[str, dict[str, Any]] = {
     "transfer": {"num_warps": 4, "num_stages": 1, "BV": 64},
     "token_scan": {"num_warps": 1},
     "write_keys": {"num_warps": 1, "BK": 32},
-    "memory": {"num_warps": 4, "num_stages": 1, "BV": 64},
-    "states": {"num_warps": 8, "num_stages": 2, "BK": 64, "BV": 64},
-    "memory_reverse": {"num_warps": 4, "num_stages": 1, "BV": 64},
-    "gradients": {"num_warps": 8, "num_stages": 3, "BK": 128, "BV": 64},
+    "memory": {"num_warps": 8, "num_stages": 2, "BV": 128},
+    "memory_reverse": {"num_warps": 8, "num_stages": 2, "BV": 128},
+    "gradients": {"num_warps": 8, "num_stages": 1, "BK": 128, "BV": 128},
     "couple": {"num_warps": 4, "BK": 128},
     "scan_reverse": {"num_warps": 4, "STAGES": 4},
-    "precond_gradients": {"num_warps": 4, "BK": 32},
+    "precond_gradients": {"num_warps": 4, "BK": 32, "maxnreg": 128},
     "step": {"num_warps": 4, "BV": 128},
 }
 # Where tiles are larger, they must still fit registers and shared memory.
-WIDE: dict[str, dict[str, Any]] = {  # K > 128
+WIDE: dict[str, dict[str, Any]] = {  # K or V > 128
     "scan": {"num_warps": 8, "STAGES": 2},
     "transfer": {"num_warps": 8, "num_stages": 1, "BV": 64},
     "memory": {"num_warps": 8, "num_stages": 1, "BV": 64},
     "memory_reverse": {"num_warps": 8, "num_stages": 1, "BV": 64},
+    "gradients": {"num_warps": 8, "num_stages": 1, "BK": 64, "BV": 64},
     "scan_reverse": {"num_warps": 8, "STAGES": 2},
     "step": {"num_warps": 4, "BV": 64},
 }
@@ -42,25 +44,30 @@ FLOAT32: dict[str, dict[str, Any]] = {
     "transfer": {"num_warps": 8, "num_stages": 1, "BV": 64},
     "write_keys": {"num_warps": 4, "BK": 16},
     "memory": {"num_warps": 8, "num_stages": 1, "BV": 32},
-    "states": {"num_warps": 4, "num_stages": 1, "BK": 64, "BV": 64},
     "memory_reverse": {"num_warps": 8, "num_stages": 1, "BV": 32},
-    "gradients": {"num_warps": 8, "num_stages": 1, "BK": 32, "BV": 32},
+    "gradients": {"num_warps": 8, "num_stages": 1, "BK": 32, "BV": 64},
     "couple": {"num_warps": 8, "BK": 32},
     "scan_reverse": {"num_warps": 8, "STAGES": 2},
     "precond_gradients": {"num_warps": 8, "BK": 32},
 }
-PIPELINE_BYTES = 160 * 1024  # of shared memory a block; with less, loads are not pipelined
+# Shared memory a block, in bytes. `memory_reverse` takes 224 KiB with two stages, as an H100 has,
+# and 112 KiB with one: with less than the first no loads are pipelined, with less than the second
+# its blocks of V are halved.
+PIPELINE_BYTES, WHOLE_BYTES = 227 * 1024, 120 * 1024
 
 
 def launch(name: str, x: Tensor, K: int, V: int = 1) -> dict[str, Any]:
     """The keyword arguments of one kernel's launch for head sizes K and V and data like x."""
-    special = FLOAT32 if x.dtype == torch.float32 else WIDE if K > 128 else {}
+    special = FLOAT32 if x.dtype == torch.float32 else WIDE if max(K, V) > 128 else {}
     config = dict(special.get(name, CONFIG[name]))
     for block, size in (("BK", K), ("BV", V)):
         if block in config:
             config[block] = min(config[block], tile(size))
-    if x.is_cuda and _shared_bytes(x.device.index) < PIPELINE_BYTES:
+    shared = _shared_bytes(x.device.index) if x.is_cuda else PIPELINE_BYTES
+    if shared < PIPELINE_BYTES:
         config |= {stages: 1 for stages in ("num_stages", "STAGES") if stages in config}
+    if shared < WHOLE_BYTES and "BV" in config:
+        config["BV"] = min(config["BV"], 64)
     return config
 
 

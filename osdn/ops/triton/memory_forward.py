@@ -1,15 +1,21 @@
 """Phase 2: residuals, reads and the memory, walking the chunks of a sequence in order.
 
-With S the memory at a chunk's start, and w, A and A k from `write_keys`:
+With S the memory at a chunk's start, and w and A = (I + tril(k wᵀ, −1))⁻¹ from `write_keys`:
 
-    e = A v − (A k) S,   o = scale · (q S + tril(q wᵀ) e),   S ← S + wᵀ e.
+    e = A (v − k S),   o = scale · (q S + tril(q wᵀ) e),   S ← S + wᵀ e.
 
-One program holds a block of BV columns of S in float32 registers; columns do not interact. Operands
-of the dots are in the input's dtype, sums in float32. Only S e and wᵀ e wait for the chunk before.
+Grid: one program for a sequence, a head and BV columns of S; columns do not interact. The program
+holds Sᵀ [BV, BK] in float32 registers and writes every product as a transpose,
+
+    eᵀ = (vᵀ − Sᵀ kᵀ) Aᵀ,   oᵀ = scale · (Sᵀ qᵀ + eᵀ tril(q wᵀ)ᵀ),   Sᵀ ← Sᵀ + eᵀ w,
+
+so that what one product leaves is the left operand of the next. On Hopper a left operand comes from
+registers: nothing on the path from chunk to chunk goes through shared memory. Operands of the dots
+are in the input's dtype, sums in float32.
 
 Where few heads and sequences would leave the GPU idle, the walk is cut into segments
-(`chunks.split`): a first pass makes each segment's map S → M S + U, from the identity without v and
-from zero with it; `segments.link` joins them; a second walks from the exact starts in parallel.
+(`chunks.split`): a first pass computes each segment's map S → M S + U, from the identity without v
+and from zero with it; `segments.link` joins them; a second walks from the exact starts in parallel.
 """
 
 import torch
@@ -18,14 +24,17 @@ import triton.language as tl
 from torch import Tensor
 
 from osdn.ops.operands import Options
+from osdn.ops.triton import chunks as cutting
 from osdn.ops.triton.chunks import (
     CHUNK,
     Chunks,
     count_segments,
     load_tile,
+    load_transposed,
     locate_sequence,
     split,
     store_tile,
+    store_transposed,
     tile,
 )
 from osdn.ops.triton.config import launch, precision
@@ -34,16 +43,18 @@ from osdn.ops.triton.segments import link
 
 @triton.jit(do_not_specialize=["T", "segment"])
 def memory_kernel(
-    q, w, ka, v, A, initial, o, e, final, cu_seqlens, offsets, scale, T, segment,
+    q, k, w, v, A, initial, o, e, kept, final,
+    cu_seqlens, offsets, span_offsets, scale, T, segment,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SPAN: tl.constexpr,
     IS_VARLEN: tl.constexpr, VALUES: tl.constexpr, READ: tl.constexpr, SAVE: tl.constexpr,
     PREC: tl.constexpr,
 ):  # fmt: skip
-    """o [B, T, H, V] if READ, e likewise if SAVE, final [N, H, K, V]. Grid: N · H · blocks of V.
+    """o [B, T, H, V] if READ, final [N, H, K, V], and if SAVE e [B, T, H, V] and
+    kept [spans, H, V, K]: Sᵀ at the start of every span, in w's dtype.
 
-    N counts segments where there are any. VALUES: v is there, else it is zero. Without READ the
-    walk begins from zero, or where there are no values from the identity.
+    Grid: N · H · blocks of V; N counts segments where there are any. VALUES: v is there, else it is
+    zero. Without READ the walk begins from zero, or where there are no values from the identity.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % NV
@@ -53,110 +64,122 @@ def memory_kernel(
     o_t = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
-    causal = o_t[:, None] >= o_t[None, :]
+    causal = o_t[:, None] <= o_t[None, :]  # rows are writes, columns reads
     row = begin * H + i_h
     q += row * K
+    k += row * K
     w += row * K
-    ka += row * K
     A += row * BT
     v += row * V
     o += row * V
     e += row * V
     state = (i_n.to(tl.int64) * H + i_h) * K * V
     type = q.dtype.element_ty
+    if SAVE:
+        spans = tl.cdiv(segment, SPAN)
+        _, _, first = locate_sequence(i_n, cu_seqlens, span_offsets, T, spans, BT * SPAN, IS_VARLEN)
+        kept += (first * H + i_h) * K * V
 
+    # b_S is Sᵀ [BV, BK]
     if READ:
-        b_S = load_tile(initial + state, o_k, K, V, o_v, V)
+        b_S = load_transposed(initial + state, o_v, V, V, o_k, K)
     elif VALUES:
-        b_S = tl.zeros([BK, BV], tl.float32)
+        b_S = tl.zeros([BV, BK], tl.float32)
     else:
-        b_S = tl.where(o_k[:, None] == o_v[None, :], 1.0, 0.0)
+        b_S = tl.where(o_v[:, None] == o_k[None, :], 1.0, 0.0)
     for i_t in range(tl.cdiv(length, BT)):
         left = length - i_t * BT
-        if READ:
-            b_q = load_tile(q, o_t, left, H * K, o_k, K)
-        b_w = load_tile(w, o_t, left, H * K, o_k, K)
-        b_ka = load_tile(ka, o_t, left, H * K, o_k, K)
-        if VALUES:
-            b_v = load_tile(v, o_t, left, H * V, o_v, V)
-            b_A = load_tile(A, o_t, left, H * BT, o_t, BT)
+        b_k = load_tile(k, o_t, left, H * K, o_k, K)  # [BT, BK]
+        b_w = load_tile(w, o_t, left, H * K, o_k, K)  # [BT, BK]
+        b_A = load_tile(A, o_t, left, H * BT, o_t, BT)  # [BT, BT]
+        if SAVE:  # noqa: SIM102 (decided when it is compiled)
+            if i_t % SPAN == 0:
+                store_tile(kept, b_S, o_v, V, K, o_k, K)
+                kept += H * K * V
 
+        # The residuals: three products that wait for each other, all with the left operand at hand.
         S = b_S.to(type)
+        b_u = tl.dot(S, tl.trans(b_k), input_precision=PREC)  # Sᵀ kᵀ [BV, BT]
         if VALUES:
-            b_e = tl.dot(b_A, b_v, input_precision=PREC)
-            b_e -= tl.dot(b_ka, S, input_precision=PREC)
+            b_v = load_transposed(v, o_v, V, H * V, o_t, left)  # vᵀ [BV, BT]
+            b_u = b_v.to(tl.float32) - b_u
         else:
-            b_e = -tl.dot(b_ka, S, input_precision=PREC)
-        b_e = b_e.to(type)
+            b_u = -b_u
+        b_e = tl.dot(b_u.to(type), tl.trans(b_A), input_precision=PREC).to(type)  # eᵀ [BV, BT]
+
+        # The reads: off that path.
         if READ:
-            b_P = tl.dot(b_q, tl.trans(b_w), input_precision=PREC)
+            b_q = load_tile(q, o_t, left, H * K, o_k, K)  # [BT, BK]
+            b_P = tl.dot(b_w, tl.trans(b_q), input_precision=PREC)  # (q wᵀ)ᵀ [BT, BT]
             b_P = tl.where(causal, b_P, 0.0).to(type)
-            b_o = tl.dot(b_q, S, input_precision=PREC)
-            b_o += tl.dot(b_P, b_e, input_precision=PREC)
-        b_S += tl.dot(tl.trans(b_w), b_e, input_precision=PREC)
+            b_o = tl.dot(S, tl.trans(b_q), input_precision=PREC)  # [BV, BT]
+            b_o = tl.dot(b_e, b_P, b_o, input_precision=PREC)
+        b_S = tl.dot(b_e, b_w, b_S, input_precision=PREC)  # [BV, BK]
         if READ:
-            store_tile(o, b_o * scale, o_t, left, H * V, o_v, V)
+            store_transposed(o, b_o * scale, o_v, V, H * V, o_t, left)
         if SAVE:
-            store_tile(e, b_e, o_t, left, H * V, o_v, V)
+            store_transposed(e, b_e, o_v, V, H * V, o_t, left)
 
         q += BT * H * K
+        k += BT * H * K
         w += BT * H * K
-        ka += BT * H * K
         A += BT * H * BT
         v += BT * H * V
         o += BT * H * V
         e += BT * H * V
-    store_tile(final + state, b_S, o_k, K, V, o_v, V)
+    store_transposed(final + state, b_S, o_v, V, V, o_k, K)
 
 
 def memory(
     q: Tensor,
+    k: Tensor,
     w: Tensor,
-    ka: Tensor,
     v: Tensor,
     A: Tensor,
     initial_state: Tensor,
     e: Tensor | None,
+    kept: Tensor | None,
     chunks: Chunks,
     rule: Options,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(o, final_state, segments); the residuals go into e [B, T, H, V] where it is given.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(o, final_state, M); the residuals go into e [B, T, H, V] where it is given, and Sᵀ at the
+    start of every span into kept [spans, H, V, K].
 
-    segments: M and the memory at the start of every segment, or nothing where there are none.
+    M [segments, H, K, K]: the map of every segment, of no segments where the walk is not cut.
     """
-    o, kept = torch.empty_like(v), segments_like(q, v, chunks.cu_seqlens)
-    if not kept:
+    o, M = torch.empty_like(v), transitions_like(q, v, chunks.cu_seqlens)
+    if not len(M):
         final = torch.empty_like(initial_state)
-        _walk(q, w, ka, v, A, initial_state, o, e, final, chunks, rule)
-        return o, final, []
-    M, U = kept
+        _walk(q, k, w, v, A, initial_state, o, e, kept, final, chunks, rule)
+        return o, final, M
+    H, K, V = initial_state.shape[1:]
+    U = torch.empty(len(M), H, K, V, dtype=torch.float32, device=q.device)
     segments = split(chunks, len(M) // chunks.sequences)
-    _walk(None, w, ka, None, A, M, None, None, M, segments, rule)
-    _walk(None, w, ka, v, A, U, None, None, U, segments, rule)
+    _walk(None, k, w, None, A, M, None, None, None, M, segments, rule)
+    _walk(None, k, w, v, A, U, None, None, None, U, segments, rule)
     starts, final = link(M, U, initial_state, reverse=False)
-    _walk(q, w, ka, v, A, starts, o, e, U, segments, rule)
-    return o, final, [M, starts]
+    _walk(q, k, w, v, A, starts, o, e, kept, U, segments, rule)
+    return o, final, M
 
 
-def segments_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
-    """Empty M [segments, H, K, K] and a memory at each segment's start, or nothing without any."""
+def transitions_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Empty M [segments, H, K, K] float32, as `memory` gives it."""
     (B, T, H, K), V = q.shape, v.shape[-1]
     programs = H * triton.cdiv(V, launch("memory", q, K, V)["BV"])
     count = 1 if cu_seqlens is not None else count_segments(B, T, programs)
-    if count == 1:
-        return []
-    return [q.new_empty(B * count, H, K, x, dtype=torch.float32) for x in (K, V)]
+    return q.new_empty(0 if count == 1 else B * count, H, K, K, dtype=torch.float32)
 
 
 def _walk(
     q: Tensor | None,
+    k: Tensor,
     w: Tensor,
-    ka: Tensor,
     v: Tensor | None,
     A: Tensor,
     initial: Tensor,
     o: Tensor | None,
     e: Tensor | None,
+    kept: Tensor | None,
     final: Tensor,
     chunks: Chunks,
     rule: Options,
@@ -165,9 +188,10 @@ def _walk(
     (T, H, K), V = w.shape[1:], final.shape[-1]
     config = launch("memory", w, K, V)
     memory_kernel[(chunks.sequences * H * triton.cdiv(V, config["BV"]),)](
-        w if q is None else q, w, ka, w if v is None else v, A, initial,
-        w if o is None else o, w if e is None else e, final,
-        chunks.cu_seqlens, chunks.offsets, rule.scale, T, chunks.segment,
-        H=H, K=K, V=V, BT=CHUNK, BK=tile(K), IS_VARLEN=chunks.offsets is not None,
+        w if q is None else q, k, w, w if v is None else v, A, initial,
+        w if o is None else o, w if e is None else e, w if kept is None else kept, final,
+        chunks.cu_seqlens, chunks.offsets, chunks.spans.offsets, rule.scale, T, chunks.segment,
+        H=H, K=K, V=V, BT=CHUNK, BK=tile(K), SPAN=cutting.SPAN,
+        IS_VARLEN=chunks.offsets is not None,
         VALUES=v is not None, READ=o is not None, SAVE=e is not None, PREC=precision(w), **config,
     )  # fmt: skip

@@ -8,8 +8,9 @@ With dd = β dw ⊙ k the direct gradient of d, λ_{t+1} = dL/dd_{t+1}, and (I +
     λ_start = Σ_i exp(pre_i) (dd_i − η b_i a_i s_i) + exp(post_C) λ_end
     λ_{t+1} = Σ_{i>t} exp(pre_i − post_t) (dd_i − η b_i a_i s_i) + exp(post_C − post_t) λ_end
 
-`couple_kernel` makes the sums over dd in parallel, `scan_reverse_kernel` walks the chunks from the
-last, and `precond_gradients_kernel` makes λ within every chunk and from it, in parallel,
+`couple_kernel` makes the sums over dd in parallel, `scan_reverse_kernel` walks the chunks
+from the last, and `precond_gradients_kernel` computes λ within every chunk and from it, in
+parallel,
 
     ds_t = η b x λ_{t+1} − η a b d,   dk += β dw ⊙ d + 2 k ⊙ ds,   dlog γ_t = γ ⟨λ_{t+1}, d_t⟩,
     dβ_t = ⟨dw_t, d_t ⊙ k_t⟩ (+ η x ⟨λ_{t+1}, s_t⟩ − η a ⟨d_t, s_t⟩ when beta_aware).
@@ -43,7 +44,6 @@ from osdn.ops.triton.precond_gates import (
     load_retention,
 )
 from osdn.ops.triton.precond_segments import join, transfers
-from osdn.ops.triton.solve import mul
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -68,14 +68,17 @@ def couple_kernel(
     dd += (i_c.to(tl.int64) * H + i_h) * K
     b_beta = load_gate(beta + row, o_t, left, H)
     pre, post, _ = load_retention(log_gamma + row, o_t, left, (0.0, 0.0), H, HAS_GAMMA)
-    b_G = tl.zeros([BT, BT], tl.float32)
+    # Operands in bfloat16 beside bfloat16 keys, else in float32: k² in float16 could overflow.
+    type: tl.constexpr = tl.bfloat16 if k.dtype.element_ty == tl.bfloat16 else tl.float32
+    b_G = tl.zeros([BT, BT], tl.float32)  # ⟨dd_i, s_t⟩, rows t and columns i
     for i_k in range(tl.cdiv(K, BK)):
         o_k = i_k * BK + tl.arange(0, BK)
-        b_k = load_tile(k + row * K, o_t, left, H * K, o_k, K).to(tl.float32)
+        b_k = load_tile(k + row * K, o_t, left, H * K, o_k, K).to(tl.float32)  # [BT, BK]
         b_dd = load_tile(dw + row * K, o_t, left, H * K, o_k, K).to(tl.float32)
         b_dd *= b_beta[:, None] * b_k
         if MOVES:
-            b_G += mul(b_k * b_k, tl.trans(b_dd), PREC)
+            b_s = (b_k * b_k).to(type)
+            b_G = tl.dot(b_s, tl.trans(b_dd.to(type)), b_G, input_precision=PREC)  # [BT, BT]
         if HAS_GAMMA:
             b_dd *= decay_from_start(pre)[:, None]
         tl.store(dd + o_k, tl.sum(b_dd, 0), mask=o_k < K)
@@ -197,8 +200,10 @@ def precond_gradients_kernel(
         pre, post, end = load_retention(log_gamma + row, o_t, left, (0.0, 0.0), H, HAS_GAMMA)
         later = o_t[None, :] > o_t[:, None]
         earlier = o_t[None, :] < o_t[:, None]
-        W = tl.where(earlier, decay(down(pre), across(post)), 0.0)
-        Wt = tl.where(later, decay(across(pre), down(post)), 0.0)
+        # Operands in bfloat16 beside bfloat16 keys, else in float32: float16 could overflow.
+        type: tl.constexpr = tl.bfloat16 if k.dtype.element_ty == tl.bfloat16 else tl.float32
+        W = tl.where(earlier, decay(down(pre), across(post)), 0.0).to(type)  # [BT, BT]
+        Wt = tl.where(later, decay(across(pre), down(post)), 0.0).to(type)
         b_dg = tl.zeros([BT], tl.float32)
         b_ls = tl.zeros([BT], tl.float32)
         b_ds = tl.zeros([BT], tl.float32)
@@ -217,9 +222,15 @@ def precond_gradients_kernel(
             if HAS_GAMMA:
                 d *= decay_from_start(pre)[:, None]
                 lam *= decay(end, post)[:, None]
-            d += mul(W, (b_b * b_x)[:, None] * b_s, PREC)
+            z = ((b_b * b_x)[:, None] * b_s).to(type)
+            d = tl.dot(W, z, d, input_precision=PREC)  # [BT, BK]
             y = b_beta[:, None] * b_dw * b_k - (b_b * b_a)[:, None] * b_s
-            lam += mul(Wt, y, PREC)
+            b_y = y.to(type)
+            lam = tl.dot(Wt, b_y, lam, input_precision=PREC)  # [BT, BK]
+            if type == tl.bfloat16:
+                # λ is what is left of terms that cancel, and bfloat16 takes too much of them.
+                b_y = (y - b_y.to(tl.float32)).to(type)
+                lam = tl.dot(Wt, b_y, lam, input_precision=PREC)
             ds = b_b[:, None] * (b_x[:, None] * lam - b_a[:, None] * d)
             b_dk += 2.0 * b_k * ds
             if HAS_GAMMA:
@@ -263,6 +274,7 @@ def chunk_scan_reverse(
     dd, ends = (torch.empty_like(starts) for _ in range(2))
     shape = {"H": H, "K": K, "BT": CHUNK, "HAS_GAMMA": log_gamma is not None, "MOVES": moves}
     shape |= {"IS_VARLEN": chunks.indices is not None, "BOXED": rule.precond_min is not None}
+
     couple_kernel[(chunks.bound * H,)](
         k, beta, gate, dw, r, dd, clipped, chunks.cu_seqlens, chunks.indices, T,
         **shape, **launch("couple", k, K), PREC=precision(k),

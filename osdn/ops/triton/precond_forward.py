@@ -29,13 +29,18 @@ from osdn.ops.triton.precond_gates import (
     load_retention,
 )
 from osdn.ops.triton.precond_segments import join, transfers
-from osdn.ops.triton.solve import invert, mul, store_blocks
+from osdn.ops.triton.solve import SCRATCH, invert, mul_exactly, split, store_blocks
 
 
 @triton.jit
 def _load_squares(p, o_t, left, o_k, K: tl.constexpr, H: tl.constexpr):
-    k = load_tile(p, o_t, left, H * K, o_k, K).to(tl.float32)
-    return k * k
+    """k ⊙ k of 16 tokens [16, BK] in float32, of bfloat16 keys as `split` leaves it."""
+    k = load_tile(p, o_t, left, H * K, o_k, K)
+    s = k.to(tl.float32) * k.to(tl.float32)
+    if k.dtype == tl.bfloat16:
+        return split(s)
+    else:
+        return s
 
 
 @triton.jit
@@ -52,11 +57,12 @@ def _diagonal(G, b, pre, post, eta):
 
 @triton.jit(do_not_specialize=["T"])
 def inverse_kernel(
-    k, beta, log_gamma, inverse, cu_seqlens, indices, eta, T,
+    k, beta, log_gamma, inverse, kept, scratch, cu_seqlens, indices, eta, T,
     H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-    HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, IS_VARLEN: tl.constexpr, PREC: tl.constexpr,
+    HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, IS_VARLEN: tl.constexpr,
+    ROUND: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """(I + L)⁻¹ [B, T, H, BT] float32. Grid: chunks · H."""
+    """(I + L)⁻¹ [B, T, H, BT] float32, and if ROUND in kept's dtype too. Grid: chunks · H."""
     i_h = tl.program_id(0) % H
     i_c = tl.program_id(0) // H
     begin, left = locate_chunk(i_c, cu_seqlens, indices, T, BT, IS_VARLEN)
@@ -77,16 +83,16 @@ def inverse_kernel(
         s1 = _load_squares(k, o_s + 16, left, o_k, K, H)
         s2 = _load_squares(k, o_s + 32, left, o_k, K, H)
         s3 = _load_squares(k, o_s + 48, left, o_k, K, H)
-        G00 += mul(s0, tl.trans(s0), PREC)
-        G10 += mul(s1, tl.trans(s0), PREC)
-        G11 += mul(s1, tl.trans(s1), PREC)
-        G20 += mul(s2, tl.trans(s0), PREC)
-        G21 += mul(s2, tl.trans(s1), PREC)
-        G22 += mul(s2, tl.trans(s2), PREC)
-        G30 += mul(s3, tl.trans(s0), PREC)
-        G31 += mul(s3, tl.trans(s1), PREC)
-        G32 += mul(s3, tl.trans(s2), PREC)
-        G33 += mul(s3, tl.trans(s3), PREC)
+        G00 = mul_exactly(s0, s0, G00)
+        G10 = mul_exactly(s1, s0, G10)
+        G11 = mul_exactly(s1, s1, G11)
+        G20 = mul_exactly(s2, s0, G20)
+        G21 = mul_exactly(s2, s1, G21)
+        G22 = mul_exactly(s2, s2, G22)
+        G30 = mul_exactly(s3, s0, G30)
+        G31 = mul_exactly(s3, s1, G31)
+        G32 = mul_exactly(s3, s2, G32)
+        G33 = mul_exactly(s3, s3, G33)
 
     pre0, post0, end = load_retention(log_gamma, o_s, left, (0.0, 0.0), H, HAS_GAMMA)
     pre1, post1, end = load_retention(log_gamma, o_s + 16, left, end, H, HAS_GAMMA)
@@ -112,9 +118,12 @@ def inverse_kernel(
         _couple(G31, b3, pre3, b1 * eta, post1),
         _couple(G32, b3, pre3, b2 * eta, post2),
         _diagonal(G33, b3, pre3, post3, eta),
+        scratch + tl.program_id(0).to(tl.int64) * 1024,
         PREC,
     )
     store_blocks(inverse + row * BT, H * BT, left, X)
+    if ROUND:
+        store_blocks(kept + row * BT, H * BT, left, X)
 
 
 @triton.jit(do_not_specialize=["T", "segment"])
@@ -180,18 +189,28 @@ def scan_kernel(
 
 def chunk_inverse(
     k: Tensor, beta: Tensor, log_gamma: Tensor | None, chunks: Chunks, rule: Options
-) -> Tensor:
-    """(I + L)⁻¹ of phase 1: [B, T, H, CHUNK] float32."""
-    B, T, H, K = k.shape
-    inverse = torch.empty(B, T, H, CHUNK, dtype=torch.float32, device=k.device)
+) -> tuple[Tensor, Tensor]:
+    """(I + L)⁻¹ of phase 1 [B, T, H, CHUNK] in float32, and as `inverse_like` has it."""
+    T, H, K = k.shape[1:]
+    kept = inverse_like(k)
+    inverse = kept if kept.dtype == torch.float32 else torch.empty_like(kept, dtype=torch.float32)
+    scratch = inverse.new_empty(chunks.bound * H * SCRATCH)
     inverse_kernel[(chunks.bound * H,)](
-        k, beta, beta if log_gamma is None else log_gamma, inverse,
+        k, beta, beta if log_gamma is None else log_gamma, inverse, kept, scratch,
         chunks.cu_seqlens, chunks.indices, rule.eta, T,
         H=H, K=K, BT=CHUNK, HAS_GAMMA=log_gamma is not None,
-        BETA_AWARE=rule.beta_aware, IS_VARLEN=chunks.indices is not None, PREC="tf32x3",
-        **launch("inverse", k, K),
+        BETA_AWARE=rule.beta_aware, IS_VARLEN=chunks.indices is not None,
+        ROUND=kept is not inverse, PREC="tf32x3", **launch("inverse", k, K),
     )  # fmt: skip
-    return inverse
+    return inverse, kept
+
+
+def inverse_like(k: Tensor) -> Tensor:
+    """Empty (I + L)⁻¹ [B, T, H, CHUNK], as it is kept for the backward: beside bfloat16 keys in
+    bfloat16, which the gradient of d does not notice; else in float32, as float16 could overflow.
+    """
+    dtype = torch.bfloat16 if k.dtype == torch.bfloat16 else torch.float32
+    return k.new_empty(*k.shape[:3], CHUNK, dtype=dtype)
 
 
 def chunk_scan(
@@ -206,7 +225,8 @@ def chunk_scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fill x [B, T, H] and starts [chunks, H, K].
 
-    Returns d after the last token [N, H, K]; the inverse of every chunk; M of every segment.
+    Returns d after the last token [N, H, K]; the inverse of every chunk, as `inverse_like` has it;
+    M of every segment.
     """
     T, H, K = k.shape[1:]
 
@@ -221,6 +241,6 @@ def chunk_scan(
         )  # fmt: skip
         return final
 
-    inverse = chunk_inverse(k, beta, log_gamma, chunks, rule)
+    inverse, kept = chunk_inverse(k, beta, log_gamma, chunks, rule)
     M = transfers(k, beta, log_gamma, inverse, None, chunks, rule)
-    return join(walk, M, initial_precond, chunks, reverse=False), inverse, M
+    return join(walk, M, initial_precond, chunks, reverse=False), kept, M

@@ -1,11 +1,11 @@
-"""From the preconditioner to phase 2's operands: write keys, the solve, erase keys.
+"""From the preconditioner to phase 2's operands: write keys and the solve.
 
 With w_t = β_t d_t ⊙ k_t the memory obeys e_t = v_t − S_{t−1}ᵀ k_t, S_t = S_{t−1} + w_t e_tᵀ, so
 that in a chunk with start state S
 
-    A = (I + tril(k wᵀ, −1))⁻¹,   e = A v − (A k) S.
+    A = (I + tril(k wᵀ, −1))⁻¹,   e = A (v − k S).
 
-One program makes a chunk and head's w, A and A k, in sub-blocks of 16 rows. d within the chunk
+One program makes a chunk and head's w and A, in sub-blocks of 16 rows. d within the chunk
 comes from its start and x, which phase 1 left: with z_j = η b_j x_j s_j and c the d at a
 sub-block's start, d_t = exp(pre_t) c + Σ_{j<t} exp(pre_t − post_j) z_j. The solve is in float32.
 
@@ -13,6 +13,7 @@ With a box the path is first made as if there were none, which is right up to th
 leaves it; the first chunk with one is marked, and made again from what the token scan put right.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -35,7 +36,7 @@ from osdn.ops.triton.precond_gates import (
     load_gate,
     load_retention,
 )
-from osdn.ops.triton.solve import invert, mul, store_blocks
+from osdn.ops.triton.solve import SCRATCH, invert, mul, store_blocks
 
 
 @triton.jit
@@ -92,13 +93,14 @@ def _write_key(p_k, p_w, o_t, left, o_k, c, out, box, gates, K: tl.constexpr, H:
 
 @triton.jit(do_not_specialize=["T"])
 def write_keys_kernel(
-    k, beta, log_gamma, x, starts, w, A, ka, clipped, cu_seqlens, indices, eta, d_min, d_max, T,
+    k, beta, log_gamma, x, starts, w, A, scratch, clipped,
+    cu_seqlens, indices, eta, d_min, d_max, T,
     H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, IS_VARLEN: tl.constexpr,
     PATH: tl.constexpr, STORED: tl.constexpr, BOXED: tl.constexpr,
     PREC: tl.constexpr, SOLVE: tl.constexpr,
 ):  # fmt: skip
-    """w, ka [B, T, H, K], A [B, T, H, BT], in k's dtype. Grid: chunks · H.
+    """w [B, T, H, K], A [B, T, H, BT], in k's dtype. Grid: chunks · H.
 
     starts [chunks, H, K]: d at each chunk's start; PATH: d moves within it. BOXED: lowers
     clipped [N, H] to the number of the first chunk where it leaves the box; STORED: w is there,
@@ -118,7 +120,6 @@ def write_keys_kernel(
     row = begin * H + i_h
     k += row * K
     w += row * K
-    ka += row * K
     beta += row
     log_gamma += row
     x += row
@@ -157,26 +158,9 @@ def write_keys_kernel(
 
     if BOXED and not STORED:
         tl.atomic_min(clipped, i_c, mask=tl.max(tl.max(out, 1), 0) > 0)
-    X = invert(L00, L10, L11, L20, L21, L22, L30, L31, L32, L33, SOLVE)
+    X = invert(L00, L10, L11, L20, L21, L22, L30, L31, L32, L33,
+               scratch + tl.program_id(0).to(tl.int64) * 1024, SOLVE)  # fmt: skip
     store_blocks(A + row * BT, H * BT, left, X)
-    X00, X10, X11, X20, X21, X22, X30, X31, X32, X33 = X
-    type = k.dtype.element_ty
-    for i_k in range(tl.cdiv(K, BK)):
-        o_k = i_k * BK + tl.arange(0, BK)
-        k0 = load_tile(k, o_0, left, H * K, o_k, K)
-        k1 = load_tile(k, o_1, left, H * K, o_k, K)
-        k2 = load_tile(k, o_2, left, H * K, o_k, K)
-        k3 = load_tile(k, o_3, left, H * K, o_k, K)
-        r0 = mul(X00.to(type), k0, PREC)
-        r1 = mul(X10.to(type), k0, PREC) + mul(X11.to(type), k1, PREC)
-        r2 = mul(X20.to(type), k0, PREC) + mul(X21.to(type), k1, PREC)
-        r2 += mul(X22.to(type), k2, PREC)
-        r3 = mul(X30.to(type), k0, PREC) + mul(X31.to(type), k1, PREC)
-        r3 += mul(X32.to(type), k2, PREC) + mul(X33.to(type), k3, PREC)
-        store_tile(ka, r0, o_0, left, H * K, o_k, K)
-        store_tile(ka, r1, o_1, left, H * K, o_k, K)
-        store_tile(ka, r2, o_2, left, H * K, o_k, K)
-        store_tile(ka, r3, o_3, left, H * K, o_k, K)
 
 
 def write_keys(
@@ -187,20 +171,20 @@ def write_keys(
     starts: Tensor,
     w: Tensor,
     A: Tensor,
-    ka: Tensor,
     clipped: Tensor,
     chunks: Chunks,
     rule: Options,
     *,
     repair: bool,
 ) -> None:
-    """Fill w, A and ka, and with a box clipped; with repair, A and ka from chunk `clipped` on."""
+    """Fill w and A, and with a box clipped; with repair, A from chunk `clipped` on."""
     T, H, K = k.shape[1:]
     boxed = rule.precond_min is not None
     if boxed and not repair:
         clipped.fill_(chunks.bound)
     write_keys_kernel[(chunks.bound * H,)](
-        k, beta, beta if log_gamma is None else log_gamma, x, starts, w, A, ka, clipped,
+        k, beta, beta if log_gamma is None else log_gamma, x, starts, w, A,
+        A.new_empty(chunks.bound * H * SCRATCH, dtype=torch.float32), clipped,
         chunks.cu_seqlens, chunks.indices, rule.eta,
         rule.precond_min if boxed else 0.0, rule.precond_max if boxed else 0.0, T,
         H=H, K=K, BT=CHUNK, HAS_GAMMA=log_gamma is not None,
