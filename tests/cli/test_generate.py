@@ -10,8 +10,8 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from osdn.cli.generate import load
-from osdn.model.cache import state_bytes
 from osdn.cli.main import main
+from osdn.model.cache import state_bytes
 
 
 def run(capsys, *words):
