@@ -126,7 +126,7 @@ def times() -> None:
         first = time.perf_counter() - began
         step = per_token(partial(generate, model, ids), 2, 130)
         layers = per_token(partial(generate, model, ids, disable_compile=True), 2, 14)
-        replay = replayed(decoding._steps[model][batch])
+        replay = replayed(decoding.captured_steps[model][batch])
         print(
             f"batch {batch:4d}, context {context:6d}             "
             f"{step:8.3f} {replay:8.3f} {layers:8.2f}  {first:.1f}",
@@ -175,7 +175,7 @@ def prefill() -> None:
                 spent.append((time.perf_counter() - began) * 1e3)
             calls = " ".join(f"{x:.1f}" for x in spent)
             print(f"prefill of {length} tokens, batch 1, disable_compile={off}: {calls} ms")
-        graph = decoding._steps[model][1].prompts.get(length)
+        graph = decoding.captured_steps[model][1].prompts.get(length)
         if graph is not None and graph.replay is not None:
             print(f"  its graph alone: {replayed(graph, 10):.2f} ms")
 
@@ -184,7 +184,7 @@ def profile() -> None:
     model = build()
     for batch in (1, 32):
         generate(model, prompt(batch, 64), 3)
-        step = decoding._steps[model][batch]
+        step = decoding.captured_steps[model][batch]
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
             for _ in range(5):
                 step.replay()

@@ -49,15 +49,13 @@ _HOMES = {
     "online_scaled_delta_rule": "osdn.ops",
     "online_scaled_delta_step": "osdn.ops",
 }
-# The module that registers with each of transformers' modules, when the latter is loaded.
-_REGISTER = {
-    "transformers.models.auto.configuration_auto": "osdn.model.configuration",
-    "transformers.models.auto.modeling_auto": "osdn.model.modeling",
-}
+_REGISTERS = "osdn.model.modeling"  # its import tells transformers' Auto classes of the model
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
+        if _HOMES[name] != "osdn.ops":
+            import_module(_REGISTERS)
         value = getattr(import_module(_HOMES[name]), name)
         globals()[name] = value  # the next access finds it here
         return value
@@ -68,34 +66,44 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-class _Registering:
-    """A module's loader that, once the module is loaded, imports what registers with it."""
+def _importing() -> bool:
+    """Whether one of our modules is being imported: it asked for transformers, not the user."""
+    specs = [vars(m).get("__spec__") for n, m in [*sys.modules.items()] if n.startswith("osdn.")]
+    return any(getattr(spec, "_initializing", False) for spec in specs)
 
-    def __init__(self, loader: Any, registers: str):
-        self.loader, self.registers = loader, registers
+
+class _Registering:
+    """The loader of the package transformers that registers our model once it is loaded.
+
+    Its submodules are imported on first use, so none of them is half imported at that moment.
+    """
+
+    def __init__(self, loader: Any):
+        self.loader = loader
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        import_module(self.registers)
+        if not _importing():
+            import_module(_REGISTERS)
 
     def __getattr__(self, name: str) -> Any:  # create_module, get_source and the like
         return getattr(self.loader, name)
 
 
 class _Finder:
-    """Finds the modules of _REGISTER as the finders after it do, with a loader that registers."""
+    """Finds the package transformers as the finders after it do, with a loader that registers."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        registers = _REGISTER.pop(name, None)
-        if registers is None:
+        if name != "transformers":
             return None
+        sys.meta_path.remove(cast(Any, self))
         spec = find_spec(name)
         if spec is not None and spec.loader is not None:
-            spec.loader = cast(Any, _Registering(spec.loader, registers))
+            spec.loader = cast(Any, _Registering(spec.loader))
         return spec
 
 
-for _name in [name for name in _REGISTER if name in sys.modules]:
-    import_module(_REGISTER.pop(_name))
-if _REGISTER:
+if "transformers" in sys.modules:
+    import_module(_REGISTERS)
+else:
     sys.meta_path.insert(0, cast(Any, _Finder()))

@@ -131,7 +131,7 @@ def parameters_of(model: Any) -> list[nn.Parameter] | str:
 
 def _step(model: Any, cache: OSDNCache, input_ids: Tensor) -> DecodingStep | None:
     """The step that serves this cache: the one that does, or else one that adopts it, or None."""
-    steps, (batch, T) = _steps.setdefault(model, {}), input_ids.shape
+    steps, (batch, T) = captured_steps.setdefault(model, {}), input_ids.shape
     step = steps.get(batch)
     if T == 1 and step is not None and step.serves(cache):
         return step
@@ -189,4 +189,4 @@ def _has_past(cache: OSDNCache, batch: int) -> bool:
 
 
 _lock = threading.RLock()
-_steps: WeakKeyDictionary[Any, dict[int, DecodingStep]] = WeakKeyDictionary()
+captured_steps: WeakKeyDictionary[Any, dict[int, DecodingStep]] = WeakKeyDictionary()

@@ -128,6 +128,9 @@ def test_help_and_import_load_no_torch(words):
         "import osdn; from transformers import AutoConfig, AutoModelForCausalLM",
         "from transformers import AutoConfig, AutoModelForCausalLM; import osdn",
         "import osdn; from transformers import AutoModelForCausalLM, AutoConfig; osdn.OSDNModel",
+        "import osdn, transformers.modeling_layers; "
+        "from transformers import AutoConfig, AutoModelForCausalLM",
+        "from osdn import OSDN; from transformers import AutoConfig, AutoModelForCausalLM",
     ],
 )
 def test_importing_osdn_registers_its_model(imports):

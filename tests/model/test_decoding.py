@@ -100,9 +100,9 @@ def test_a_short_prompt_is_the_layers(masked, steps):
         for actual, expected in zip(*map(step.tensors_of, caches)):
             assert_close(actual, expected, 1e-5)
         assert [cache.get_seq_length() for cache in caches] == [T, T]
-    if not decoding._steps.get(model):
+    if not decoding.captured_steps.get(model):
         return  # on a CPU a prompt goes through the layers
-    prompts = decoding._steps[model][2].prompts
+    prompts = decoding.captured_steps[model][2].prompts
     assert {size: prompt.uses for size, prompt in prompts.items()} == {128: 1, 64: 4}
     assert prompts[64].replay is not None and prompts[128].replay is None
 
@@ -200,7 +200,7 @@ def test_weights_may_change_and_move():
     cache = model(ids[:, :4]).past_key_values
     cache.captured = True
     model(ids[:, 4:5], past_key_values=cache)
-    before = decoding._steps[model][1]
+    before = decoding.captured_steps[model][1]
     for change in ("in place", "replaced"):
         weight = model.model.layers[0].attn.q_proj.weight
         if change == "in place":
@@ -209,7 +209,7 @@ def test_weights_may_change_and_move():
             model.model.layers[0].attn.q_proj.weight = torch.nn.Parameter(weight * 2)
         options = {"max_new_tokens": 3}
         assert torch.equal(*both(model, ids, **options)), change
-        assert (decoding._steps[model][1] is before) == (change == "in place")
+        assert (decoding.captured_steps[model][1] is before) == (change == "in place")
 
 
 @torch.no_grad()
@@ -247,5 +247,5 @@ def test_the_most_recent_batch_sizes_stay():
         cache = model(tokens(batch, 3).to(DEVICE)).past_key_values
         cache.captured = True
         model(tokens(batch, 1).to(DEVICE), past_key_values=cache)
-    assert list(decoding._steps[model]) == [3, 1, 4, 5]
+    assert list(decoding.captured_steps[model]) == [3, 1, 4, 5]
     copy.deepcopy(model)  # no graph is part of the model

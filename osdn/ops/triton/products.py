@@ -307,7 +307,7 @@ def blocks(x: Tensor, N: int) -> dict[str, Any]:
 
     One row: long rows of few outputs, several programs on a multiprocessor. More rows: the matrix
     unit, whose tile has at least 16 rows, and weights loaded ahead. Few outputs get small tiles, so
-    that all multiprocessors read. Chosen by benchmarks/generate_gpu.py on an H100.
+    that all multiprocessors read. Chosen on an H100 (docs/log/2026-11-28-generation.md).
     """
     B, wide = len(x), x.element_size() == 4
     exact = {"PRECISION": "ieee" if wide else precision(x)}
