@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from osdn.cli.generate import load
 from osdn.cli.main import main
+from osdn.model.cache import state_bytes
 
 
 def run(capsys, *words):
@@ -36,7 +37,10 @@ def test_generate_continues_the_prompt(capsys, checkpoint):
     with torch.no_grad():
         for _ in range(8):
             ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
-    assert code == 0 and err == ""
+    assert code == 0
+    cache = model(ids).past_key_values
+    assert err.startswith("8 tokens in ")
+    assert err.endswith(f" {state_bytes(cache) / 1e6:.2f} MB of state\n")
     assert out.rstrip("\n") == tokenizer.decode(ids[0], skip_special_tokens=True).rstrip("\n")
 
 

@@ -173,7 +173,7 @@ def gradients_kernel(
     for i in tl.static_range((V + BV - 1) // BV):
         o_v = i * BV + tl.arange(0, BV)
         b_S = load_tile(kept, o_v, V, K, o_k, K).to(tl.float32)
-        S = S + (b_S,)  # noqa: RUF005 (Triton knows no stars)
+        S = S + (b_S,)  # type: ignore[assignment]  # noqa: RUF005 (Triton knows no stars)
     left = tl.minimum(left, BT * SPAN)
     for i_t in range(tl.cdiv(left, BT)):
         rest = left - i_t * BT
@@ -181,7 +181,7 @@ def gradients_kernel(
         E = ()
         for i in tl.static_range(len(S)):
             b_e = load_tile(e, o_t, rest, H * V, i * BV + tl.arange(0, BV), V)  # [BT, BV]
-            E = E + (b_e,)  # noqa: RUF005
+            E = E + (b_e,)  # type: ignore[assignment]  # noqa: RUF005
         b_dq = _read(do, E, S, b_w, o_t, rest, True, H, V, BV, PREC)
         store_tile(dq, b_dq * scale, o_t, rest, H * K, o_k, K)
         b_dk = _read(dv, E, S, b_w, o_t, rest, False, H, V, BV, PREC)
@@ -189,7 +189,7 @@ def gradients_kernel(
         after = ()
         for i in tl.static_range(len(S)):
             b_S = tl.dot(tl.trans(E[i]), b_w, S[i], input_precision=PREC)
-            after = after + (b_S,)  # noqa: RUF005
+            after = after + (b_S,)  # type: ignore[assignment]  # noqa: RUF005
         S = after
 
         w += BT * H * K
