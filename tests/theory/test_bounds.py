@@ -1,4 +1,4 @@
-"""Statements 1 to 6 and 20: identities to rounding, bounds without a violation, and their tightness."""
+"""Statements 1 to 6 and 20: identities to rounding, bounds without a violation, tightness."""
 
 import math
 
@@ -72,7 +72,8 @@ def test_a_write_after_a_decay_is_bounded_by_the_residual_before_it(seed, shape,
 
 def test_a_pair_written_after_decays_keeps_a_residual():
     """Both inequalities of the statement are equalities from S = 0, with r and α constant."""
-    k, v = torch.tensor([[0.6, 0.8]]).double(), torch.tensor([[3.0, 4.0]]).double()
+    k = torch.tensor([[0.6, 0.8]], dtype=torch.float64)
+    v = 5 * k
     d = torch.ones(1, 2).double()
     beta, alpha = torch.tensor([[0.7], [0.9]], dtype=torch.float64)
     S = torch.zeros(1, 2, 2).double()
