@@ -80,6 +80,24 @@ def contraction_identity(S: Tensor, d: Tensor, k: Tensor, v: Tensor, beta: Tenso
     return Sides(loss(reference.write(S, d, k, v, beta)), ratio * loss(S))
 
 
+def decayed_write(
+    S: Tensor, d: Tensor, k: Tensor, v: Tensor, beta: Tensor, alpha: Tensor
+) -> tuple[Tensor, Sides, Sides]:
+    """Statement 20: (S_t, Statement 2 with S̃ = αS in S's place, the bound by S's own residual).
+
+    Shapes as in write_key_scaling; alpha as beta.
+    """
+
+    def residual(memory: Tensor) -> Tensor:
+        return (torch.einsum("...kv,...k->...v", memory, k) - v).norm(dim=-1)
+
+    kept = alpha[..., None, None] * S
+    rate = (1 - beta * (d * k * k).sum(-1)).abs()
+    bound = rate * (alpha * residual(S) + (1 - alpha) * v.norm(dim=-1))
+    written = reference.write(kept, d, k, v, beta)
+    return written, contraction_identity(kept, d, k, v, beta), Sides(residual(written), bound)
+
+
 def unit_key_bound(k: Tensor, d1: Tensor, *, eta: float, box: Box = None) -> Sides:
     """Statement 4: Σ x_t² ≤ ‖d_1 − 1‖² / (η(2 − η)) for unit keys, b = 1, γ = 1, 0 < η < 2.
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import wraps
 
 import pytest
 import torch
@@ -116,6 +117,7 @@ def test_an_answer_ends_at_the_first_line_break(loaded, monkeypatch):
     steps = []
     real = type(loaded.model).forward
 
+    @wraps(real)  # generate checks the names of its arguments against forward's
     def forward(self, *args, **kwargs):
         output = real(self, *args, **kwargs)
         output.logits[:] = 0

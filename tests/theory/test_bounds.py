@@ -1,4 +1,4 @@
-"""Statements 1 to 6: identities to rounding, bounds without a violation, and their tightness."""
+"""Statements 1 to 6 and 20: identities to rounding, bounds without a violation, tightness."""
 
 import math
 
@@ -23,6 +23,7 @@ from tests.theory.instances import (
 from theory.bounds import (
     comparator_bound,
     contraction_identity,
+    decayed_write,
     distance_identity,
     precond_path,
     unit_key_bound,
@@ -48,6 +49,39 @@ def test_a_preconditioned_step_is_a_scaled_write_key(seed, shape, family):
     left, right = contraction_identity(S, d, k, v, beta)
     scale = contraction_identity(S, 0 * d, k, v, beta).left * (1 + 9 * d.abs().amax(-1)) ** 2
     assert ((left - right).abs() <= 1e-12 * scale.clamp_min(1)).all()
+
+
+@PROPERTY
+@given(seeds, shapes, families)
+def test_a_write_after_a_decay_is_bounded_by_the_residual_before_it(seed, shape, family):
+    draw = Draw(seed, *shape)
+    k, v = draw.keys(family)[:, 0], draw.normal(BATCH, 5)
+    S, d, beta = draw.normal(BATCH, draw.K, 5), draw.normal(BATCH, draw.K), 2 * draw.uniform(BATCH)
+    alpha = draw.uniform(BATCH)
+    written, identity, bound = decayed_write(S, d, k, v, beta, alpha)
+    one = [x[:, None, None] for x in (k, k, v, beta, alpha)]
+    _, state, _ = online_scaled_delta_rule(
+        *one[:4], log_alpha=one[4].log(), initial_state=S[:, None], initial_precond=d[:, None],
+        output_final_state=True, backend="reference",
+    )  # fmt: skip
+    assert_close(state[:, 0], written, 1e-12)  # the write is the operator's
+    scale = (1 + 9 * d.abs().amax(-1)) ** 2 * (1 + 0 * identity.left)
+    assert ((identity.left - identity.right).abs() <= 1e-11 * scale * (1 + identity.right)).all()
+    holds(*bound, rounding=1e-10)
+
+
+def test_a_pair_written_after_decays_keeps_a_residual():
+    """Both inequalities of the statement are equalities from S = 0, with r and α constant."""
+    k = torch.tensor([[0.6, 0.8]], dtype=torch.float64)
+    v = 5 * k
+    d = torch.ones(1, 2).double()
+    beta, alpha = torch.tensor([[0.7], [0.9]], dtype=torch.float64)
+    S = torch.zeros(1, 2, 2).double()
+    for _ in range(100):
+        S, _, bound = decayed_write(S, d, k, v, beta, alpha)
+        assert_close(*bound, 1e-12)
+    r, a = 1 - beta.item(), alpha.item()
+    assert bound.left.item() == pytest.approx(r * (1 - a) * 5 / (1 - r * a), rel=1e-9)
 
 
 def test_the_path_is_the_operators():
