@@ -2,9 +2,8 @@
 
 The package's entry point `vllm.general_plugins` calls `register`. A mixer's state in vLLM is one
 page a request, with four tensors: the memory S [H, K, V] and the preconditioner d [H, K] in
-float32, and the convolutions' histories of q and k together and of v, [W − 1, D] in the weights'
-dtype. With speculation a request has a page for every draft token: the state after token j is in
-page j, and the next step reads the page of the last token that was accepted.
+float32, and the convolutions' histories of q and k together and of v, [D, W − 1] in the weights'
+dtype.
 
 vLLM's internals move between minor versions; this file is tested with the one that the extra names.
 """
@@ -21,23 +20,18 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention as PagedAttention
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
-from vllm.model_executor.models.interfaces import (
-    HasInnerState,
-    IsHybrid,
-    SupportsMambaPrefixCaching,
-)
+from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 from vllm.sequence import IntermediateTensors
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from osdn.layers.attention import Attention
-from osdn.layers.convolution import ShortConvolution
 from osdn.layers.mlp import SwiGLU
 from osdn.layers.osdn import OSDN
 from osdn.model.block import mixer_options
 from osdn.model.configuration import OSDNConfig
 from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step
-from osdn.ops.convolution import short_convolution
+from osdn.ops.convolution import next_history, short_convolution
 
 EMPTY_PAGE = 0  # vLLM's null block: rows that only pad a CUDA graph name it, several alike
 
@@ -89,7 +83,8 @@ class PagedOSDN(MambaBase, OSDN):
         batch = batch[self.prefix]
         decoded = batch.num_decode_tokens
         if batch.num_decodes:
-            self._decode(hidden_states, output, batch)
+            pages = batch.state_indices_tensor_d[:, 0]  # [requests], more where a graph pads them
+            output[: len(pages)] = self._step(hidden_states[: len(pages)], pages)
         if batch.num_prefills:
             end = decoded + batch.num_prefill_tokens
             output[decoded:end] = self._run(
@@ -99,38 +94,16 @@ class PagedOSDN(MambaBase, OSDN):
                 batch.has_initial_states_p,
             )
 
-    def _decode(self, hidden_states: Tensor, output: Tensor, batch: Any) -> None:
-        """One token of every decoding request; with speculation, its draft tokens one by one."""
-        pages = batch.state_indices_tensor_d  # [requests, 1 + draft tokens]
-        if batch.num_accepted_tokens is None:
-            rows = slice(0, len(pages))
-            output[rows] = self._step(hidden_states[rows], pages[:, 0], pages[:, 0])
-            return
-        starts = batch.query_start_loc_d.long()
-        lengths = starts.diff()
-        last = (batch.num_accepted_tokens.long() - 1).clamp(min=0)
-        read = pages.gather(1, last[:, None]).squeeze(1)
-        for j in range(pages.shape[1]):
-            (there,) = (lengths > j).nonzero(as_tuple=True)
-            if not len(there):
-                break
-            rows = starts[there] + j
-            write = pages[there, j]
-            output[rows] = self._step(hidden_states[rows], read[there], write)
-            read = read.scatter(0, there, write)
-
-    def _step(self, hidden_states: Tensor, read: Tensor, write: Tensor) -> Tensor:
-        """One token a request: state from page `read`, the state after it to page `write`."""
-        S, d, *histories = self.kv_cache
-        cu_seqlens = torch.arange(len(read) + 1, device=read.device)
-        q, k, v = self._convolve_pages(hidden_states, cu_seqlens, read, write, None, histories)
+    def _step(self, hidden_states: Tensor, pages: Tensor) -> Tensor:
+        """One token of every decoding request, its state in place in its page."""
+        cu_seqlens = torch.arange(len(pages) + 1, device=pages.device)
+        q, k, v = self._convolve_pages(hidden_states, cu_seqlens, pages, None)
         beta, log_gamma = self.gates(hidden_states)
-        state, precond = S[read.long()], d[read.long()]
-        o, state, precond = online_scaled_delta_step(
-            q, k, v, beta, log_gamma, state=state, precond=precond, backend=self.backend,
-            **self.rule,
+        S, d = self.kv_cache[:2]
+        o, _, _ = online_scaled_delta_step(
+            q, k, v, beta, log_gamma, state=S, precond=d,
+            slots=torch.where(pages == EMPTY_PAGE, -1, pages), backend=self.backend, **self.rule,
         )  # fmt: skip
-        S[write.long()], d[write.long()] = state, precond
         return self._finish(o, hidden_states)
 
     def _run(
@@ -141,9 +114,7 @@ class PagedOSDN(MambaBase, OSDN):
         has_past: Tensor | None,
     ) -> Tensor:
         """Pieces of prompts [tokens, D]; a prompt's first piece starts from d_1 and S = 0."""
-        q, k, v = self._convolve_pages(
-            hidden_states, cu_seqlens, pages, pages, has_past, self.kv_cache[2:]
-        )
+        q, k, v = self._convolve_pages(hidden_states, cu_seqlens, pages, has_past)
         beta, log_gamma = self.gates(hidden_states)
         state, precond = None, self.start_precond()
         if pages is not None and has_past is not None:
@@ -166,35 +137,35 @@ class PagedOSDN(MambaBase, OSDN):
         self,
         hidden_states: Tensor,
         cu_seqlens: Tensor,
-        read: Tensor | None,
-        write: Tensor | None,
+        pages: Tensor | None,
         has_past: Tensor | None,
-        histories: Iterable[Tensor],
     ) -> list[Tensor]:
-        """q, k [tokens, H, K] of unit length and v [tokens, H, V]; histories move to `write`.
+        """q, k [tokens, H, K] of unit length and v [tokens, H, V]; moves the pages' histories on.
 
-        has_past [sequences]: which have a history in page `read`; None: all.
+        has_past [sequences]: which have a history in their page; None: all.
         """
-        gap = self.q_conv1d.kernel_size[0] - 1
-        inputs = [p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj)]
-        if read is None or write is None:
-            befores = [x.new_zeros(len(cu_seqlens) - 1, gap, x.shape[-1]) for x in inputs]
-        else:
-            qk, value = (history[read.long()] for history in histories)
+        befores: list[Tensor | None] = [None] * 3
+        if pages is not None:
+            at = pages.long()
+            qk, value = (history[at] for history in self.kv_cache[2:])
             if has_past is not None:
                 qk, value = (torch.where(has_past[:, None, None], x, 0.0) for x in (qk, value))
-            befores = [*qk.chunk(2, dim=-1), value]
+            befores = [*qk.chunk(2, dim=1), value]
         made, after = [], []
-        for x, before, convolution in zip(
-            inputs, befores, (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        for projection, convolution, before in zip(
+            (self.q_proj, self.k_proj, self.v_proj),
+            (self.q_conv1d, self.k_conv1d, self.v_conv1d),
+            befores,
         ):
-            y, history = _convolve(x, before, cu_seqlens, convolution)
-            made.append(y.unflatten(-1, (self.num_heads, -1)))
-            after.append(history)
-        if write is not None:
-            qk, value = histories
-            qk[write.long()] = torch.cat(after[:2], dim=-1).to(qk.dtype)
-            value[write.long()] = after[2].to(value.dtype)
+            x, weight = projection(hidden_states)[None], convolution.weight.squeeze(1)
+            y = short_convolution(
+                x, weight, cu_seqlens, head_dim=convolution.head_dim, history=before
+            )
+            made.append(y[0].unflatten(-1, (self.num_heads, -1)))
+            after.append(next_history(x, weight.shape[1], cu_seqlens, before))
+        if pages is not None:
+            qk, value = self.kv_cache[2:]
+            qk[at], value[at] = torch.cat(after[:2], dim=1), after[2]
         return made
 
     def _finish(self, o: Tensor, hidden_states: Tensor) -> Tensor:
@@ -204,33 +175,11 @@ class PagedOSDN(MambaBase, OSDN):
         return self.o_proj(o * gate)
 
 
-def _convolve(
-    x: Tensor, before: Tensor, cu_seqlens: Tensor, convolution: ShortConvolution
-) -> tuple[Tensor, Tensor]:
-    """x [tokens, D] with the inputs before each sequence, [N, W − 1, D] -> (y, next histories).
-
-    Every sequence is written behind its history, so that one packed call serves them all.
-    """
-    N, gap, D = before.shape
-    lengths = cu_seqlens.long().diff()
-    sequence = torch.repeat_interleave(torch.arange(N, device=x.device), lengths)
-    at = torch.arange(len(x), device=x.device) + gap * (sequence + 1)  # each token's new place
-    offsets = cu_seqlens.long() + gap * torch.arange(N + 1, device=x.device)
-    joined = x.new_empty(len(x) + gap * N, D)
-    own = offsets[:-1, None] + torch.arange(gap, device=x.device)  # [N, W − 1]
-    joined[own] = before.to(x.dtype)
-    joined[at] = x
-    y = short_convolution(
-        joined[None], convolution.weight.squeeze(1), offsets, head_dim=convolution.head_dim
-    )[0]
-    return y[at], joined[own + lengths[:, None]]
-
-
 def state_shapes(mixer: OSDN) -> tuple[tuple[int, ...], ...]:
     """Of S, d, and the histories of q and k and of v."""
     H, K, V = mixer.num_heads, mixer.head_dim, mixer.head_v_dim
     gap = mixer.q_conv1d.kernel_size[0] - 1
-    return (H, K, V), (H, K), (gap, 2 * H * K), (gap, H * V)
+    return (H, K, V), (H, K), (2 * H * K, gap), (H * V, gap)
 
 
 def state_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
@@ -336,11 +285,13 @@ class PagedModel(nn.Module):
         return self.norm(hidden_states)
 
 
-class OSDNForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefixCaching):
+class OSDNForCausalLM(nn.Module, HasInnerState, IsHybrid):
     """The language model that vLLM builds for a checkpoint of osdn.OSDNForCausalLM.
 
-    Pure models and hybrids with attention layers alike. One process a model: tensor and pipeline
-    parallelism are refused.
+    Pure models and hybrids with attention layers alike. Tensor and pipeline parallelism and
+    speculation are refused. Prefix caching is turned off (see vllm_plugin). With speculation, and
+    with prefix caching when prompts came in pieces, some requests got other tokens than `generate`
+    makes.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
@@ -349,6 +300,8 @@ class OSDNForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefixCac
         for option in ("tensor_parallel_size", "pipeline_parallel_size"):
             if (size := getattr(parallel, option)) != 1:
                 raise ValueError(f"{option}: OSDN models are served with 1, got {size}")
+        if vllm_config.speculative_config is not None:
+            raise ValueError("speculative_config: OSDN models are served without speculation")
         self.config = vllm_config.model_config.hf_config
         self.model = PagedModel(vllm_config=vllm_config, prefix=f"{prefix}model")
         self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)

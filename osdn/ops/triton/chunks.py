@@ -22,7 +22,7 @@ CHUNK = 64
 # chunks each.
 LONG, FEW, PROGRAMS, LEAST = 256, 64, 256, 16
 # The forward keeps the memory at the start of every SPAN-th chunk of a sequence; `gradients` starts
-# there. Measured at 4, 8 and 16 (docs/kernels.md). Segments consist of whole spans.
+# there. Measured at 4, 8 and 16 (docs/explanation/kernels.md). Segments consist of whole spans.
 SPAN = 8
 
 
