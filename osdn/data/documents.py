@@ -49,6 +49,7 @@ WHOLE = Share(0, 1)
 
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
+Key = Annotated[int, Field(ge=0, lt=2**64)]  # of a document: see content_key
 
 
 class Place(Outside):

@@ -10,13 +10,13 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from osdn.data.documents import WHOLE, Count, Document, Share, content_key
+from osdn.data.documents import WHOLE, Count, Document, Key, Share, content_key
 from osdn.data.readers import READERS, Found, Offset, read_text
 from osdn.errors import UserError
 from osdn.system.outside import shown
 from osdn.system.retry import persevere
 
-POSITION = TypeAdapter(tuple[Count, Count | tuple[Count, Count], Count | None, Count])
+POSITION = TypeAdapter(tuple[Count, Count | tuple[Count, Count], Key | None, Count])
 
 
 def expand(patterns: Sequence[str]) -> list[Path]:
