@@ -63,8 +63,7 @@ class OwnRule(OSDN):
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         """[B, T, D] -> ([B, T, D], None, None); no cache, no padding, no packing."""
-        q, k, v = self._convolve(hidden_states, None, None)[0]
-        beta, log_gamma = self.gates(hidden_states)
+        q, k, v, beta, log_gamma = self.operands(hidden_states)[:5]
         eta = self.step(hidden_states, k * k).expand_as(beta)
         log_gamma = torch.zeros_like(beta) if log_gamma is None else log_gamma
         tensors = (q, k, v, beta, log_gamma, eta)

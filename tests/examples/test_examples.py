@@ -91,8 +91,7 @@ def test_a_rule_is_what_its_token_by_token_form_says(label):
     kind, options = own_rule.RULES[label]
     own = layer(kind, **options)
     x = torch.randn(1, 9, 12, dtype=torch.float64)
-    (q, k, v), _ = own._convolve(x, None, None)
-    beta, log_gamma = own.gates(x)
+    q, k, v, beta, log_gamma = own.operands(x)[:5]
     start = own.start_precond()
     d = torch.zeros(2, 6) if kind is own_rule.FromZero else start
     home = start if issubclass(kind, own_rule.TowardsStart) else 0.0

@@ -121,7 +121,7 @@ def test_compiled_step(fast_backend):
     *tokens, S, d, _ = arguments(grad=False)
     states, compiled_states = (S.clone(), d.clone()), (S.clone(), d.clone())
     for t in range(3):
-        token = [x[:, t] for x in tokens]
+        token = [x[:, t] for x in tokens[:5]]  # without a decay of the state
         assert torch.equal(compiled(token, *compiled_states), step(token, *states))
     assert all(torch.equal(a, b) for a, b in zip(compiled_states, states))
     assert not torch.equal(S, states[0]) and not torch.equal(d, states[1])

@@ -108,7 +108,7 @@ REFUSED_STEP = {
     "precond": ({"precond": zeros(3, 4)}, "precond: expected shape (2, 3, 4) ([B, H, K])"),
     "state dtype": (
         {"state": zeros(2, 3, 4, 6).double()},
-        "state: expected a contiguous torch.float32 tensor, got torch.float64",
+        "state: expected a torch.float32 tensor whose places along dimension 0 are each contiguous",
     ),
     "layout": ({"state": zeros(2, 3, 6, 4).mT}, "with strides (72, 24, 1, 4)"),
     "gradient": ({"k": zeros(2, 3, 4).requires_grad_()}, "expected tensors that need no gradient"),

@@ -213,10 +213,14 @@ def test_mixers_and_gpus_order_themselves_as_measured(name):
     ],
 )
 def test_the_runs_on_one_gpu(gpu, name, overrides, speed, peak):
-    """Tokens/s, to which one share is fitted, and counted GiB (docs/reference/speed.md)."""
+    """Tokens/s, to which one share is fitted, and counted GiB (docs/reference/speed.md).
+
+    The GiB were measured with the kernels of 860e881. Those of 2026-11-28 keep less for the backward
+    (docs/log/2026-11-28-kernels.md) and were not measured in a model: the plan may be below.
+    """
     found = plan(name, gpu=GPUS[gpu], overrides=["model.forgetting=none", *overrides])
     assert found.tokens_per_s == pytest.approx(speed, rel=0.1)
-    assert found.memory.tensors / GIB == pytest.approx(peak, rel=0.05)
+    assert 0.9 * peak <= found.memory.tensors / GIB <= 1.05 * peak
 
 
 def test_what_does_not_divide_is_an_error_that_says_what_would():

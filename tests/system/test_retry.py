@@ -42,6 +42,10 @@ class Failing:
                 outer.read()
                 return super().read(*size)
 
+            def readline(self, *size):
+                outer.read()
+                return super().readline(*size)
+
             def __next__(self):
                 outer.read()
                 return super().__next__()
