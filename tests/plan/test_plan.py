@@ -215,8 +215,8 @@ def test_mixers_and_gpus_order_themselves_as_measured(name):
 def test_the_runs_on_one_gpu(gpu, name, overrides, speed, peak):
     """Tokens/s, to which one share is fitted, and counted GiB (docs/reference/speed.md).
 
-    The GiB were measured with the kernels of 860e881. Those of 2026-11-28 keep less for the backward
-    (docs/log/2026-11-28-kernels.md) and were not measured in a model: the plan may be below.
+    The GiB were measured with the kernels of 860e881. Those of 2026-11-28 keep less for the
+    backward (docs/log/2026-11-28-kernels.md) and were not measured in a model.
     """
     found = plan(name, gpu=GPUS[gpu], overrides=["model.forgetting=none", *overrides])
     assert found.tokens_per_s == pytest.approx(speed, rel=0.1)
