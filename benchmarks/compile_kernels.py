@@ -71,7 +71,7 @@ def compile_all(capability: int) -> Iterator[tuple[str, list[Row]]]:
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool = False, **options: Any) -> Any:
         kernel = original(self, *args, grid=grid, warmup=True, **options)
-        rows.append((self.fn.__name__, *resources(kernel.asm["cubin"])))
+        rows.append((self.fn.__name__, *resources(kernel.asm["cubin"]), str(kernel.metadata.shared)))
         return kernel
 
     JITFunction.run = run

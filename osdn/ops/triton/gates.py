@@ -5,9 +5,6 @@ Within a chunk every decay of d is exp(pre_t − post_j), and of the memory exp(
 the sums are large: a hard reset, log γ = −1e4 or −inf, would spoil what came long after it. So a
 sum is kept as (n, f): each log γ is an integer, whose sums and differences are exact, and a rest
 of at most a half. Gates of γ > 0.6 have n = 0.
-
-Phase 2 has the sums of log α as a tensor, sums [B, T, H, 2], post of every token from its chunk's
-start: `write_keys` makes them once, and its three kernels read them.
 """
 
 import triton
@@ -44,21 +41,10 @@ def load_retention(p, o_t, left, before, H: tl.constexpr, HAS_GAMMA: tl.constexp
 
 
 @triton.jit
-def store_sums(p, sums, o_t, left, H: tl.constexpr):
-    """Write (n, f) of local tokens o_t where `load_sums` finds them."""
-    n, f = sums
-    tl.store(p + o_t * (H * 2), n, mask=o_t < left)
-    tl.store(p + o_t * (H * 2) + 1, f, mask=o_t < left)
-
-
-@triton.jit
-def load_sums(p, o_t, left, BT: tl.constexpr, H: tl.constexpr):
-    """post of a chunk's tokens o_t and at its end, each as (n, f); zero past its last token."""
-    m_t = o_t < left
-    n = tl.load(p + o_t * (H * 2), mask=m_t, other=0.0)  # [BT]
-    f = tl.load(p + o_t * (H * 2) + 1, mask=m_t, other=0.0)  # [BT]
-    p += (tl.minimum(left, BT) - 1) * (H * 2)
-    return (n, f), (tl.load(p), tl.load(p + 1))
+def load_sums(log_alpha, o_t, left, H: tl.constexpr):
+    """post of the tokens of a chunk of the memory and post at its end, each as (n, f)."""
+    _, post, end = load_retention(log_alpha, o_t, left, (0.0, 0.0), H, True)
+    return post, end
 
 
 @triton.jit

@@ -39,6 +39,7 @@ from osdn.ops.triton.chunks import (
     load_transposed,
     locate_chunk,
     locate_sequence,
+    span_bound,
     split,
     store_tile,
     store_transposed,
@@ -49,20 +50,20 @@ from osdn.ops.triton.gates import across, decay, decay_from_start, down, load_ga
 from osdn.ops.triton.segments import link
 
 
-@triton.jit(do_not_specialize=["T", "segment", "rows", "total"])
+@triton.jit(do_not_specialize=["T", "segment", "rows"])
 def memory_reverse_kernel(
-    q, k, w, A, sums, e, do, kept, dfinal, dv, dw, ended, anchors, dinitial,
-    cu_seqlens, offsets, span_offsets, scale, T, segment, rows, total,
+    q, k, w, A, log_alpha, e, do, dfinal, dv, dw, ended, dkept, dinitial,
+    cu_seqlens, offsets, span_offsets, scale, T, segment, rows,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SPAN: tl.constexpr,
     IS_VARLEN: tl.constexpr, SAVE: tl.constexpr, HAS_ALPHA: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """dinitial [N, H, K, V]; if SAVE dv [B, T, H, V] and dw [blocks of V, B, T, H, K], what each
-    block of V adds to dw. HAS_ALPHA: also what it adds to ended [B, T, H], ⟨w, e dSᵀ⟩ times b, and
-    to anchors [spans, H], ⟨S, dS⟩ at the start of every span.
+    block of V adds to dw. HAS_ALPHA: also ended [blocks of V, B, T, H], ⟨w, e dSᵀ⟩ times b, and
+    dkept [spans, H, V, K], dSᵀ at the start of every span, in w's dtype.
 
     Without SAVE, dfinal counts as zero. Grid: N · H · blocks of V; N counts segments where there
-    are any. rows: B T. total: the number of spans.
+    are any. rows: B T.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % NV
@@ -78,7 +79,7 @@ def memory_reverse_kernel(
     k += row * K
     w += row * K
     A += row * BT
-    sums += row * 2
+    log_alpha += row
     e += row * V
     do += row * V
     dv += row * V
@@ -89,9 +90,7 @@ def memory_reverse_kernel(
     if HAS_ALPHA and SAVE:
         spans = tl.cdiv(segment, SPAN)
         _, _, first = locate_sequence(i_n, cu_seqlens, span_offsets, T, spans, BT * SPAN, IS_VARLEN)
-        first += tl.cdiv(NT, SPAN) - 1  # now the last
-        kept += (first * H + i_h) * K * V
-        anchors += (i_v.to(tl.int64) * total + first) * H + i_h
+        dkept += ((first + tl.cdiv(NT, SPAN) - 1) * H + i_h) * K * V  # of the last one
 
     # b_dS is dSᵀ [BV, BK]
     if SAVE:
@@ -107,7 +106,7 @@ def memory_reverse_kernel(
         b_A = load_tile(A, o_t, left, H * BT, o_t, BT)  # [BT, BT]
         b_P = tl.dot(b_q, tl.trans(b_w), input_precision=PREC)  # q wᵀ [BT, BT]
         if HAS_ALPHA:
-            at, end = load_sums(sums, o_t, left, BT, H)
+            at, end = load_sums(log_alpha, o_t, left, H)
             b_P *= decay(down(at), across(at))
         b_P = tl.where(o_t[:, None] >= o_t[None, :], b_P, 0.0).to(type)
 
@@ -156,15 +155,13 @@ def memory_reverse_kernel(
             store_tile(dw, b_dw * scale, o_t, left, H * K, o_k, K)
             if HAS_ALPHA:  # noqa: SIM102 (decided when it is compiled)
                 if i_t % SPAN == 0:
-                    b_S = load_tile(kept, o_v, V, K, o_k, K)  # Sᵀ [BV, BK]
-                    tl.store(anchors, tl.sum(tl.sum(b_S * b_dS, 1), 0) * scale)
-                    kept -= H * K * V
-                    anchors -= H
+                    store_tile(dkept, b_dS * scale, o_v, V, K, o_k, K)
+                    dkept -= H * K * V
         q -= BT * H * K
         k -= BT * H * K
         w -= BT * H * K
         A -= BT * H * BT
-        sums -= BT * H * 2
+        log_alpha -= BT * H
         e -= BT * H * V
         do -= BT * H * V
         dv -= BT * H * V
@@ -221,7 +218,7 @@ def _dlog_alpha(between, start, ended, whole, o_t, PREC: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "rows"])
 def gradients_kernel(
-    q, k, w, sums, e, do, dv, kept, ended, anchors, dq, dk, dlog_alpha,
+    q, k, w, log_alpha, e, do, dv, kept, ended, dkept, dq, dk, dlog_alpha,
     cu_seqlens, span_indices, scale, T, rows,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SPAN: tl.constexpr,
@@ -230,9 +227,9 @@ def gradients_kernel(
     """dq and dk (phase 2's part) [B, T, H, K]; if HAS_ALPHA dlog_alpha [blocks of K, B, T, H], what
     each block of K adds. Grid: spans · H · blocks of K. rows: B T.
 
-    ended and anchors as `memory_reverse_kernel` left them, in all. With S and dS the memory at a
-    chunk's start and its gradient there, ⟨S, dS⟩ less Σ start is exp(G_C) times its gradient, and
-    that and Σ ended is ⟨S, dS⟩ at the next chunk's start. So it goes through a span, from anchors.
+    ended [B, T, H] and dkept from `memory_reverse`. With S and dS the memory at a chunk's start and
+    its gradient, ⟨S, dS⟩ less Σ start is exp(G_C) times the gradient of that; with Σ ended added it
+    is ⟨S, dS⟩ at the next chunk's start. So it is found through a span, from S and dS kept.
     """
     NK: tl.constexpr = (K + BK - 1) // BK
     i_k = tl.program_id(0) % NK
@@ -252,19 +249,20 @@ def gradients_kernel(
     dv += row * V
     q += row * K
     k += row * K
-    sums += row * 2
+    log_alpha += row
     ended += row
     dlog_alpha += i_k.to(tl.int64) * rows * H + row
-    at = 0.0
-    b_SdS = 0.0
-    if HAS_ALPHA:  # the first block of K counts what is not of one block
-        b_SdS = tl.where(i_k == 0, tl.load(anchors + i_s.to(tl.int64) * H + i_h), 0.0)
     kept += (i_s.to(tl.int64) * H + i_h) * K * V
+    dkept += (i_s.to(tl.int64) * H + i_h) * K * V
+    b_SdS = 0.0  # of this block of K
 
     S = ()  # Sᵀ in blocks [BV, BK]
     for i in tl.static_range((V + BV - 1) // BV):
         o_v = i * BV + tl.arange(0, BV)
-        b_S = load_tile(kept, o_v, V, K, o_k, K).to(tl.float32)
+        b_S = load_tile(kept, o_v, V, K, o_k, K).to(tl.float32)  # [BV, BK]
+        if HAS_ALPHA:
+            b_dS = load_tile(dkept, o_v, V, K, o_k, K)  # [BV, BK]
+            b_SdS += tl.sum(tl.sum(b_S * b_dS, 1), 0)
         S = S + (b_S,)  # type: ignore[assignment]  # noqa: RUF005 (Triton knows no stars)
     left = tl.minimum(left, BT * SPAN)
     for i_t in range(tl.cdiv(left, BT)):
@@ -274,8 +272,9 @@ def gradients_kernel(
         for i in tl.static_range(len(S)):
             b_e = load_tile(e, o_t, rest, H * V, i * BV + tl.arange(0, BV), V)  # [BT, BV]
             E = E + (b_e,)  # type: ignore[assignment]  # noqa: RUF005
+        at, end = (0.0, 0.0), (0.0, 0.0)
         if HAS_ALPHA:
-            at, end = load_sums(sums, o_t, rest, BT, H)
+            at, end = load_sums(log_alpha, o_t, rest, H)
         b_dq, M_q, s_q = _read(do, E, S, b_w, q, at, o_t, rest, o_k, True, HAS_ALPHA,
                                H, K, V, BV, PREC)  # fmt: skip
         store_tile(dq, b_dq * scale, o_t, rest, H * K, o_k, K)
@@ -283,7 +282,7 @@ def gradients_kernel(
                                H, K, V, BV, PREC)  # fmt: skip
         store_tile(dk, -b_dk, o_t, rest, H * K, o_k, K)
         if HAS_ALPHA:
-            b_end = load_gate(ended, o_t, tl.where(i_k == 0, rest, 0), H)
+            b_end = load_gate(ended, o_t, tl.where(i_k == 0, rest, 0), H)  # one block counts it
             b_start = scale * s_q - s_k
             b_SdS = tl.where(decay_from_start(end) > 0, b_SdS - tl.sum(b_start, 0), 0.0)
             b_dg = _dlog_alpha(scale * M_q - M_k, b_start, b_end, b_SdS, o_t, PREC)
@@ -301,7 +300,7 @@ def gradients_kernel(
 
         q += BT * H * K
         k += BT * H * K
-        sums += BT * H * 2
+        log_alpha += BT * H
         ended += BT * H
         dlog_alpha += BT * H
         w += BT * H * K
@@ -317,38 +316,40 @@ def memory_reverse(
     k: Tensor,
     w: Tensor,
     A: Tensor,
-    sums: Tensor | None,
+    log_alpha: Tensor | None,
     e: Tensor,
     do: Tensor,
-    kept: Tensor,
     dfinal_state: Tensor,
     M: Tensor,
     chunks: Chunks,
     rule: Options,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """(dv, dw, dinitial_state, [ended, anchors] with a state decay); M as `memory` gave it.
+    """(dv, dw, dinitial_state, [ended, dkept] with a state decay); M as `memory` gave it.
 
-    ended [B, T, H] and anchors [spans, H] as `gradients_kernel` takes them.
+    ended [B, T, H] and dkept [spans, H, V, K] as `gradients_kernel` takes them.
     """
     (B, T, H, K), V = q.shape, do.shape[-1]
     blocks = triton.cdiv(V, launch("memory_reverse", q, K, V)["BV"])
     dv, dw = torch.empty_like(do), q.new_empty(blocks, *q.shape)
     parts = []
-    if sums is not None:
-        parts = [sums.new_empty(blocks, B, T, H), sums.new_empty(blocks, len(kept), H)]
+    if log_alpha is not None:
+        parts = [
+            log_alpha.new_empty(blocks, B, T, H),
+            w.new_empty(span_bound(B, T, chunks.cu_seqlens), H, V, K),
+        ]
     if rule.scale == 0:  # nothing was read; the walk divides by scale
         do, rule = torch.zeros_like(do), rule._replace(scale=1.0)
     if not len(M):
         dinitial = torch.empty_like(dfinal_state)
-        _walk(q, k, w, A, sums, e, do, kept, dfinal_state, dv, dw, parts, dinitial, chunks, rule)
+        _walk(q, k, w, A, log_alpha, e, do, dfinal_state, dv, dw, parts, dinitial, chunks, rule)
     else:
         segments = split(chunks, len(M) // chunks.sequences)
         R = torch.empty(*M.shape[:-1], V, dtype=torch.float32, device=q.device)
-        _walk(q, k, w, A, sums, e, do, kept, R, None, None, parts, R, segments, rule)
+        _walk(q, k, w, A, log_alpha, e, do, R, None, None, parts, R, segments, rule)
         ends, dinitial = link(M, R, dfinal_state, reverse=True)
-        _walk(q, k, w, A, sums, e, do, kept, ends, dv, dw, parts, R, segments, rule)
+        _walk(q, k, w, A, log_alpha, e, do, ends, dv, dw, parts, R, segments, rule)
     # One block wherever V is at most 128 and numbers have 16 bits.
-    dw, *parts = (x[0] if blocks == 1 else x.sum(0) for x in (dw, *parts))
+    dw, *parts[:1] = (x[0] if blocks == 1 else x.sum(0) for x in (dw, *parts[:1]))
     return dv, dw, dinitial, parts
 
 
@@ -357,10 +358,9 @@ def _walk(
     k: Tensor,
     w: Tensor,
     A: Tensor,
-    sums: Tensor | None,
+    log_alpha: Tensor | None,
     e: Tensor,
     do: Tensor,
-    kept: Tensor,
     dfinal: Tensor,
     dv: Tensor | None,
     dw: Tensor | None,
@@ -372,13 +372,13 @@ def _walk(
     """Launch the reverse kernel; without dv and dw only dinitial is written, from zero."""
     (B, T, H, K), V = q.shape, do.shape[-1]
     config = launch("memory_reverse", q, K, V)
-    ended, anchors = parts or (dinitial, dinitial)
+    ended, dkept = parts or (dinitial, dinitial)
     memory_reverse_kernel[(chunks.sequences * H * triton.cdiv(V, config["BV"]),)](
-        q, k, w, A, A if sums is None else sums, e, do, kept, dfinal,
-        do if dv is None else dv, q if dw is None else dw, ended, anchors, dinitial,
+        q, k, w, A, A if log_alpha is None else log_alpha, e, do, dfinal,
+        do if dv is None else dv, q if dw is None else dw, ended, dkept, dinitial,
         chunks.cu_seqlens, chunks.offsets, chunks.spans.offsets, rule.scale, T, chunks.segment,
-        B * T, len(kept), H=H, K=K, V=V, BT=CHUNK, BK=tile(K), SPAN=cutting.SPAN,
-        IS_VARLEN=chunks.offsets is not None, SAVE=dv is not None, HAS_ALPHA=sums is not None,
+        B * T, H=H, K=K, V=V, BT=CHUNK, BK=tile(K), SPAN=cutting.SPAN,
+        IS_VARLEN=chunks.offsets is not None, SAVE=dv is not None, HAS_ALPHA=log_alpha is not None,
         PREC=precision(q), **config,
     )  # fmt: skip
 
@@ -387,7 +387,7 @@ def gradients(
     q: Tensor,
     k: Tensor,
     w: Tensor,
-    sums: Tensor | None,
+    log_alpha: Tensor | None,
     e: Tensor,
     do: Tensor,
     dv: Tensor,
@@ -403,15 +403,15 @@ def gradients(
     config = launch("gradients", w, K, V)
     blocks = triton.cdiv(K, config["BK"])
     dq, dk, dlog_alpha = torch.empty_like(w), torch.empty_like(w), None
-    if sums is not None:
-        dlog_alpha = sums.new_empty(blocks, B, T, H)
-    ended, anchors = parts or (w, w)
+    if log_alpha is not None:
+        dlog_alpha = log_alpha.new_empty(blocks, B, T, H)
+    ended, dkept = parts or (w, w)
     gradients_kernel[(chunks.spans.bound * H * blocks,)](
-        q, k, w, w if sums is None else sums, e, do, dv, kept, ended, anchors,
+        q, k, w, w if log_alpha is None else log_alpha, e, do, dv, kept, ended, dkept,
         dq, dk, dk if dlog_alpha is None else dlog_alpha,
         chunks.cu_seqlens, chunks.spans.indices, rule.scale, T, B * T,
         H=H, K=K, V=V, BT=CHUNK, SPAN=cutting.SPAN, IS_VARLEN=chunks.indices is not None,
-        HAS_ALPHA=sums is not None, PREC=precision(w), **config,
+        HAS_ALPHA=log_alpha is not None, PREC=precision(w), **config,
     )  # fmt: skip
     if dlog_alpha is not None:
         dlog_alpha = dlog_alpha[0] if blocks == 1 else dlog_alpha.sum(0)

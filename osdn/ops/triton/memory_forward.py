@@ -50,7 +50,7 @@ from osdn.ops.triton.segments import link
 
 @triton.jit(do_not_specialize=["T", "segment"])
 def memory_kernel(
-    q, k, w, v, A, sums, initial, o, e, kept, final,
+    q, k, w, v, A, log_alpha, initial, o, e, kept, final,
     cu_seqlens, offsets, span_offsets, scale, T, segment,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SPAN: tl.constexpr,
@@ -77,7 +77,7 @@ def memory_kernel(
     k += row * K
     w += row * K
     A += row * BT
-    sums += row * 2
+    log_alpha += row
     v += row * V
     o += row * V
     e += row * V
@@ -109,7 +109,7 @@ def memory_kernel(
         S = b_S.to(type)
         b_u = tl.dot(S, tl.trans(b_k), input_precision=PREC)  # Sᵀ kᵀ [BV, BT]
         if HAS_ALPHA:
-            at, end = load_sums(sums, o_t, left, BT, H)
+            at, end = load_sums(log_alpha, o_t, left, H)
             b_u *= decay_from_start(at)[None, :]
         if VALUES:
             b_v = load_transposed(v, o_v, V, H * V, o_t, left)  # vᵀ [BV, BT]
@@ -144,7 +144,7 @@ def memory_kernel(
         k += BT * H * K
         w += BT * H * K
         A += BT * H * BT
-        sums += BT * H * 2
+        log_alpha += BT * H
         v += BT * H * V
         o += BT * H * V
         e += BT * H * V
@@ -157,7 +157,7 @@ def memory(
     w: Tensor,
     v: Tensor,
     A: Tensor,
-    sums: Tensor | None,
+    log_alpha: Tensor | None,
     initial_state: Tensor,
     e: Tensor | None,
     kept: Tensor | None,
@@ -172,15 +172,15 @@ def memory(
     o, M = torch.empty_like(v), transitions_like(q, v, chunks.cu_seqlens)
     if not len(M):
         final = torch.empty_like(initial_state)
-        _walk(q, k, w, v, A, sums, initial_state, o, e, kept, final, chunks, rule)
+        _walk(q, k, w, v, A, log_alpha, initial_state, o, e, kept, final, chunks, rule)
         return o, final, M
     H, K, V = initial_state.shape[1:]
     U = torch.empty(len(M), H, K, V, dtype=torch.float32, device=q.device)
     segments = split(chunks, len(M) // chunks.sequences)
-    _walk(None, k, w, None, A, sums, M, None, None, None, M, segments, rule)
-    _walk(None, k, w, v, A, sums, U, None, None, None, U, segments, rule)
+    _walk(None, k, w, None, A, log_alpha, M, None, None, None, M, segments, rule)
+    _walk(None, k, w, v, A, log_alpha, U, None, None, None, U, segments, rule)
     starts, final = link(M, U, initial_state, reverse=False)
-    _walk(q, k, w, v, A, sums, starts, o, e, kept, U, segments, rule)
+    _walk(q, k, w, v, A, log_alpha, starts, o, e, kept, U, segments, rule)
     return o, final, M
 
 
@@ -198,7 +198,7 @@ def _walk(
     w: Tensor,
     v: Tensor | None,
     A: Tensor,
-    sums: Tensor | None,
+    log_alpha: Tensor | None,
     initial: Tensor,
     o: Tensor | None,
     e: Tensor | None,
@@ -212,11 +212,11 @@ def _walk(
     config = launch("memory", w, K, V)
     memory_kernel[(chunks.sequences * H * triton.cdiv(V, config["BV"]),)](
         w if q is None else q, k, w, w if v is None else v, A,
-        A if sums is None else sums, initial, w if o is None else o, w if e is None else e,
-        w if kept is None else kept, final,
+        A if log_alpha is None else log_alpha, initial, w if o is None else o,
+        w if e is None else e, w if kept is None else kept, final,
         chunks.cu_seqlens, chunks.offsets, chunks.spans.offsets, rule.scale, T, chunks.segment,
         H=H, K=K, V=V, BT=CHUNK, BK=tile(K), SPAN=cutting.SPAN,
         IS_VARLEN=chunks.offsets is not None,
         VALUES=v is not None, READ=o is not None, SAVE=e is not None,
-        HAS_ALPHA=sums is not None, PREC=precision(w), **config,
+        HAS_ALPHA=log_alpha is not None, PREC=precision(w), **config,
     )  # fmt: skip

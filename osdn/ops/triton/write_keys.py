@@ -37,7 +37,6 @@ from osdn.ops.triton.gates import (
     down,
     load_gate,
     load_retention,
-    store_sums,
 )
 from osdn.ops.triton.solve import SCRATCH, invert, mul, store_blocks
 
@@ -94,30 +93,16 @@ def _write_key(p_k, p_w, o_t, left, o_k, c, out, box, gates, K: tl.constexpr, H:
     return k, w, c, out
 
 
-@triton.jit
-def _gate_memory(log_alpha, sums, o_s, left, H: tl.constexpr):
-    """G of four runs of 16 tokens, each as (n, f), which are also written to sums."""
-    _, G0, end = load_retention(log_alpha, o_s, left, (0.0, 0.0), H, True)
-    _, G1, end = load_retention(log_alpha, o_s + 16, left, end, H, True)
-    _, G2, end = load_retention(log_alpha, o_s + 32, left, end, H, True)
-    _, G3, end = load_retention(log_alpha, o_s + 48, left, end, H, True)
-    store_sums(sums, G0, o_s, left, H)
-    store_sums(sums, G1, o_s + 16, left, H)
-    store_sums(sums, G2, o_s + 32, left, H)
-    store_sums(sums, G3, o_s + 48, left, H)
-    return G0, G1, G2, G3
-
-
 @triton.jit(do_not_specialize=["T"])
 def write_keys_kernel(
-    k, beta, log_gamma, log_alpha, x, starts, w, A, sums, scratch, clipped,
+    k, beta, log_gamma, log_alpha, x, starts, w, A, scratch, clipped,
     cu_seqlens, indices, eta, d_min, d_max, T,
     H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     HAS_GAMMA: tl.constexpr, HAS_ALPHA: tl.constexpr, BETA_AWARE: tl.constexpr,
     IS_VARLEN: tl.constexpr, PATH: tl.constexpr, STORED: tl.constexpr, BOXED: tl.constexpr,
     PREC: tl.constexpr, SOLVE: tl.constexpr,
 ):  # fmt: skip
-    """w [B, T, H, K], A [B, T, H, BT], in k's dtype; sums [B, T, H, 2]. Grid: chunks · H.
+    """w [B, T, H, K], A [B, T, H, BT], in k's dtype. Grid: chunks · H.
 
     starts [chunks, H, K]: d at each chunk's start; PATH: d moves within it. BOXED: lowers
     clipped [N, H] to the number of the first chunk where it leaves the box; STORED: w is there,
@@ -176,7 +161,11 @@ def write_keys_kernel(
     if BOXED and not STORED:
         tl.atomic_min(clipped, i_c, mask=tl.max(tl.max(out, 1), 0) > 0)
     if HAS_ALPHA:
-        G0, G1, G2, G3 = _gate_memory(log_alpha + row, sums + row * 2, o_0, left, H)
+        log_alpha += row
+        _, G0, end = load_retention(log_alpha, o_0, left, (0.0, 0.0), H, True)
+        _, G1, end = load_retention(log_alpha, o_1, left, end, H, True)
+        _, G2, end = load_retention(log_alpha, o_2, left, end, H, True)
+        _, G3, end = load_retention(log_alpha, o_3, left, end, H, True)
         L00 *= decay(down(G0), across(G0))
         L10 *= decay(down(G1), across(G0))
         L11 *= decay(down(G1), across(G1))
@@ -201,14 +190,13 @@ def write_keys(
     starts: Tensor,
     w: Tensor,
     A: Tensor,
-    sums: Tensor,
     clipped: Tensor,
     chunks: Chunks,
     rule: Options,
     *,
     repair: bool,
 ) -> None:
-    """Fill w and A, with log_alpha sums, and with a box clipped.
+    """Fill w and A, and with a box clipped.
 
     With repair, only A, from chunk `clipped` on.
     """
@@ -218,7 +206,7 @@ def write_keys(
         clipped.fill_(chunks.bound)
     write_keys_kernel[(chunks.bound * H,)](
         k, beta, beta if log_gamma is None else log_gamma,
-        beta if log_alpha is None else log_alpha, x, starts, w, A, sums,
+        beta if log_alpha is None else log_alpha, x, starts, w, A,
         A.new_empty(chunks.bound * H * SCRATCH, dtype=torch.float32), clipped,
         chunks.cu_seqlens, chunks.indices, rule.eta,
         rule.precond_min if boxed else 0.0, rule.precond_max if boxed else 0.0, T,
