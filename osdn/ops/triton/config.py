@@ -23,7 +23,7 @@ CONFIG: dict[str, dict[str, Any]] = {
     "write_keys": {"num_warps": 1, "BK": 32},
     "memory": {"num_warps": 8, "num_stages": 2, "BV": 128},
     "memory_reverse": {"num_warps": 8, "num_stages": 2, "BV": 128},
-    "gradients": {"num_warps": 8, "num_stages": 1, "BK": 128, "BV": 128},
+    "gradients": {"num_warps": 4, "num_stages": 1, "BK": 64, "BV": 128},
     "couple": {"num_warps": 4, "BK": 128},
     "scan_reverse": {"num_warps": 4, "STAGES": 4},
     "precond_gradients": {"num_warps": 4, "BK": 32, "maxnreg": 128},
