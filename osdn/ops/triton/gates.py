@@ -7,10 +7,24 @@ sum is kept as (n, f): each log γ is an integer, whose sums and differences are
 of at most a half. Gates of γ > 0.6 have n = 0.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LEAST_LOG = tl.constexpr(-128.0)  # its exp is 0 in float32, and −inf − (−inf) would be NaN
+
+
+class Decay(NamedTuple):
+    """How the memory decays within each chunk, with G_t = Σ log α from its start to token t.
+
+    between: [B, T, H, CHUNK] in k's dtype, exp(G_i − G_j) of token i at j ≤ i, else 0.
+    ends: [B, T, H, 2] float32, exp(G_t) and exp(G_C − G_t).
+    """
+
+    between: Tensor
+    ends: Tensor
 
 
 @triton.jit
@@ -41,10 +55,29 @@ def load_retention(p, o_t, left, before, H: tl.constexpr, HAS_GAMMA: tl.constexp
 
 
 @triton.jit
-def load_sums(log_alpha, o_t, left, H: tl.constexpr):
-    """post of the tokens of a chunk of the memory and post at its end, each as (n, f)."""
-    _, post, end = load_retention(log_alpha, o_t, left, (0.0, 0.0), H, True)
-    return post, end
+def store_ends(p, o_t, left, post, end, H: tl.constexpr):
+    """Write what is left of S from a chunk's start at its tokens o_t, and from them at its end."""
+    m_t = o_t < left
+    tl.store(p + o_t * (H * 2), decay_from_start(post), mask=m_t)
+    tl.store(p + o_t * (H * 2) + 1, decay(end, post), mask=m_t)
+
+
+@triton.jit
+def load_start(p, o_t, left, H: tl.constexpr):
+    """exp(G) of tokens o_t, as `store_ends` wrote it."""
+    return tl.load(p + o_t * (H * 2), mask=o_t < left, other=0.0)
+
+
+@triton.jit
+def load_end(p, o_t, left, H: tl.constexpr):
+    """exp(G_C − G) of tokens o_t."""
+    return tl.load(p + o_t * (H * 2) + 1, mask=o_t < left, other=0.0)
+
+
+@triton.jit
+def load_whole(p, left, BT: tl.constexpr, H: tl.constexpr):
+    """exp(G_C), of the chunk's last token."""
+    return tl.load(p + (tl.minimum(left, BT) - 1) * (H * 2))
 
 
 @triton.jit

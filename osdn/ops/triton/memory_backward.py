@@ -46,13 +46,13 @@ from osdn.ops.triton.chunks import (
     tile,
 )
 from osdn.ops.triton.config import launch, precision
-from osdn.ops.triton.gates import across, decay, decay_from_start, down, load_gate, load_sums
+from osdn.ops.triton.gates import Decay, load_end, load_gate, load_start, load_whole
 from osdn.ops.triton.segments import link
 
 
 @triton.jit(do_not_specialize=["T", "segment", "rows"])
 def memory_reverse_kernel(
-    q, k, w, A, log_alpha, e, do, dfinal, dv, dw, ended, dkept, dinitial,
+    q, k, w, A, between, ends, e, do, dfinal, dv, dw, ended, dkept, dinitial,
     cu_seqlens, offsets, span_offsets, scale, T, segment, rows,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SPAN: tl.constexpr,
@@ -79,7 +79,8 @@ def memory_reverse_kernel(
     k += row * K
     w += row * K
     A += row * BT
-    log_alpha += row
+    between += row * BT
+    ends += row * 2
     e += row * V
     do += row * V
     dv += row * V
@@ -106,15 +107,15 @@ def memory_reverse_kernel(
         b_A = load_tile(A, o_t, left, H * BT, o_t, BT)  # [BT, BT]
         b_P = tl.dot(b_q, tl.trans(b_w), input_precision=PREC)  # q wᵀ [BT, BT]
         if HAS_ALPHA:
-            at, end = load_sums(log_alpha, o_t, left, H)
-            b_P *= decay(down(at), across(at))
+            b_D = load_tile(between, o_t, left, H * BT, o_t, BT)  # [BT, BT]
+            b_P *= b_D
         b_P = tl.where(o_t[:, None] >= o_t[None, :], b_P, 0.0).to(type)
 
         # zᵀ, then dvᵀ, then dSᵀ: each product waits for the one before it.
         dS = b_dS.to(type)
         if HAS_ALPHA:
             b_z = tl.dot(dS, tl.trans(b_w), input_precision=PREC)  # [BV, BT]
-            b_z *= decay(end, at)[None, :]
+            b_z *= load_end(ends, o_t, left, H)[None, :]
             b_z = tl.dot(tl.trans(b_do), b_P, b_z, input_precision=PREC)  # [BV, BT]
         else:
             b_z = tl.dot(tl.trans(b_do), b_P, input_precision=PREC)  # [BV, BT]
@@ -123,11 +124,11 @@ def memory_reverse_kernel(
         if SAVE:
             store_transposed(dv, b_dv * scale, o_v, V, H * V, o_t, left)
         if HAS_ALPHA:
-            start = decay_from_start(at)[None, :]
-            b_dS *= decay_from_start(end)
-            b_x = (tl.trans(b_do) * start).to(type)  # [BV, BT]
-            b_dS = tl.dot(b_x, b_q, b_dS, input_precision=PREC)  # [BV, BK]
-            b_x = (-b_dv * start).to(type)  # [BV, BT]
+            b_start = load_start(ends, o_t, left, H)  # [BT]
+            b_dS *= load_whole(ends, left, BT, H)
+            b_x = (b_q * b_start[:, None]).to(type)  # [BT, BK]
+            b_dS = tl.dot(tl.trans(b_do), b_x, b_dS, input_precision=PREC)  # [BV, BK]
+            b_x = (-b_dv * b_start[None, :]).to(type)  # [BV, BT]
             b_dS = tl.dot(b_x, b_k, b_dS, input_precision=PREC)  # [BV, BK]
             b_dv = b_dv.to(type)
         else:
@@ -141,15 +142,15 @@ def memory_reverse_kernel(
             b_dw = tl.dot(b_e, dS, input_precision=PREC)  # [BT, BK]
             b_R = tl.dot(b_e, tl.trans(b_do), input_precision=PREC)  # [BT, BT]
             if HAS_ALPHA:
-                b_dw *= decay(end, at)[:, None]
+                b_dw *= load_end(ends, o_t, left, H)[:, None]
                 b_w_dw = tl.sum(b_w * b_dw, 1) * scale  # [BT, BK] over K
                 tl.store(ended + o_t * H, b_w_dw, mask=o_t < left)
-                b_R *= decay(across(at), down(at))
+                b_R *= tl.trans(b_D)
             b_R = tl.where(o_t[:, None] <= o_t[None, :], b_R, 0.0).to(type)
             b_dw = tl.dot(b_R, b_q, b_dw, input_precision=PREC)
             b_U = tl.dot(b_e, b_dv, input_precision=PREC)  # [BT, BT]
             if HAS_ALPHA:
-                b_U *= decay(across(at), down(at))
+                b_U *= tl.trans(b_D)
             b_U = tl.where(o_t[:, None] < o_t[None, :], -b_U, 0.0).to(type)
             b_dw = tl.dot(b_U, b_k, b_dw, input_precision=PREC)
             store_tile(dw, b_dw * scale, o_t, left, H * K, o_k, K)
@@ -161,7 +162,8 @@ def memory_reverse_kernel(
         k -= BT * H * K
         w -= BT * H * K
         A -= BT * H * BT
-        log_alpha -= BT * H
+        between -= BT * H * BT
+        ends -= BT * H * 2
         e -= BT * H * V
         do -= BT * H * V
         dv -= BT * H * V
@@ -171,9 +173,9 @@ def memory_reverse_kernel(
 
 
 @triton.jit
-def _read(p, E, S, b_w, p_key, at, o_t, left, o_k, DIAGONAL: tl.constexpr, HAS_ALPHA: tl.constexpr,
-          H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-          PREC: tl.constexpr):  # fmt: skip
+def _read(p, E, S, b_w, p_key, b_D, b_start, o_t, left, o_k,
+          DIAGONAL: tl.constexpr, HAS_ALPHA: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+          V: tl.constexpr, BV: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
     """x Sᵀ + tril(x eᵀ) w [BT, BK] for x [BT, V] at p; the diagonal counts if DIAGONAL.
 
     HAS_ALPHA: its two terms times a and G. With the key that reads, q or k at p_key, also both
@@ -193,8 +195,8 @@ def _read(p, E, S, b_w, p_key, at, o_t, left, o_k, DIAGONAL: tl.constexpr, HAS_A
     between, start = 0.0, 0.0
     if HAS_ALPHA:
         b_key = load_tile(p_key, o_t, left, H * K, o_k, K)  # [BT, BK]
-        b_R *= decay(down(at), across(at))
-        b_y *= decay_from_start(at)[:, None]
+        b_R *= b_D
+        b_y *= b_start[:, None]
         between = b_R * tl.dot(b_key, tl.trans(b_w), input_precision=PREC)  # [BT, BT]
         start = tl.sum(b_key * b_y, 1)  # [BT, BK] over K
     b_y = tl.dot(b_R.to(b_w.dtype), b_w, b_y, input_precision=PREC)  # [BT, BK]
@@ -212,13 +214,14 @@ def _dlog_alpha(between, start, ended, whole, o_t, PREC: tl.constexpr):
     """
     later = tl.where(o_t[None, :] >= o_t[:, None], 1.0, 0.0)
     b_M = tl.dot(later, between, input_precision=PREC)  # Σ_{i≥t} between_ij [BT, BT]
-    before = o_t[None, :] < o_t[:, None]
-    return whole + tl.sum(tl.where(before, b_M + ended[None, :], start[None, :]), 1)
+    b_M = tl.where(o_t[None, :] < o_t[:, None], b_M, 0.0)
+    b_g = tl.sum(b_M, 1) + tl.cumsum(start, 0, reverse=True)  # [BT]
+    return b_g + (tl.cumsum(ended, 0) - ended) + whole
 
 
 @triton.jit(do_not_specialize=["T", "rows"])
 def gradients_kernel(
-    q, k, w, log_alpha, e, do, dv, kept, ended, dkept, dq, dk, dlog_alpha,
+    q, k, w, between, ends, e, do, dv, kept, ended, dkept, dq, dk, dlog_alpha,
     cu_seqlens, span_indices, scale, T, rows,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SPAN: tl.constexpr,
@@ -249,7 +252,8 @@ def gradients_kernel(
     dv += row * V
     q += row * K
     k += row * K
-    log_alpha += row
+    between += row * BT
+    ends += row * 2
     ended += row
     dlog_alpha += i_k.to(tl.int64) * rows * H + row
     kept += (i_s.to(tl.int64) * H + i_h) * K * V
@@ -272,35 +276,38 @@ def gradients_kernel(
         for i in tl.static_range(len(S)):
             b_e = load_tile(e, o_t, rest, H * V, i * BV + tl.arange(0, BV), V)  # [BT, BV]
             E = E + (b_e,)  # type: ignore[assignment]  # noqa: RUF005
-        at, end = (0.0, 0.0), (0.0, 0.0)
+        b_D, b_start = 0.0, 0.0
         if HAS_ALPHA:
-            at, end = load_sums(log_alpha, o_t, rest, H)
-        b_dq, M_q, s_q = _read(do, E, S, b_w, q, at, o_t, rest, o_k, True, HAS_ALPHA,
+            b_D = load_tile(between, o_t, rest, H * BT, o_t, BT)  # [BT, BT]
+            b_start = load_start(ends, o_t, rest, H)  # [BT]
+            whole = load_whole(ends, rest, BT, H)
+        b_dq, M_q, s_q = _read(do, E, S, b_w, q, b_D, b_start, o_t, rest, o_k, True, HAS_ALPHA,
                                H, K, V, BV, PREC)  # fmt: skip
         store_tile(dq, b_dq * scale, o_t, rest, H * K, o_k, K)
-        b_dk, M_k, s_k = _read(dv, E, S, b_w, k, at, o_t, rest, o_k, False, HAS_ALPHA,
+        b_dk, M_k, s_k = _read(dv, E, S, b_w, k, b_D, b_start, o_t, rest, o_k, False, HAS_ALPHA,
                                H, K, V, BV, PREC)  # fmt: skip
         store_tile(dk, -b_dk, o_t, rest, H * K, o_k, K)
         if HAS_ALPHA:
             b_end = load_gate(ended, o_t, tl.where(i_k == 0, rest, 0), H)  # one block counts it
-            b_start = scale * s_q - s_k
-            b_SdS = tl.where(decay_from_start(end) > 0, b_SdS - tl.sum(b_start, 0), 0.0)
-            b_dg = _dlog_alpha(scale * M_q - M_k, b_start, b_end, b_SdS, o_t, PREC)
+            b_read = scale * s_q - s_k  # [BT]
+            b_SdS = tl.where(whole > 0, b_SdS - tl.sum(b_read, 0), 0.0)
+            b_dg = _dlog_alpha(scale * M_q - M_k, b_read, b_end, b_SdS, o_t, PREC)
             tl.store(dlog_alpha + o_t * H, b_dg, mask=o_t < rest)
             b_SdS += tl.sum(b_end, 0)
-            b_w = (b_w * decay(end, at)[:, None]).to(b_w.dtype)
+            b_w = (b_w * load_end(ends, o_t, rest, H)[:, None]).to(b_w.dtype)
         after = ()
         for i in tl.static_range(len(S)):
             b_S = S[i]  # [BV, BK]
             if HAS_ALPHA:
-                b_S *= decay_from_start(end)
+                b_S *= whole
             b_S = tl.dot(tl.trans(E[i]), b_w, b_S, input_precision=PREC)  # [BV, BK]
             after = after + (b_S,)  # type: ignore[assignment]  # noqa: RUF005
         S = after
 
         q += BT * H * K
         k += BT * H * K
-        log_alpha += BT * H
+        between += BT * H * BT
+        ends += BT * H * 2
         ended += BT * H
         dlog_alpha += BT * H
         w += BT * H * K
@@ -316,7 +323,7 @@ def memory_reverse(
     k: Tensor,
     w: Tensor,
     A: Tensor,
-    log_alpha: Tensor | None,
+    decay: Decay | None,
     e: Tensor,
     do: Tensor,
     dfinal_state: Tensor,
@@ -332,22 +339,22 @@ def memory_reverse(
     blocks = triton.cdiv(V, launch("memory_reverse", q, K, V)["BV"])
     dv, dw = torch.empty_like(do), q.new_empty(blocks, *q.shape)
     parts = []
-    if log_alpha is not None:
+    if decay is not None:
         parts = [
-            log_alpha.new_empty(blocks, B, T, H),
+            decay.ends.new_empty(blocks, B, T, H),
             w.new_empty(span_bound(B, T, chunks.cu_seqlens), H, V, K),
         ]
     if rule.scale == 0:  # nothing was read; the walk divides by scale
         do, rule = torch.zeros_like(do), rule._replace(scale=1.0)
     if not len(M):
         dinitial = torch.empty_like(dfinal_state)
-        _walk(q, k, w, A, log_alpha, e, do, dfinal_state, dv, dw, parts, dinitial, chunks, rule)
+        _walk(q, k, w, A, decay, e, do, dfinal_state, dv, dw, parts, dinitial, chunks, rule)
     else:
         segments = split(chunks, len(M) // chunks.sequences)
         R = torch.empty(*M.shape[:-1], V, dtype=torch.float32, device=q.device)
-        _walk(q, k, w, A, log_alpha, e, do, R, None, None, parts, R, segments, rule)
+        _walk(q, k, w, A, decay, e, do, R, None, None, parts, R, segments, rule)
         ends, dinitial = link(M, R, dfinal_state, reverse=True)
-        _walk(q, k, w, A, log_alpha, e, do, ends, dv, dw, parts, R, segments, rule)
+        _walk(q, k, w, A, decay, e, do, ends, dv, dw, parts, R, segments, rule)
     # One block wherever V is at most 128 and numbers have 16 bits.
     dw, *parts[:1] = (x[0] if blocks == 1 else x.sum(0) for x in (dw, *parts[:1]))
     return dv, dw, dinitial, parts
@@ -358,7 +365,7 @@ def _walk(
     k: Tensor,
     w: Tensor,
     A: Tensor,
-    log_alpha: Tensor | None,
+    decay: Decay | None,
     e: Tensor,
     do: Tensor,
     dfinal: Tensor,
@@ -374,11 +381,11 @@ def _walk(
     config = launch("memory_reverse", q, K, V)
     ended, dkept = parts or (dinitial, dinitial)
     memory_reverse_kernel[(chunks.sequences * H * triton.cdiv(V, config["BV"]),)](
-        q, k, w, A, A if log_alpha is None else log_alpha, e, do, dfinal,
+        q, k, w, A, *(decay or (A, A)), e, do, dfinal,
         do if dv is None else dv, q if dw is None else dw, ended, dkept, dinitial,
         chunks.cu_seqlens, chunks.offsets, chunks.spans.offsets, rule.scale, T, chunks.segment,
         B * T, H=H, K=K, V=V, BT=CHUNK, BK=tile(K), SPAN=cutting.SPAN,
-        IS_VARLEN=chunks.offsets is not None, SAVE=dv is not None, HAS_ALPHA=log_alpha is not None,
+        IS_VARLEN=chunks.offsets is not None, SAVE=dv is not None, HAS_ALPHA=decay is not None,
         PREC=precision(q), **config,
     )  # fmt: skip
 
@@ -387,7 +394,7 @@ def gradients(
     q: Tensor,
     k: Tensor,
     w: Tensor,
-    log_alpha: Tensor | None,
+    decay: Decay | None,
     e: Tensor,
     do: Tensor,
     dv: Tensor,
@@ -403,15 +410,15 @@ def gradients(
     config = launch("gradients", w, K, V)
     blocks = triton.cdiv(K, config["BK"])
     dq, dk, dlog_alpha = torch.empty_like(w), torch.empty_like(w), None
-    if log_alpha is not None:
-        dlog_alpha = log_alpha.new_empty(blocks, B, T, H)
+    if decay is not None:
+        dlog_alpha = decay.ends.new_empty(blocks, B, T, H)
     ended, dkept = parts or (w, w)
     gradients_kernel[(chunks.spans.bound * H * blocks,)](
-        q, k, w, w if log_alpha is None else log_alpha, e, do, dv, kept, ended, dkept,
+        q, k, w, *(decay or (w, w)), e, do, dv, kept, ended, dkept,
         dq, dk, dk if dlog_alpha is None else dlog_alpha,
         chunks.cu_seqlens, chunks.spans.indices, rule.scale, T, B * T,
         H=H, K=K, V=V, BT=CHUNK, SPAN=cutting.SPAN, IS_VARLEN=chunks.indices is not None,
-        HAS_ALPHA=log_alpha is not None, PREC=precision(w), **config,
+        HAS_ALPHA=decay is not None, PREC=precision(w), **config,
     )  # fmt: skip
     if dlog_alpha is not None:
         dlog_alpha = dlog_alpha[0] if blocks == 1 else dlog_alpha.sum(0)

@@ -31,12 +31,14 @@ from osdn.ops.triton.chunks import (
 )
 from osdn.ops.triton.config import launch, precision
 from osdn.ops.triton.gates import (
+    Decay,
     across,
     decay,
     decay_from_start,
     down,
     load_gate,
     load_retention,
+    store_ends,
 )
 from osdn.ops.triton.solve import SCRATCH, invert, mul, store_blocks
 
@@ -93,16 +95,24 @@ def _write_key(p_k, p_w, o_t, left, o_k, c, out, box, gates, K: tl.constexpr, H:
     return k, w, c, out
 
 
+@triton.jit
+def _lower(D):
+    """Zero above the diagonal of [16, 16]."""
+    o_s = tl.arange(0, 16)
+    return tl.where(o_s[:, None] >= o_s[None, :], D, 0.0)
+
+
 @triton.jit(do_not_specialize=["T"])
 def write_keys_kernel(
-    k, beta, log_gamma, log_alpha, x, starts, w, A, scratch, clipped,
+    k, beta, log_gamma, log_alpha, x, starts, w, A, between, ends, scratch, clipped,
     cu_seqlens, indices, eta, d_min, d_max, T,
     H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     HAS_GAMMA: tl.constexpr, HAS_ALPHA: tl.constexpr, BETA_AWARE: tl.constexpr,
     IS_VARLEN: tl.constexpr, PATH: tl.constexpr, STORED: tl.constexpr, BOXED: tl.constexpr,
     PREC: tl.constexpr, SOLVE: tl.constexpr,
 ):  # fmt: skip
-    """w [B, T, H, K], A [B, T, H, BT], in k's dtype. Grid: chunks · H.
+    """w [B, T, H, K], A [B, T, H, BT], in k's dtype; HAS_ALPHA: between and ends of `Decay`.
+    Grid: chunks · H.
 
     starts [chunks, H, K]: d at each chunk's start; PATH: d moves within it. BOXED: lowers
     clipped [N, H] to the number of the first chunk where it leaves the box; STORED: w is there,
@@ -166,16 +176,25 @@ def write_keys_kernel(
         _, G1, end = load_retention(log_alpha, o_1, left, end, H, True)
         _, G2, end = load_retention(log_alpha, o_2, left, end, H, True)
         _, G3, end = load_retention(log_alpha, o_3, left, end, H, True)
-        L00 *= decay(down(G0), across(G0))
-        L10 *= decay(down(G1), across(G0))
-        L11 *= decay(down(G1), across(G1))
-        L20 *= decay(down(G2), across(G0))
-        L21 *= decay(down(G2), across(G1))
-        L22 *= decay(down(G2), across(G2))
-        L30 *= decay(down(G3), across(G0))
-        L31 *= decay(down(G3), across(G1))
-        L32 *= decay(down(G3), across(G2))
-        L33 *= decay(down(G3), across(G3))
+        ends += row * 2
+        store_ends(ends, o_0, left, G0, end, H)
+        store_ends(ends, o_1, left, G1, end, H)
+        store_ends(ends, o_2, left, G2, end, H)
+        store_ends(ends, o_3, left, G3, end, H)
+        D00 = _lower(decay(down(G0), across(G0)))  # [16, 16], as those below
+        D10 = decay(down(G1), across(G0))
+        D11 = _lower(decay(down(G1), across(G1)))
+        D20 = decay(down(G2), across(G0))
+        D21 = decay(down(G2), across(G1))
+        D22 = _lower(decay(down(G2), across(G2)))
+        D30 = decay(down(G3), across(G0))
+        D31 = decay(down(G3), across(G1))
+        D32 = decay(down(G3), across(G2))
+        D33 = _lower(decay(down(G3), across(G3)))
+        L00, L10, L11, L20, L21 = L00 * D00, L10 * D10, L11 * D11, L20 * D20, L21 * D21
+        L22, L30, L31, L32, L33 = L22 * D22, L30 * D30, L31 * D31, L32 * D32, L33 * D33
+        D = (D00, D10, D11, D20, D21, D22, D30, D31, D32, D33)
+        store_blocks(between + row * BT, H * BT, left, D)
     X = invert(L00, L10, L11, L20, L21, L22, L30, L31, L32, L33,
                scratch + tl.program_id(0).to(tl.int64) * 1024, SOLVE)  # fmt: skip
     store_blocks(A + row * BT, H * BT, left, X)
@@ -190,13 +209,14 @@ def write_keys(
     starts: Tensor,
     w: Tensor,
     A: Tensor,
+    memory_decay: Decay,
     clipped: Tensor,
     chunks: Chunks,
     rule: Options,
     *,
     repair: bool,
 ) -> None:
-    """Fill w and A, and with a box clipped.
+    """Fill w and A, with log_alpha memory_decay, and with a box clipped.
 
     With repair, only A, from chunk `clipped` on.
     """
@@ -206,7 +226,7 @@ def write_keys(
         clipped.fill_(chunks.bound)
     write_keys_kernel[(chunks.bound * H,)](
         k, beta, beta if log_gamma is None else log_gamma,
-        beta if log_alpha is None else log_alpha, x, starts, w, A,
+        beta if log_alpha is None else log_alpha, x, starts, w, A, *memory_decay,
         A.new_empty(chunks.bound * H * SCRATCH, dtype=torch.float32), clipped,
         chunks.cu_seqlens, chunks.indices, rule.eta,
         rule.precond_min if boxed else 0.0, rule.precond_max if boxed else 0.0, T,
