@@ -83,7 +83,7 @@ def stages(B, T, H):
     *_, maps = memory(q, k, w, v, A, None, S0, e, kept, chunks, OPTIONS)
     dv, dw, *_ = memory_reverse(q, k, w, A, None, e, do, S0, maps, chunks, OPTIONS)
     dbeta, dgamma = torch.empty_like(beta), torch.empty_like(beta)
-    _, dk, _ = gradients(q, k, w, None, e, do, dv, kept, [], chunks, OPTIONS)
+    _, dk, _ = gradients(q, k, w, None, None, e, do, dv, kept, [], chunks, OPTIONS)
     state0 = torch.randn(64, H, K, K, device="cuda")
     precond0 = torch.ones(64, H, K, device="cuda")
     written = (q, k, w)
@@ -137,7 +137,7 @@ def stages(B, T, H):
             *written, A, None, e, do, S0, maps, chunks, OPTIONS
         )[:3],
         "gradients": lambda: gradients(
-            *written, None, e, do, dv, kept, [], chunks, OPTIONS
+            *written, None, None, e, do, dv, kept, [], chunks, OPTIONS
         )[:2],
         "couple": reverse,
         "scan_reverse": reverse,

@@ -3,8 +3,9 @@
 Peers: the same kernels with the preconditioner held (eta = 0: the plain and the gated delta rule),
 and where they are installed flash-linear-attention's `chunk_delta_rule` and FlashQLA's
 `chunk_gated_delta_rule` (K = V = 128, 16 bits; its plain form is a gate of g = 0), which have no
-preconditioner. FlashQLA compiles for about two minutes at each shape. Candidates take turns, round by round, so that what else the machine does falls on all of them alike; figures
-are medians over the rounds, with the spread (third quartile less first, over the median).
+preconditioner. FlashQLA compiles for about two minutes at each shape. Candidates take turns, round
+by round, so that what else the machine does falls on all of them alike; figures are medians over
+the rounds, with the spread (third quartile less first, over the median).
 """
 
 from __future__ import annotations

@@ -123,7 +123,9 @@ def backward(
         dv, dw, dstate, parts = memory_reverse(
             q, k, w, A, decay, e, do, dfinal_state, transitions, chunks, options
         )
-        dq, dk, dlog_alpha = gradients(q, k, w, decay, e, do, dv, kept, parts, chunks, options)
+        dq, dk, dlog_alpha = gradients(
+            q, k, w, log_alpha, decay, e, do, dv, kept, parts, chunks, options
+        )
         gates = (k, beta, log_gamma)
         dbeta = torch.empty_like(beta)
         dlog_gamma = None if log_gamma is None else torch.empty_like(beta)

@@ -178,8 +178,9 @@ def _read(p, E, S, b_w, p_key, b_D, b_start, o_t, left, o_k,
           V: tl.constexpr, BV: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
     """x Sᵀ + tril(x eᵀ) w [BT, BK] for x [BT, V] at p; the diagonal counts if DIAGONAL.
 
-    HAS_ALPHA: its two terms times a and G. With the key that reads, q or k at p_key, also both
-    factors' parts of the gradient of log α: tril(x eᵀ) ⊙ G ⊙ (key wᵀ) [BT, BT], ⟨key, a x Sᵀ⟩ [BT].
+    HAS_ALPHA: its two terms times a and G. With the key that reads, q or k at p_key, also start and
+    turn [BT] of `_dlog_alpha`: ⟨key, a x Sᵀ⟩, and of M = tril(x eᵀ, −1) ⊙ G ⊙ (key wᵀ) the sum of
+    each row less that of each column.
     """
     b_x = load_tile(p, o_t, left, H * V, tl.arange(0, BV), V)  # [BT, BV]
     b_R = tl.dot(b_x, tl.trans(E[0]), input_precision=PREC)  # [BT, BT]
@@ -192,36 +193,36 @@ def _read(p, E, S, b_w, p_key, b_D, b_start, o_t, left, o_k,
         b_R = tl.where(o_t[:, None] >= o_t[None, :], b_R, 0.0)
     else:
         b_R = tl.where(o_t[:, None] > o_t[None, :], b_R, 0.0)
-    between, start = 0.0, 0.0
+    start, turn = 0.0, 0.0
     if HAS_ALPHA:
         b_key = load_tile(p_key, o_t, left, H * K, o_k, K)  # [BT, BK]
         b_R *= b_D
         b_y *= b_start[:, None]
-        between = b_R * tl.dot(b_key, tl.trans(b_w), input_precision=PREC)  # [BT, BT]
         start = tl.sum(b_key * b_y, 1)  # [BT, BK] over K
+        b_M = b_R * tl.dot(b_key, tl.trans(b_w), input_precision=PREC)  # [BT, BT]
+        b_M = tl.where(o_t[:, None] > o_t[None, :], b_M, 0.0)
+        turn = tl.sum(b_M, 1) - tl.sum(b_M, 0)  # [BT]
     b_y = tl.dot(b_R.to(b_w.dtype), b_w, b_y, input_precision=PREC)  # [BT, BK]
-    return b_y, between, start
+    return b_y, start, turn
 
 
 @triton.jit
-def _dlog_alpha(between, start, ended, whole, o_t, PREC: tl.constexpr):
+def _dlog_alpha(turn, start, ended, whole, log_alpha):
     """The gradient of a chunk's log α [BT], from each decay times its own gradient.
 
     A decay holds α_t as a factor if it begins before t and ends at t or later: exp(G_i − G_j) with
-    j < t ≤ i (between [BT, BT]), exp(G_i) with t ≤ i (start [BT]), exp(G_C − G_j) with j < t
-    (ended [BT]), and exp(G_C) (whole). No other term is in the sum, so that a hard reset's gradient
-    is exactly 0 and nothing large cancels, as in osdn.ops.chunkwise.retention.
+    j < t ≤ i, times its gradient M_ij; exp(G_i) with t ≤ i (start [BT]); exp(G_C − G_j) with j < t
+    (ended [BT]); and exp(G_C) (whole). The first of these sums is that of turn over i ≥ t, since
+    what M holds between two tokens from t on is in a row and in a column. Only numbers of one chunk
+    cancel there, in float32; after a hard reset, whose own gradient is exactly 0, nothing does.
     """
-    later = tl.where(o_t[None, :] >= o_t[:, None], 1.0, 0.0)
-    b_M = tl.dot(later, between, input_precision=PREC)  # Σ_{i≥t} between_ij [BT, BT]
-    b_M = tl.where(o_t[None, :] < o_t[:, None], b_M, 0.0)
-    b_g = tl.sum(b_M, 1) + tl.cumsum(start, 0, reverse=True)  # [BT]
-    return b_g + (tl.cumsum(ended, 0) - ended) + whole
+    b_g = tl.cumsum(turn + start, 0, reverse=True) + (tl.cumsum(ended, 0) - ended) + whole
+    return tl.where(tl.exp(log_alpha) == 0.0, 0.0, b_g)
 
 
 @triton.jit(do_not_specialize=["T", "rows"])
 def gradients_kernel(
-    q, k, w, between, ends, e, do, dv, kept, ended, dkept, dq, dk, dlog_alpha,
+    q, k, w, log_alpha, between, ends, e, do, dv, kept, ended, dkept, dq, dk, dlog_alpha,
     cu_seqlens, span_indices, scale, T, rows,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SPAN: tl.constexpr,
@@ -254,6 +255,7 @@ def gradients_kernel(
     k += row * K
     between += row * BT
     ends += row * 2
+    log_alpha += row
     ended += row
     dlog_alpha += i_k.to(tl.int64) * rows * H + row
     kept += (i_s.to(tl.int64) * H + i_h) * K * V
@@ -281,17 +283,19 @@ def gradients_kernel(
             b_D = load_tile(between, o_t, rest, H * BT, o_t, BT)  # [BT, BT]
             b_start = load_start(ends, o_t, rest, H)  # [BT]
             whole = load_whole(ends, rest, BT, H)
-        b_dq, M_q, s_q = _read(do, E, S, b_w, q, b_D, b_start, o_t, rest, o_k, True, HAS_ALPHA,
+        b_dq, s_q, t_q = _read(do, E, S, b_w, q, b_D, b_start, o_t, rest, o_k, True, HAS_ALPHA,
                                H, K, V, BV, PREC)  # fmt: skip
         store_tile(dq, b_dq * scale, o_t, rest, H * K, o_k, K)
-        b_dk, M_k, s_k = _read(dv, E, S, b_w, k, b_D, b_start, o_t, rest, o_k, False, HAS_ALPHA,
+        b_dk, s_k, t_k = _read(dv, E, S, b_w, k, b_D, b_start, o_t, rest, o_k, False, HAS_ALPHA,
                                H, K, V, BV, PREC)  # fmt: skip
         store_tile(dk, -b_dk, o_t, rest, H * K, o_k, K)
         if HAS_ALPHA:
             b_end = load_gate(ended, o_t, tl.where(i_k == 0, rest, 0), H)  # one block counts it
             b_read = scale * s_q - s_k  # [BT]
             b_SdS = tl.where(whole > 0, b_SdS - tl.sum(b_read, 0), 0.0)
-            b_dg = _dlog_alpha(scale * M_q - M_k, b_read, b_end, b_SdS, o_t, PREC)
+            b_dg = _dlog_alpha(
+                scale * t_q - t_k, b_read, b_end, b_SdS, load_gate(log_alpha, o_t, rest, H)
+            )
             tl.store(dlog_alpha + o_t * H, b_dg, mask=o_t < rest)
             b_SdS += tl.sum(b_end, 0)
             b_w = (b_w * load_end(ends, o_t, rest, H)[:, None]).to(b_w.dtype)
@@ -308,6 +312,7 @@ def gradients_kernel(
         k += BT * H * K
         between += BT * H * BT
         ends += BT * H * 2
+        log_alpha += BT * H
         ended += BT * H
         dlog_alpha += BT * H
         w += BT * H * K
@@ -394,6 +399,7 @@ def gradients(
     q: Tensor,
     k: Tensor,
     w: Tensor,
+    log_alpha: Tensor | None,
     decay: Decay | None,
     e: Tensor,
     do: Tensor,
@@ -410,12 +416,12 @@ def gradients(
     config = launch("gradients", w, K, V)
     blocks = triton.cdiv(K, config["BK"])
     dq, dk, dlog_alpha = torch.empty_like(w), torch.empty_like(w), None
-    if decay is not None:
-        dlog_alpha = decay.ends.new_empty(blocks, B, T, H)
+    if log_alpha is not None:
+        dlog_alpha = log_alpha.new_empty(blocks, B, T, H)
     ended, dkept = parts or (w, w)
     gradients_kernel[(chunks.spans.bound * H * blocks,)](
-        q, k, w, *(decay or (w, w)), e, do, dv, kept, ended, dkept,
-        dq, dk, dk if dlog_alpha is None else dlog_alpha,
+        q, k, w, w if log_alpha is None else log_alpha, *(decay or (w, w)),
+        e, do, dv, kept, ended, dkept, dq, dk, dk if dlog_alpha is None else dlog_alpha,
         chunks.cu_seqlens, chunks.spans.indices, rule.scale, T, B * T,
         H=H, K=K, V=V, BT=CHUNK, SPAN=cutting.SPAN, IS_VARLEN=chunks.indices is not None,
         HAS_ALPHA=decay is not None, PREC=precision(w), **config,
