@@ -32,7 +32,7 @@ REQUIRED = {
     "use_beta": True,
     "attn": None,
 }
-NEW_PARAMETERS = ("attn.initial_precond", "attn.a_proj.weight", "attn.a_proj.bias")
+NEW_PARAMETERS = ("attn.initial_precond", "attn.gamma_proj.weight", "attn.gamma_proj.bias")
 
 
 @contextmanager

@@ -41,8 +41,8 @@ def test_parameter_counts_of_the_published_sizes(fields, count):
 def assert_special_values(model):
     for block in model.model.layers:
         assert torch.equal(block.attn.initial_precond, torch.ones(2, 16))
-        assert torch.equal(block.attn.a_proj.bias, torch.full((2,), 6.9))
-        assert not block.attn.a_proj.weight.any()
+        assert torch.equal(block.attn.gamma_proj.bias, torch.full((2,), 6.9))
+        assert not block.attn.gamma_proj.weight.any()
         assert block.attn.q_proj.weight.std() > 0.01  # the others are initialised as usual
         assert torch.equal(block.attn.o_norm.weight, torch.ones(16))
 
@@ -66,7 +66,7 @@ def test_loaded_special_values_are_kept(tmp_path):
     model = build(forgetting="data")
     with torch.no_grad():
         model.model.layers[0].attn.initial_precond.fill_(0.5)
-        model.model.layers[1].attn.a_proj.bias.fill_(2.0)
+        model.model.layers[1].attn.gamma_proj.bias.fill_(2.0)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     for name, tensor in model.state_dict().items():
