@@ -333,9 +333,7 @@ class OSDN(nn.Module):
         return made, after
 
 
-def _rename_former(
-    layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
-) -> None:
+def _rename_former(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Give what load_state_dict was handed its names of now."""
     own = [name for name in state_dict if name.startswith(prefix)]
     for former, name in former_names(own).items():

@@ -23,6 +23,10 @@ from tests.model.tiny import MIXERS, SIZES, build, plain_loss, tokens
 from tests.numerics import assert_close
 
 
+GATED = {"mixer": "gated_delta_net", "head_dim": 256, "head_v_dim": 512, "num_hidden_layers": 21,
+         "use_output_gate": True}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("fields", "count"),
     [
@@ -30,6 +34,13 @@ from tests.numerics import assert_close
         ({}, 374_386_688 + 24 * (1024 * 8 + 8)),  # APF's gate
         ({"forgetting": "none"}, 374_386_688),
         ({"mixer": "delta_net", "hidden_size": 2048, "num_heads": 16}, 1_365_677_056),
+        # FLA's Gated DeltaNet: 21 layers, key heads of 256 over 3/4 of the width, values twice that
+        (GATED | {"num_heads": 3}, 379_764_350),
+        (GATED | {"num_heads": 6, "hidden_size": 2048}, 1_387_348_732),
+        (
+            GATED | {"num_heads": 3, "mixer": "osdn", "state_decay": "data", "forgetting": "none"},
+            379_764_350 + 21 * 3 * 256,
+        ),
     ],
 )
 def test_parameter_counts_of_the_published_sizes(fields, count):
