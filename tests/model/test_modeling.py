@@ -22,7 +22,6 @@ from osdn.ops import packing
 from tests.model.tiny import MIXERS, SIZES, build, plain_loss, tokens
 from tests.numerics import assert_close
 
-
 GATED = {"mixer": "gated_delta_net", "head_dim": 256, "head_v_dim": 512, "num_hidden_layers": 21,
          "use_output_gate": True}  # fmt: skip
 
