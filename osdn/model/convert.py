@@ -74,8 +74,8 @@ def convert_config(source: dict[str, Any], forgetting: Forgetting = "none") -> O
     heads, value_heads = source.get("num_heads"), source.get("num_v_heads")
     if kind == "gated_deltanet" and value_heads not in (None, heads):
         raise UserError(
-            f"config.json: num_v_heads must be num_heads = {heads!r}, got {value_heads!r}; OSDN has "
-            "as many value heads as key heads"
+            f"config.json: num_v_heads must be num_heads = {heads!r}, got {value_heads!r}; OSDN "
+            "has as many value heads as key heads"
         )
     try:
         return OSDNConfig(**_fields(source), forgetting=forgetting)
