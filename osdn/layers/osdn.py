@@ -22,6 +22,7 @@ from osdn.ops.validation import check_box_holds_one, check_rule, check_sizes
 
 Forgetting = Literal["none", "data"]
 
+# d then forgets over about 1 / (1 − γ) = 1,000 tokens.
 APF_BIAS = 6.9  # γ = sigmoid(6.9) ≈ 0.999 at the start
 
 
@@ -110,6 +111,7 @@ class OSDN(nn.Module):
         super().__init__()
         if forgetting not in ("none", "data"):
             raise ValueError(f"forgetting: expected 'none' or 'data', got {forgetting!r}")
+        # A layer checks what the operator would: an error at construction names the field.
         check_rule(eta, precond_min, precond_max, beta_aware)
         check_sizes(head_v_dim=head_v_dim, conv_size=conv_size)
         check_box_holds_one(precond_min, precond_max)
@@ -119,23 +121,28 @@ class OSDN(nn.Module):
         self.adaptive, self.allow_neg_eigval = adaptive, allow_neg_eigval
         box = {"precond_min": precond_min, "precond_max": precond_max}
         method: dict[str, Any] = {"eta": eta, "beta_aware": beta_aware, **box}
+        # η = 0 without a box: d stays at 1, and backends skip phase 1.
         self.rule = method if adaptive else {"eta": 0.0}
 
+        # FLA's names and shapes throughout, so that its checkpoints load as they are.
         key_size, value_size = num_heads * self.head_dim, num_heads * self.head_v_dim
         self.q_proj = nn.Linear(hidden_size, key_size, bias=False)
         self.k_proj = nn.Linear(hidden_size, key_size, bias=False)
         self.v_proj = nn.Linear(hidden_size, value_size, bias=False)
         self.b_proj = nn.Linear(hidden_size, num_heads, bias=False)
+        # q and k are scaled to unit vectors in the convolution: one pass over them in place of two.
         self.q_conv1d = ShortConvolution(key_size, conv_size, self.head_dim)
         self.k_conv1d = ShortConvolution(key_size, conv_size, self.head_dim)
         self.v_conv1d = ShortConvolution(value_size, conv_size)
         self.a_proj = self.g_proj = self.initial_precond = None
+        # Parameters that DeltaNet lacks exist only where they act.
         if adaptive and forgetting == "data":
             self.a_proj = ForgettingGate(hidden_size, num_heads)
         if adaptive and learn_initial_precond:
             self.initial_precond = nn.Parameter(torch.empty(num_heads, self.head_dim))
         if use_output_gate:
             self.g_proj = nn.Linear(hidden_size, value_size, bias=False)
+        # One weight vector [V] for all heads.
         self.o_norm = nn.RMSNorm(self.head_v_dim, eps=norm_eps)
         self.o_proj = nn.Linear(value_size, hidden_size, bias=False)
         self.reset_special_parameters()
@@ -155,10 +162,12 @@ class OSDN(nn.Module):
     def start_precond(self) -> Tensor | None:
         """d_1 [H, K], or None for 1; in the box, where else a first token, if padding, put it."""
         d, low, high = self.initial_precond, *map(self.rule.get, ("precond_min", "precond_max"))
+        # Learning may carry d_1 out of the box. Clamped here, padding in front changes nothing.
         return d if d is None or low is None else d.clamp(low, high)
 
     def gates(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
         """(β, log γ), each [B, T, H] in float32 or wider; log γ is None without forgetting."""
+        # Gates in float32: near 1 a bfloat16 γ moves in steps of 1/256.
         beta = widened(self.b_proj(hidden_states)).sigmoid() * (2 if self.allow_neg_eigval else 1)
         return beta, None if self.a_proj is None else F.logsigmoid(self.a_proj(hidden_states))
 
@@ -184,16 +193,21 @@ class OSDN(nn.Module):
         mask, order = token_mask(attention_mask, hidden_states), None
         if mask is not None:
             if mask.shape[1] > 1:
+                # Real tokens must lie side by side, since a convolution reads its neighbours.
                 order = padding_first(mask, cu_seqlens)
                 hidden_states, mask = reordered(hidden_states, order), reordered(mask, order)
+            # Zeros pass the convolutions as what lies before a sequence does.
             hidden_states = hidden_states.masked_fill(~mask[..., None], 0)
         given = self.operands(hidden_states, mask, cache, cu_seqlens)
 
+        # The cache's own tensors, or None and d_1.
         state, precond = given.initial_state, given.initial_precond
         if state is not None and precond is not None and torch.is_grad_enabled():
             state, precond = state.clone(), precond.clone()  # the cache is written over, in place
+        # One token without gradients: the step, in constant time and in place.
         decode = use_cache and hidden_states.shape[1] == 1 and not torch.is_grad_enabled()
         if decode and state is not None and precond is not None:
+            # Without the time axis of 1.
             q, k, v, beta, log_gamma = (None if x is None else x.squeeze(1) for x in given[:5])
             assert q is not None and k is not None and v is not None and beta is not None
             o, state, precond = online_scaled_delta_step(  # in place, in the cache's own tensors
@@ -208,15 +222,18 @@ class OSDN(nn.Module):
                 **self.rule,
             )  # fmt: skip
             if cache is not None and state is not None and precond is not None:
+                # S in slot 0, d in slot 1; the histories of q and k in slot 0, of v in slot 1.
                 cache.update_recurrent_state(state, state_idx=0)
                 cache.update_recurrent_state(precond, state_idx=1)
         if use_cache and cache is not None:
             cache.update_conv_state(torch.cat(given.history[:2], dim=1), state_idx=0)
             cache.update_conv_state(given.history[2], state_idx=1)
 
+        # [B, T, H, V] to [B, T, H V]: every head is normed by itself.
         o = self.o_norm(o.to(self.o_norm.weight.dtype)).flatten(-2).to(hidden_states.dtype)
         gate = 1.0 if self.g_proj is None else F.silu(self.g_proj(hidden_states))
         y = self.o_proj(o * gate)
+        # Back in the caller's order, padding included.
         return y if order is None else reordered(y, order.argsort(1)), None, past_key_values
 
     def operands(
@@ -232,14 +249,16 @@ class OSDN(nn.Module):
             and is 0 in hidden_states.
         cache: this layer's part of a cache; what it holds comes first.
         """
+        # A cache without a past is as none: the first call fills it.
         if cache is not None and not cache.has_previous_state[0]:
             cache = None
-        padding = None if mask is None else (~mask).sum(1)
+        padding = None if mask is None else (~mask).sum(1)  # [B], zeros in front of each row
         (q, k, v), history = self._convolve(hidden_states, cache, cu_seqlens, padding)
-        beta, log_gamma = self.gates(hidden_states)
+        beta, log_gamma = self.gates(hidden_states)  # [B, T, H]
         if mask is not None:  # a token that writes nothing and forgets nothing
             k, beta = k * mask[..., None, None], beta * mask[..., None]
             log_gamma = None if log_gamma is None else log_gamma * mask[..., None]
+        # A past replaces both starts.
         state, precond = None, self.start_precond()
         if cache is not None:
             state, precond = cache.recurrent_states[0], cache.recurrent_states[1]
@@ -260,7 +279,7 @@ class OSDN(nn.Module):
         if cache is not None:
             qk, value = cache.conv_states[0], cache.conv_states[1]
             assert qk is not None
-            before = [*qk.chunk(2, dim=1), value]
+            before = [*qk.chunk(2, dim=1), value]  # q's, k's and v's, each [B, features, W−1]
         made, after = [], []
         for projection, convolution, history in zip(
             (self.q_proj, self.k_proj, self.v_proj),
@@ -268,6 +287,6 @@ class OSDN(nn.Module):
             before,
         ):
             x, history = convolution(projection(hidden_states), history, cu_seqlens, padding)
-            made.append(x.unflatten(-1, (self.num_heads, -1)))
+            made.append(x.unflatten(-1, (self.num_heads, -1)))  # [B, T, H, K] or [B, T, H, V]
             after.append(history)
         return made, after
