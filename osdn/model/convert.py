@@ -34,7 +34,7 @@ REQUIRED = {
     "attn": None,
 }
 # Of OSDN alone; absent in every DeltaNet checkpoint.
-NEW_PARAMETERS = ("attn.initial_precond", "attn.a_proj.weight", "attn.a_proj.bias")
+NEW_PARAMETERS = ("attn.initial_precond", "attn.gamma_proj.weight", "attn.gamma_proj.bias")
 
 
 @contextmanager

@@ -59,6 +59,11 @@ def _words(kinds: set[Any]) -> str:
     return "true or false" if bool in kinds else "a number"
 
 
+# Fields that came after the first checkpoints and records. A resolved recipe names them only where
+# they have another value, so that those keep their identity.
+LATER_MODEL_FIELDS = {"state_decay": "none"}
+
+
 S = TypeVar("S", bound=Section)
 
 
@@ -237,12 +242,18 @@ class Recipe(Section):
         return value
 
     def resolved(self) -> dict[str, Any]:
-        """Every field, the model's defaults included: plain values, for files and comparisons."""
+        """Every field, the model's defaults included: plain values, for files and comparisons.
+
+        Except LATER_MODEL_FIELDS at the value that all models had before there was the field.
+        """
         # With all defaults: a later version with other ones must not resume this run as its own.
         config = OSDNConfig(**self.model)
         model = {name: getattr(config, name) for name in MODEL_FIELDS}
         for name in ("vocab_size", "max_position_embeddings"):  # not known from the recipe alone
             model[name] = self.model.get(name)
+        for name, before in LATER_MODEL_FIELDS.items():
+            if model[name] == before:
+                del model[name]
         return {**self.model_dump(mode="json"), "model": model}
 
 

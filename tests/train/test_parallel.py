@@ -146,7 +146,7 @@ from osdn.layers import osdn as layers
 gates, start = layers.OSDN.gates, layers.OSDN.start_precond
 def checked_gates(self, x):
     assert x.dtype == self.q_proj.weight.dtype == torch.bfloat16, (x.dtype, self.q_proj.weight)
-    assert self.a_proj.bias.dtype == torch.float32
+    assert self.gamma_proj.bias.dtype == torch.float32
     return gates(self, x)
 def checked_start(self):
     assert start(self).dtype == torch.float32

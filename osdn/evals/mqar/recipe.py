@@ -8,6 +8,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from osdn.evals.mqar.task import MQARModel, Task, check_task
+from osdn.model.configuration import MIXERS
 from osdn.train.recipe import Optimizer, Schedule, Section
 
 
@@ -88,7 +89,8 @@ class Cell(NamedTuple):
 class MQARRecipe(Section):
     """A grid of trainings.
 
-    mixers: label -> {mixer: osdn | delta_net | attention, and options of that layer}.
+    mixers: label -> {mixer: osdn | delta_net | gated_delta_net | attention, and options of that
+        layer}.
     tasks, widths, learning_rates, seeds: the other axes; every mixer gets all of them.
     language, model, train: what the cells share.
     """
@@ -106,9 +108,9 @@ class MQARRecipe(Section):
     @classmethod
     def _kinds(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for label, options in value.items():
-            if options.get("mixer") not in ("osdn", "delta_net", "attention"):
+            if options.get("mixer") not in MIXERS:
                 raise ValueError(
-                    f"{label}: expected mixer: osdn, delta_net or attention, "
+                    f"{label}: expected mixer: one of {', '.join(MIXERS)}, "
                     f"got {options.get('mixer')!r}"
                 )
         return value
