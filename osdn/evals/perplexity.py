@@ -15,7 +15,7 @@ from osdn.data.split import is_held_out
 from osdn.errors import UserError
 from osdn.evals.evaluation import Evaluation, option
 from osdn.evals.models import LanguageModel
-from osdn.evals.results import make_result, score
+from osdn.evals.results import make_result, point, score
 from osdn.evals.runner import Record
 
 # Bounds the logits: [B, 1024, vocabulary] in place of the whole row's.
@@ -192,7 +192,7 @@ class Perplexity(TextEvaluation):
             one = score(
                 "", [r["nats"][i] for r in there], [r["tokens"][i] for r in there], scale=math.exp
             )
-            points.append([(i + 1) * bucket, one["value"], one["low"], one["high"]])
+            points.append(point((i + 1) * bucket, one))
             span = f"{i * bucket + 1:,}–{(i + 1) * bucket:,}"
             tokens = sum(r["tokens"][i] for r in there)
             interval = f"{one['low']:.3f}–{one['high']:.3f}"

@@ -21,7 +21,7 @@ from osdn.data.shards import ShardCorpus
 from osdn.evals.evaluation import option
 from osdn.evals.models import LanguageModel
 from osdn.evals.perplexity import TextEvaluation, negative_log_likelihood
-from osdn.evals.results import make_result, score
+from osdn.evals.results import make_result, point, score
 from osdn.evals.runner import Record
 
 REFERENCE_TOKENS = 30_000_000
@@ -161,11 +161,7 @@ def interval(one: Record) -> str:
 
 def points(places: list[int], found: list[Record]) -> list[list[float]]:
     """[place, value, low, high] of every bucket with a token."""
-    return [
-        [place, one["value"], one["low"], one["high"]]
-        for place, one in zip(places, found)
-        if one["n"]
-    ]
+    return [point(place, one) for place, one in zip(places, found) if one["n"]]
 
 
 @dataclass(frozen=True, kw_only=True)

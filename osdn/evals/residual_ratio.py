@@ -21,7 +21,7 @@ from osdn.errors import UserError
 from osdn.evals.evaluation import Evaluation, option
 from osdn.evals.models import LanguageModel
 from osdn.evals.recall_data import read_prompts
-from osdn.evals.results import make_result, score
+from osdn.evals.results import make_result, point, score
 from osdn.evals.runner import Record
 from osdn.layers.osdn import OSDN
 from osdn.ops import reference
@@ -121,11 +121,10 @@ def summarise_layer(layer: Activations) -> dict[str, list[list[float]]]:
 
 def _course(logs: np.ndarray) -> list[list[float]]:
     """[position, value, low, high] from mean log q [prompt, position]."""
-    points = []
-    for position in range(POSITIONS):
-        one = score("", list(logs[:, position]), scale=math.exp)
-        points.append([(position + 0.5) / POSITIONS, one["value"], one["low"], one["high"]])
-    return points
+    return [
+        point((i + 0.5) / POSITIONS, score("", list(logs[:, i]), scale=math.exp))
+        for i in range(POSITIONS)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

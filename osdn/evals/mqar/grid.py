@@ -16,7 +16,7 @@ from osdn.errors import UserError
 from osdn.evals.mqar.recipe import Cell, MQARRecipe
 from osdn.evals.mqar.task import MQARModel, Outcome, train
 from osdn.evals.plots import save
-from osdn.evals.results import RESULT, make_result, write_json
+from osdn.evals.results import RESULT, make_result, point, write_json
 from osdn.system.processes import end_with_parent
 from osdn.train.setup import make_device
 
@@ -161,11 +161,8 @@ def summarise(recipe: MQARRecipe, outcomes: Outcomes) -> dict[str, Any]:
                 scores.append(_spread(mixer, values) | {"group": group})
                 # The curve shows every learning rate, so that a grid that ends too early is seen.
                 series[mixer] = [
-                    [lr, *(s[key] for key in ("value", "low", "high"))]
-                    for lr, s in (
-                        (lr, _spread("", [one["accuracy"] for one in found]))
-                        for lr, found in points.items()
-                    )
+                    point(lr, _spread("", [one["accuracy"] for one in found]))
+                    for lr, found in points.items()
                 ]
             axes = {"x": "learning rate", "y": "share of right answers", "log_x": True}
             curves.append({"title": f"MQAR, {group}", **axes, "series": series})
