@@ -3,11 +3,12 @@
     make kills ARGS="--kills 100 --out runs/kills"
 
 Runs take turns: one process, DDP on two and FSDP2 on two. A run is killed with SIGKILL three to
-five times, two of three at a chosen moment (see killpoints.py) and one at a random moment (a number
-of log lines, then a random delay), and is given again after each kill. Of several processes one is killed;
-the others are killed with it, or told to stop as torchrun does. A run is divergent where a file of
-its model or a line of its log (without timings) differs in a bit from that of the uninterrupted
-run, or where it does not end. Prints a line a run and a table; exits with 1 if a run is divergent.
+five times, two of three at a chosen moment (see killpoints.py), else at a random one (a number
+of log lines, then a random delay). After each kill the command is given again. Of several processes
+one is killed; the others are killed with it, or told to stop as torchrun does. A run is divergent
+where a file of its model or a line of its log (without timings) differs in a bit from that of the
+uninterrupted run, or where it does not end. Prints a line a run and a table; exits with 1 if a run
+is divergent.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """What an input may not do: run long, take memory, read a pickle, end in a traceback."""
 
+import io
 import re
 import resource
 import shutil
@@ -7,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,8 @@ def attempt(target: Target, good: Path, place: Path, changes: list[Damage], seal
     if seal and target.seal is not None:
         target.seal(path)
     try:
-        with limits():
+        quiet = io.StringIO()
+        with redirect_stderr(quiet), redirect_stdout(quiet), limits():
             target.read(place)
     except UserError as error:
         message = str(error)
