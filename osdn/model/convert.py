@@ -5,7 +5,6 @@ With unit keys, d_1 = 1, γ = 1 and b = 1 the preconditioner stays at 1 forever
 to be trained on as OSDN.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from osdn.model.configuration import OSDNConfig
 from osdn.model.loading import PROBLEMS, GuardedModel, fetch, let_read, without_bars
 from osdn.model.modeling import OSDNForCausalLM
 from osdn.ops.validation import check_sizes
+from osdn.system.outside import read_json
 
 # What our layer is; a checkpoint that was built otherwise computes something else.
 # Of FLA's DeltaNetConfig; a field that is absent has its default there, which is this.
@@ -150,14 +150,9 @@ def convert(
 def _read(path: Path) -> dict[str, Any]:
     """The object in a JSON file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path, dict[str, Any], "copy it again")
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); copy it again") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: expected an object, got {type(found).__name__}; copy it again")
-    return found
 
 
 def _save(parts: list[Any], destination: Path) -> None:
