@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import GroupWeightRename, WeightRenaming
+from transformers.core_model_loading import GroupWeightRename
 from transformers.generation import GenerationConfig
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
@@ -44,13 +44,14 @@ from osdn.model.loss import cross_entropy, linear_cross_entropy, next_token_labe
 
 
 class FormerGate(GroupWeightRename):
-    """from_pretrained's part of `osdn.layers.osdn.former_names`: known by the bias, the first.
+    """`osdn.layers.osdn.former_names` in from_pretrained: known by the bias, which comes first.
 
-    What is saved again has the names of now.
+    What is saved again has the present names.
     """
 
-    def reverse_transform(self) -> WeightRenaming:
-        return WeightRenaming(GATE, GATE)
+    def reverse_transform(self) -> GroupWeightRename:
+        names = [f"attn.{GATE}.{last}" for last in ("bias", "weight")]
+        return GroupWeightRename(names, names)
 
 
 class OSDNPreTrainedModel(PreTrainedModel):
