@@ -139,12 +139,18 @@ class _Past(NamedTuple):
         return ends.view(self.sequences, self.gap, extended.shape[2]).transpose(1, 2)
 
 
-def starts_of(cu_seqlens: Tensor | None, T: int) -> Tensor | None:
-    """[T] int8, 1 at every packed sequence's first token; scattered, with no search."""
+def ages_of(cu_seqlens: Tensor | None, T: int, width: int) -> Tensor | None:
+    """[T] int32: how many tokens of its own sequence stand before a token, at most width − 1.
+
+    Token t reads t − j where that is at least j. Scattered, with no search.
+    """
     if cu_seqlens is None:
         return None
     at = cu_seqlens.long()  # an empty sequence at the end starts at T
-    return torch.zeros(T + 1, dtype=torch.int8, device=at.device).index_fill_(0, at, 1)[:T]
+    ages = torch.full((T + width,), width - 1, dtype=torch.int32, device=at.device)
+    for age in reversed(range(width - 1)):  # the nearest start is written last
+        ages.index_fill_(0, at + age, age)
+    return ages[:T]
 
 
 def forward(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, head_dim: int | None) -> Tensor:
@@ -186,12 +192,8 @@ def _prepare(
     """x and w in the dtype of the sums; and which tokens t ≥ back see t − back, for every back."""
     wide = torch.promote_types(x.dtype, torch.float32)
     T, W = x.shape[1], weight.shape[1]
-    inside: list[Tensor | None] = [None] * W
-    if (starts := starts_of(cu_seqlens, T)) is not None:
-        outside = torch.zeros_like(starts)
-        for back in range(1, W):
-            outside[back - 1 :] |= starts[: max(0, T - back + 1)]
-            inside[back] = outside[back:, None] == 0
+    ages = ages_of(cu_seqlens, T, W)
+    inside = [None if ages is None else ages[back:, None] >= back for back in range(W)]
     return x.to(wide), weight.to(wide), inside
 
 
