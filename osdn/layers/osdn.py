@@ -13,15 +13,19 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from osdn.layers.cache import Mixed, linear_cache, token_mask
-from osdn.layers.convolution import ShortConvolution
+from osdn.layers.convolution import ShortConvolution, last_inputs
 from osdn.layers.padding import padding_first, reordered
 from osdn.layers.sizes import head_size
 from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step
+from osdn.ops.convolution import short_convolutions
 from osdn.ops.packing import check_cu_seqlens
 from osdn.ops.validation import check_box_holds_one, check_rule, check_sizes
 
 Forgetting = Literal["none", "data"]
 
+# Columns of a joint product are a multiple of this, 128 bytes in bfloat16: for the matrix units, and
+# because torch.compile would otherwise copy it into rows that are (its comprehensive_padding).
+ALIGNED = 64
 APF_BIAS = 6.9  # γ = sigmoid(6.9) ≈ 0.999 at the start
 
 
@@ -34,8 +38,11 @@ class ForgettingGate(nn.Linear):
         nn.init.constant_(self.bias, APF_BIAS)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        logits = widened(F.linear(x, self.weight.to(x.dtype)))
-        return logits + self.bias.to(logits.dtype)  # 6.9 + x keeps x's digits
+        return self.biased(F.linear(x, self.weight.to(x.dtype)))
+
+    def biased(self, product: Tensor) -> Tensor:
+        """W_a x + b_a from W_a x; widened first, since 6.9 + x shall keep x's digits."""
+        return widened(product) + self.bias.to(torch.promote_types(product.dtype, torch.float32))
 
 
 class LayerOperands(NamedTuple):
@@ -159,8 +166,13 @@ class OSDN(nn.Module):
 
     def gates(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
         """(β, log γ), each [B, T, H] in float32 or wider; log γ is None without forgetting."""
-        beta = widened(self.b_proj(hidden_states)).sigmoid() * (2 if self.allow_neg_eigval else 1)
-        return beta, None if self.a_proj is None else F.logsigmoid(self.a_proj(hidden_states))
+        logits = None if self.a_proj is None else self.a_proj(hidden_states)
+        return self._gates(self.b_proj(hidden_states), logits)
+
+    def _gates(self, b: Tensor, a: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(β, log γ) from the logits of both."""
+        beta = widened(b).sigmoid() * (2 if self.allow_neg_eigval else 1)
+        return beta, None if a is None else F.logsigmoid(a)
 
     def forward(
         self,
@@ -235,8 +247,11 @@ class OSDN(nn.Module):
         if cache is not None and not cache.has_previous_state[0]:
             cache = None
         padding = None if mask is None else (~mask).sum(1)
-        (q, k, v), history = self._convolve(hidden_states, cache, cu_seqlens, padding)
-        beta, log_gamma = self.gates(hidden_states)
+        if self.training and cache is None and self._is_plain():
+            (q, k, v), history, (beta, log_gamma) = self._jointly(hidden_states, cu_seqlens)
+        else:
+            (q, k, v), history = self._convolve(hidden_states, cache, cu_seqlens, padding)
+            beta, log_gamma = self.gates(hidden_states)
         if mask is not None:  # a token that writes nothing and forgets nothing
             k, beta = k * mask[..., None, None], beta * mask[..., None]
             log_gamma = None if log_gamma is None else log_gamma * mask[..., None]
@@ -271,3 +286,47 @@ class OSDN(nn.Module):
             made.append(x.unflatten(-1, (self.num_heads, -1)))
             after.append(history)
         return made, after
+
+    def _is_plain(self) -> bool:
+        """Whether the projections and convolutions are their weights alone: not replaced by an
+        adapter's or a quantised layer, and nobody watches their calls."""
+        watched = [self.q_proj, self.k_proj, self.v_proj, self.b_proj]
+        watched += [self.q_conv1d, self.k_conv1d, self.v_conv1d]
+        watched += [] if self.a_proj is None else [self.a_proj]
+        return all(
+            type(module) in (nn.Linear, ShortConvolution, ForgettingGate)
+            and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+            and not (module._backward_pre_hooks or "forward" in module.__dict__)
+            and (module.bias is None or module is self.a_proj)
+            for module in watched
+        )
+
+    def _jointly(
+        self, hidden_states: Tensor, cu_seqlens: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor], tuple[Tensor, Tensor | None]]:
+        """As `_convolve` and `gates` without a cache, by one product and one operator.
+
+        In training. A GPU takes nearly as long for a product with the few columns of β and γ as for
+        reading its input, three times with the backward; and the gradients of an input of several
+        products must be added up in memory. The weights are joined at every call, which moves less
+        than a row of tokens for each row of weights.
+        """
+        D, convolutions = hidden_states.shape[-1], (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        weights = [self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, self.b_proj.weight]
+        if self.a_proj is not None:
+            weights.append(self.a_proj.weight.to(weights[0].dtype))
+        if missing := -sum(map(len, weights)) % ALIGNED:
+            weights.append(weights[0].new_zeros(missing, D))
+        x = F.linear(hidden_states, torch.cat(weights))
+        *made, logits = short_convolutions(
+            x,
+            [convolution.weight.squeeze(1) for convolution in convolutions],
+            cu_seqlens,
+            head_dims=[convolution.head_dim for convolution in convolutions],
+        )
+        made = [one.unflatten(-1, (self.num_heads, -1)) for one in made]
+        inputs = x.split([*map(len, weights[:3]), logits.shape[-1]], dim=-1)[:3]
+        history = [last_inputs(one, convolutions[0].kernel_size[0] - 1) for one in inputs]
+        H = self.num_heads
+        a = None if self.a_proj is None else self.a_proj.biased(logits[..., H : 2 * H])
+        return made, history, self._gates(logits[..., :H], a)

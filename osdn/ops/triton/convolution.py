@@ -22,9 +22,10 @@ from torch import Tensor
 from osdn.ops.convolution import L2_EPS, ages_of
 from osdn.ops.triton.chunks import on_device
 
-ELEMENTS = 1024  # of a tile, 8 a thread
-LENGTH = 32  # tokens of a run; the backward makes du of W−1 more
-WARPS = 4
+# Numbers of a tile, tokens of a run, warps of a program; measured on an H200
+# (docs/log/2026-11-28-training.md). The backward makes du of W−1 more tokens than a run has.
+FORWARD = {"elements": 512, "length": 32, "warps": 2}
+BACKWARD = {"elements": 512, "length": 128, "warps": 4}
 
 
 @triton.jit
@@ -46,11 +47,19 @@ def _row(p, o_t, o_d, T, D_END, stride):
 
 
 @triton.jit
-def _seen(b_x, ages, o_t, T, j: tl.constexpr, PACKED: tl.constexpr):
+def _age(ages, o_t, T, PACKED: tl.constexpr):
+    """[RUNS] of these tokens, or what is not used."""
+    age = o_t
+    if PACKED:
+        age = tl.load(ages + o_t, mask=(o_t >= 0) & (o_t < T), other=0)
+    return age
+
+
+@triton.jit
+def _seen(b_x, age, j: tl.constexpr, PACKED: tl.constexpr):
     """x_{t−j} in float32 [RUNS, BD], 0 where token t does not read it."""
     b_x = b_x.to(tl.float32)
     if PACKED and j > 0:
-        age = tl.load(ages + o_t, mask=(o_t >= 0) & (o_t < T), other=0)  # [RUNS]
         b_x = tl.where((age >= j)[:, None], b_x, 0.0)
     return b_x
 
@@ -63,7 +72,7 @@ def _tap(weight, o_d, D_END, j: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T"])
-def forward_kernel(
+def convolution_kernel(
     x, weight, ages, y, T, D, stride, eps,
     W: tl.constexpr, RUNS: tl.constexpr, LENGTH: tl.constexpr, HEAD: tl.constexpr,
     BD: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
@@ -75,14 +84,15 @@ def forward_kernel(
     before = ()  # x_{t−1}, x_{t−2} … x_{t−W+1}
     for j in tl.static_range(1, W):
         before = before + (_row(x, o_t - j, o_d, T, D_END, stride),)
-    coming = _row(x, o_t, o_d, T, D_END, stride)
+    coming, coming_age = _row(x, o_t, o_d, T, D_END, stride), _age(ages, o_t, T, PACKED)
     for i in range(LENGTH):
         t = o_t + i
-        window = (coming,) + before
+        window, age = (coming,) + before, coming_age
         coming = _row(x, t + 1, o_d, T, D_END, stride)  # under way during the sums
+        coming_age = _age(ages, t + 1, T, PACKED)
         u = tl.zeros([RUNS, BD], tl.float32)
         for j in tl.static_range(W):
-            u += _seen(window[j], ages, t, T, j, PACKED) * _tap(weight, o_d, D_END, j, W)
+            u += _seen(window[j], age, j, PACKED) * _tap(weight, o_d, D_END, j, W)
         z = u * tl.sigmoid(u)
         if NORM:
             z *= tl.rsqrt(tl.sum(z * z, 1) + eps)[:, None]
@@ -93,7 +103,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["T"])
-def backward_kernel(
+def convolution_backward_kernel(
     dy, x, weight, ages, dx, parts, T, D, x_stride, dx_stride, eps,
     W: tl.constexpr, RUNS: tl.constexpr, LENGTH: tl.constexpr, HEAD: tl.constexpr,
     BD: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
@@ -113,17 +123,17 @@ def backward_kernel(
             window = window + (_row(x, last - j, o_d, T, D_END, x_stride),)
             sums = sums + (tl.zeros([RUNS, BD], tl.float32),)
     coming = _row(x, last - W + 1, o_d, T, D_END, x_stride)
-    b_dy = _row(dy, last, o_d, T, D_END, D)
+    b_dy, coming_age = _row(dy, last, o_d, T, D_END, D), _age(ages, last, T, PACKED)
     for i in range(LENGTH + W - 1):
         t = last - i
-        window = window + (coming,)
+        window, age = window + (coming,), coming_age
         dz = b_dy.to(tl.float32)
         coming = _row(x, t - W, o_d, T, D_END, x_stride)  # under way during the sums
-        b_dy = _row(dy, t - 1, o_d, T, D_END, D)
+        b_dy, coming_age = _row(dy, t - 1, o_d, T, D_END, D), _age(ages, t - 1, T, PACKED)
 
         u = tl.zeros([RUNS, BD], tl.float32)
         for j in tl.static_range(W):
-            u += _seen(window[j], ages, t, T, j, PACKED) * _tap(weight, o_d, D_END, j, W)
+            u += _seen(window[j], age, j, PACKED) * _tap(weight, o_d, D_END, j, W)
         s = tl.sigmoid(u)
         if NORM:
             z = u * s
@@ -135,8 +145,8 @@ def backward_kernel(
         own = tl.where(i >= W - 1, du, 0.0)
         new_dws, new_sums = (), ()
         for j in tl.static_range(W):
-            new_dws = new_dws + (dws[j] + own * _seen(window[j], ages, t, T, j, PACKED),)
-            part = _seen(du, ages, t, T, j, PACKED) * _tap(weight, o_d, D_END, j, W)
+            new_dws = new_dws + (dws[j] + own * _seen(window[j], age, j, PACKED),)
+            part = _seen(du, age, j, PACKED) * _tap(weight, o_d, D_END, j, W)
             if j < W - 1:
                 part += sums[j]
             new_sums = new_sums + (part,)
@@ -155,10 +165,10 @@ def forward(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, head_dim: int 
     (B, T, D), W = x.shape, weight.shape[1]
     y = torch.empty(B, T, D, dtype=x.dtype, device=x.device)
     with on_device(x):
-        ages, shape = ages_of(cu_seqlens, T, W), _shape(D, head_dim)
-        forward_kernel[(_blocks(x, shape) * triton.cdiv(D, shape["HEAD"]),)](
+        ages, shape = ages_of(cu_seqlens, T, W), _shape(D, head_dim, **FORWARD)
+        convolution_kernel[(_blocks(x, shape) * triton.cdiv(D, shape["HEAD"]),)](
             x, weight, x if ages is None else ages, y, T, D, x.stride(1), L2_EPS, W=W,
-            NORM=head_dim is not None, PACKED=ages is not None, num_warps=WARPS, **shape,
+            NORM=head_dim is not None, PACKED=ages is not None, **shape,
         )  # fmt: skip
     return y
 
@@ -176,13 +186,12 @@ def backward(
     (B, T, D), W = x.shape, weight.shape[1]
     dx = torch.empty(B, T, D, dtype=x.dtype, device=x.device) if dx is None else dx
     with on_device(x):
-        ages, shape = ages_of(cu_seqlens, T, W), _shape(D, head_dim)
+        ages, shape = ages_of(cu_seqlens, T, W), _shape(D, head_dim, **BACKWARD)
         blocks = _blocks(x, shape)
         parts = torch.empty(blocks, W, D, dtype=torch.float32, device=x.device)
-        backward_kernel[(blocks * triton.cdiv(D, shape["HEAD"]),)](
+        convolution_backward_kernel[(blocks * triton.cdiv(D, shape["HEAD"]),)](
             dy, x, weight, x if ages is None else ages, dx, parts, T, D, x.stride(1), dx.stride(1),
-            L2_EPS, W=W, NORM=head_dim is not None, PACKED=ages is not None, num_warps=WARPS,
-            **shape,
+            L2_EPS, W=W, NORM=head_dim is not None, PACKED=ages is not None, **shape,
         )  # fmt: skip
     return dx, parts.sum(0).t().to(weight.dtype).contiguous()
 
@@ -193,12 +202,14 @@ def _rows(x: Tensor) -> Tensor:
     return x if plain else x.contiguous()
 
 
-def _shape(D: int, head_dim: int | None) -> dict[str, int]:
-    """A program's features, a head's or 128, padded to a power of two, and its runs."""
+def _shape(
+    D: int, head_dim: int | None, *, elements: int, length: int, warps: int
+) -> dict[str, int]:
+    """A program's features, a head's or 128, padded to a power of two, its runs and its warps."""
     head = min(128, D) if head_dim is None else head_dim
     padded = triton.next_power_of_2(head)
-    runs = max(1, ELEMENTS // padded)
-    return {"HEAD": head, "BD": padded, "RUNS": runs, "LENGTH": LENGTH}
+    runs = max(1, elements // padded)
+    return {"HEAD": head, "BD": padded, "RUNS": runs, "LENGTH": length, "num_warps": warps}
 
 
 def _blocks(x: Tensor, shape: dict[str, int]) -> int:
