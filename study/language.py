@@ -34,7 +34,7 @@ from osdn.train.trainer import Trainer
 from study.plan import Measure, Run, run_name
 from study.records import Record
 
-ONLY_OSDN = ("attn.initial_precond", "attn.a_proj.weight", "attn.a_proj.bias")
+ONLY_OSDN = ("attn.initial_precond", "attn.gamma_proj.weight", "attn.gamma_proj.bias")
 
 
 class StartedTrainer(Trainer):

@@ -63,6 +63,7 @@ def capture(model: nn.Module, input_ids: Tensor) -> list[Activations]:
     layers = mixers(model)
     inputs: dict[nn.Module, Tensor] = {}
     hooks = [
+        # On its way in; what the layer makes of it is then made once more, by its own parts.
         layer.register_forward_pre_hook(lambda module, given: inputs.update({module: given[0]}))
         for layer in layers
     ]
@@ -82,7 +83,7 @@ def mixers(model: nn.Module) -> list[OSDN]:
 def activations(layer: OSDN, hidden_states: Tensor) -> Activations:
     """What a layer makes of hidden_states [1, T, D]."""
     given = layer.operands(hidden_states)
-    k, v, beta = (x[0].double() for x in (given.k, given.v, given.beta))
+    k, v, beta = (x[0].double() for x in (given.k, given.v, given.beta))  # [T, H, ·], the one row
     gamma = None if given.log_gamma is None else given.log_gamma[0].double()
     return Activations(k, v, beta, preconditioners(layer, k, beta, gamma))
 
@@ -95,6 +96,7 @@ def preconditioners(layer: OSDN, k: Tensor, beta: Tensor, log_gamma: Tensor | No
     d = torch.ones_like(k[0]) if start is None else start.detach().double()
     if rule.constant_precond(log_gamma is not None):
         return d.expand_as(k)
+    # Token by token, as the definition: a prompt has a thousand tokens, and this is no training.
     path = []
     for t in range(len(k)):
         path.append(d)
@@ -106,11 +108,13 @@ def summarise_layer(layer: Activations) -> dict[str, list[list[float]]]:
     """Of every shadow, by relative position: means of log q, ⟨d,s⟩, β⟨d,s⟩ and of q > 1."""
     found = {}
     for name, shadow in SHADOWS.items():
-        step = layer.step(shadow(layer.precond))
+        step = layer.step(shadow(layer.precond))  # [T, H]
         written = layer.beta * step
-        ratio = (1 - written).square()
+        ratio = (1 - written).square()  # q, [T, H]
+        # The mean of logs: q spans orders of magnitude, and its product over tokens is what counts.
         measures = [ratio.clamp(min=SMALLEST).log(), step, written, (ratio > 1).double()]
-        means = torch.stack([x.mean(-1) for x in measures])
+        means = torch.stack([x.mean(-1) for x in measures])  # [4, T]
+        # By bin of relative position, so that prompts of any length are compared.
         found[name] = [part.mean(1).tolist() for part in means.tensor_split(POSITIONS, dim=1)]
     return found
 

@@ -22,6 +22,7 @@ def make_optimizer(model: nn.Module, options: Optimizer) -> TrainOptimizer:
     is one), and on initial_precond, whose neutral value is 1 and not 0. Sharded parameters and
     whole ones are in groups of their own, since no kernel takes both at once.
     """
+    # By identity: a tied output layer has the embedding's weight under a name of its own.
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     matrices = block_matrices(model) if options.name == "muon" else set()
     decayed: list[nn.Parameter] = []
@@ -30,16 +31,19 @@ def make_optimizer(model: nn.Module, options: Optimizer) -> TrainOptimizer:
         if parameter in matrices:
             continue
         exempt = parameter.ndim < 2 or id(parameter) in embeddings
+        # Decay would pull d_1 to 0, which mutes a head's first writes.
         exempt = exempt or name.endswith("initial_precond")
         (others if exempt else decayed).append(parameter)
     # Four groups at most: with decay and without, each sharded and whole.
     groups: list[dict[str, Any]] = []
     for parameters, decay in ((decayed, options.weight_decay), (others, 0.0)):
+        # Empty groups are left out: the optimizer's state has no entries for them.
         for sharded in (False, True):
             kind = [p for p in parameters if isinstance(p, DTensor) is sharded]
             if kind:
                 groups.append({"params": kind, "weight_decay": decay})
     betas = (options.beta1, options.beta2)
+    # fused: one launch for all parameters, and it can leave out a step (found_inf).
     adamw = torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=options.eps, fused=True)
     if not matrices:
         return adamw
@@ -66,6 +70,7 @@ def fill_state(optimizer: TrainOptimizer, updates: int) -> None:
                     part.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
                     continue
                 part.state[parameter] = {
+                    # float32, as fused AdamW keeps it
                     "step": torch.full((), float(updates), device=parameter.device),
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
@@ -77,6 +82,7 @@ def named_state(model: nn.Module, optimizer: TrainOptimizer) -> dict[str, Tensor
     state = {p: moments for part in _parts(optimizer) for p, moments in part.state.items()}
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
+        # The memory itself, not a copy: loading a checkpoint writes into it.
         tensors[f"model.{name}"] = parameter.detach()
         for moment, value in state[parameter].items():
             if moment != "step":
@@ -90,6 +96,7 @@ def learning_rate(step: int, *, steps: int, peak: float, schedule: Schedule) -> 
     lr = peak · step / w                                              step ≤ w = warmup_steps
     lr = peak · (m + (1 − m)(1 + cos(π (step − w)/(steps − w)))/2)    m = min_ratio
     """
+    # From 1: step 0 would have the rate 0, and do nothing.
     warmup, low = schedule.warmup_steps, schedule.min_ratio
     if step <= warmup:
         return peak * step / warmup

@@ -146,7 +146,7 @@ from osdn.layers import osdn as layers
 operands, start = layers.OSDN.operands, layers.OSDN.start_precond
 def checked_operands(self, x, *args, **options):
     assert x.dtype == self.q_proj.weight.dtype == torch.bfloat16, (x.dtype, self.q_proj.weight)
-    assert self.a_proj.bias.dtype == torch.float32
+    assert self.gamma_proj.bias.dtype == torch.float32
     return operands(self, x, *args, **options)
 def checked_start(self):
     assert start(self).dtype == torch.float32
