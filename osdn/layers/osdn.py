@@ -16,16 +16,20 @@ from transformers import initialization
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from osdn.layers.cache import Mixed, linear_cache, token_mask
-from osdn.layers.convolution import ShortConvolution
+from osdn.layers.convolution import ShortConvolution, last_inputs
 from osdn.layers.padding import padding_first, reordered
 from osdn.layers.sizes import head_size
 from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step
+from osdn.ops.convolution import short_convolutions
 from osdn.ops.packing import check_cu_seqlens
 from osdn.ops.validation import check_box_holds_one, check_rule, check_sizes
 
 Forgetting = Literal["none", "data"]
 StateDecay = Literal["none", "data"]
 
+# Columns of a joint product are a multiple of this, 128 bytes in bfloat16: for the matrix units, and
+# because torch.compile would otherwise copy it into rows that are (its comprehensive_padding).
+ALIGNED = 64
 # d then forgets over about 1 / (1 − γ) = 1,000 tokens.
 APF_BIAS = 6.9  # γ = sigmoid(6.9) ≈ 0.999 at the start
 LEAST_A, MOST_A = 1e-4, 16.0  # A is uniform up to 16, as in Mamba 2; 0 has no logarithm
@@ -42,8 +46,11 @@ class ForgettingGate(nn.Linear):
         nn.init.constant_(self.bias, APF_BIAS)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        logits = widened(F.linear(x, self.weight.to(x.dtype)))
-        return logits + self.bias.to(logits.dtype)  # 6.9 + x keeps x's digits
+        return self.biased(F.linear(x, self.weight.to(x.dtype)))
+
+    def biased(self, product: Tensor) -> Tensor:
+        """W_γ x + b_γ from W_γ x; widened first, so that 6.9 + x keeps the digits of x."""
+        return widened(product) + self.bias.to(torch.promote_types(product.dtype, torch.float32))
 
 
 class LayerOperands(NamedTuple):
@@ -217,16 +224,22 @@ class OSDN(nn.Module):
 
         log γ is None without forgetting, log α without state decay.
         """
+        gamma = None if self.gamma_proj is None else self.gamma_proj(hidden_states)
+        a = None if self.a_proj is None else self.a_proj(hidden_states)
+        return self._gates(self.b_proj(hidden_states), gamma, a)
+
+    def _gates(
+        self, b: Tensor, gamma: Tensor | None, a: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The gates from what their projections give [B, T, H]."""
         # Gates in float32: near 1 a bfloat16 γ moves in steps of 1/256.
-        beta = widened(self.b_proj(hidden_states)).sigmoid() * (2 if self.allow_neg_eigval else 1)
-        log_gamma = log_alpha = None
-        if self.gamma_proj is not None:
-            log_gamma = F.logsigmoid(self.gamma_proj(hidden_states))
-        if self.a_proj is not None and self.A_log is not None and self.dt_bias is not None:
-            dt = widened(self.a_proj(hidden_states))
+        beta = widened(b).sigmoid() * (2 if self.allow_neg_eigval else 1)
+        log_alpha = None
+        if a is not None and self.A_log is not None and self.dt_bias is not None:
+            dt = widened(a)
             dt = F.softplus(dt + self.dt_bias.to(dt.dtype))  # Δ
             log_alpha = -self.A_log.to(dt.dtype).exp() * dt
-        return beta, log_gamma, log_alpha
+        return beta, None if gamma is None else F.logsigmoid(gamma), log_alpha
 
     def forward(
         self,
@@ -311,9 +324,13 @@ class OSDN(nn.Module):
         # A cache without a past is as none: the first call fills it.
         if cache is not None and not cache.has_previous_state[0]:
             cache = None
-        padding = None if mask is None else (~mask).sum(1)  # [B], zeros in front of each row
-        (q, k, v), history = self._convolve(hidden_states, cache, cu_seqlens, padding)
-        beta, log_gamma, log_alpha = self.gates(hidden_states)  # [B, T, H]
+        if self.training and cache is None and self._is_plain():
+            (q, k, v), history, gates = self._jointly(hidden_states, cu_seqlens)
+        else:
+            padding = None if mask is None else (~mask).sum(1)  # [B], zeros in front of each row
+            (q, k, v), history = self._convolve(hidden_states, cache, cu_seqlens, padding)
+            gates = self.gates(hidden_states)
+        beta, log_gamma, log_alpha = gates  # [B, T, H]
         if mask is not None:  # a token that writes nothing and forgets nothing
             k, beta = k * mask[..., None, None], beta * mask[..., None]
             log_gamma = None if log_gamma is None else log_gamma * mask[..., None]
@@ -350,6 +367,51 @@ class OSDN(nn.Module):
             made.append(x.unflatten(-1, (self.num_heads, -1)))  # [B, T, H, K] or [B, T, H, V]
             after.append(history)
         return made, after
+
+    def _is_plain(self) -> bool:
+        """Whether the projections and convolutions are their weights alone: not replaced by an
+        adapter's or a quantised layer, and nobody watches their calls."""
+        gates = [x for x in (self.gamma_proj, self.a_proj) if x is not None]
+        convolutions = [self.q_conv1d, self.k_conv1d, self.v_conv1d]
+        return all(
+            type(module) in (nn.Linear, ShortConvolution, ForgettingGate)
+            and (module.bias is None or module is self.gamma_proj)
+            and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+            and not (module._backward_pre_hooks or "forward" in module.__dict__)
+            for module in (
+                *(self.q_proj, self.k_proj, self.v_proj, self.b_proj), *gates, *convolutions
+            )
+        )  # fmt: skip
+
+    def _jointly(
+        self, hidden_states: Tensor, cu_seqlens: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor], tuple[Tensor, Tensor | None, Tensor | None]]:
+        """As `_convolve` and `gates` without a cache, by one product and one operator.
+
+        In training. A product with the few columns of a gate takes a GPU as long as reading its
+        input, three times with the backward, and the gradients that several products give one input
+        are added up in memory. The weights are joined at every call: few bytes beside the tokens'.
+        """
+        D, convolutions = hidden_states.shape[-1], (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        projections = [self.q_proj, self.k_proj, self.v_proj, self.b_proj]
+        projections += [x for x in (self.gamma_proj, self.a_proj) if x is not None]
+        weights = [x.weight.to(self.q_proj.weight.dtype) for x in projections]
+        sizes = [len(weight) for weight in weights]
+        if missing := -sum(sizes) % ALIGNED:
+            weights.append(weights[0].new_zeros(missing, D))
+        x = F.linear(hidden_states, torch.cat(weights))  # [B, T, Σ sizes + missing]
+        *made, logits = short_convolutions(
+            x,
+            [convolution.weight.squeeze(1) for convolution in convolutions],
+            cu_seqlens,
+            head_dims=[convolution.head_dim for convolution in convolutions],
+        )
+        made = [one.unflatten(-1, (self.num_heads, -1)) for one in made]  # [B, T, H, K] or V
+        gap = convolutions[0].kernel_size[0] - 1
+        history = [last_inputs(one, gap) for one in x.split([*sizes[:3], logits.shape[-1]], -1)[:3]]
+        b, *others = logits[..., : sum(sizes[3:])].split(sizes[3:], -1)  # [B, T, H] each
+        gamma = None if self.gamma_proj is None else self.gamma_proj.biased(others.pop(0))
+        return made, history, self._gates(b, gamma, others[0] if others else None)
 
 
 def _rename_former(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

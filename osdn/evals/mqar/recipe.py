@@ -50,7 +50,7 @@ class Training(Section):
     epochs: passes over the training set, at most.
     stop_at: share of right answers in the test set at which training ends before that.
     precision: "float32", or "bfloat16" in compute, under autocast; weights are float32.
-    optimizer, schedule: as in a training recipe, but for the learning rate.
+    optimizer, schedule: as in a training recipe, but for the learning rate; AdamW only.
     device: "auto" (CUDA where there is one), or a PyTorch device name.
     processes: cells trained at a time, each with one thread where there are several.
     """
@@ -64,6 +64,13 @@ class Training(Section):
     schedule: Schedule = Schedule(warmup_steps=0, min_ratio=0.0)
     device: str = "auto"
     processes: int = Field(default=1, ge=1)
+
+    @field_validator("optimizer")
+    @classmethod
+    def _adamw(cls, value: Optimizer) -> Optimizer:
+        if value.name != "adamw":
+            raise ValueError(f"name: expected adamw in MQAR, got {value.name!r}")
+        return value
 
 
 class Cell(NamedTuple):
