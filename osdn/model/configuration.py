@@ -105,6 +105,7 @@ class OSDNConfig(PretrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        # transformers takes any keyword as an attribute, so a misspelt field would be lost.
         fields = [name for name in type(self).__annotations__ if name not in vars(PretrainedConfig)]
         for name in kwargs:
             if close := get_close_matches(name, fields, n=1, cutoff=0.75):
@@ -126,6 +127,7 @@ class OSDNConfig(PretrainedConfig):
         """
         os.makedirs(save_directory, exist_ok=True)
         Path(save_directory, f"{IMPORT_MODULE}.py").write_text(IMPORT_LINE)
+        # transformers imports what stands here, after it has asked for trust_remote_code.
         self.auto_map = {name: f"{IMPORT_MODULE}.{one}" for name, one in AUTO_CLASSES.items()}
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
@@ -135,6 +137,7 @@ class OSDNConfig(PretrainedConfig):
 
     def _validate(self) -> None:
         """ValueError where a field is outside its range; a model asks once more when it is made."""
+        # 8/3 of the width, so that three matrices have the parameters of two of 4; 256 for tiles.
         if self.intermediate_size is None:
             self.intermediate_size = 256 * -(-int(self.hidden_size * 8 / 3) // 256)
         check_sizes(**{name: getattr(self, name) for name in SIZES})
@@ -198,6 +201,7 @@ class OSDNConfig(PretrainedConfig):
         K = self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
         V = K if self.head_v_dim is None else self.head_v_dim
         assert self.intermediate_size is not None
+        # Four projections and three of the MLP. Norms and gates are too small to count.
         block = 2 * self.num_heads * (K + V) + 3 * self.intermediate_size  # times hidden_size
         total = self.hidden_size * (self.num_hidden_layers * block + 2 * self.vocab_size)
         if max(total, K * V * self.num_heads, self.conv_size * block) > MOST_PARAMETERS:

@@ -31,19 +31,20 @@ class Flops(NamedTuple):
 
 def forward_flops(config: OSDNConfig, seq_len: int) -> Flops:
     """One token's forward pass in rows of `seq_len` tokens."""
+    # A product of [m, n] costs a token 2 m n.
     D, H = config.hidden_size, config.num_heads
     K = D // H if config.head_dim is None else config.head_dim
     V = K if config.head_v_dim is None else config.head_v_dim
     assert config.intermediate_size is not None
-    dense = 2 * D * config.vocab_size
+    dense = 2 * D * config.vocab_size  # the output layer
     mixers = 0
     for name in config.mixers:
-        dense += 2 * 3 * D * config.intermediate_size
+        dense += 2 * 3 * D * config.intermediate_size  # gate, up and down
         if name == "attention":
-            dense += 2 * 4 * D * H * K
-            mixers += 4 * H * K * seq_len
+            dense += 2 * 4 * D * H * K  # q, k, v, o
+            mixers += 4 * H * K * seq_len  # q kᵀ and its product with v, over all T columns
             continue
-        width = H * (2 * K + V)
+        width = H * (2 * K + V)  # channels of the convolutions
         decays = name == "gated_delta_net" or (name == "osdn" and config.state_decay == "data")
         gates = 1 + (name == "osdn" and config.forgetting == "data") + decays
         values = 3 if config.use_output_gate else 2  # v and o, and the gate
@@ -79,6 +80,7 @@ def peak_flops(device_name: str, dtype: torch.dtype = torch.bfloat16) -> float |
     bfloat16 and float16 are the matrix units' figure, float32 the vector units' (PyTorch's default,
     without TF32).
     """
+    # Any other dtype has no figure here, so that no utilisation is made up.
     columns = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 2}
     if dtype not in columns:
         return None

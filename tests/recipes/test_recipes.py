@@ -57,8 +57,8 @@ def count_by_hand(config: OSDNConfig) -> int:
 @pytest.mark.parametrize("path", REFERENCE, ids=str)
 def test_the_reference_sizes(path):
     found = variants(path)
-    assert list(found) == ["osdn_apf", "osdn", "delta_net", "gated_delta_net", "os_gdn",
-                           "transformer", "hybrid"]  # fmt: skip
+    assert list(found) == ["osdn_apf", "osdn_muon", "osdn", "delta_net", "gated_delta_net",
+                           "os_gdn", "transformer", "hybrid"]  # fmt: skip
     counts = {}
     for name, recipe in found.items():
         config = OSDNConfig(**recipe.model)
@@ -70,6 +70,7 @@ def test_the_reference_sizes(path):
         assert set(config.mixers) == mixers.get(name, {"osdn"} | {"attention"} & set(config.mixers))
         assert config.mixers.count("attention") == {"transformer": 24, "hybrid": 6}.get(name, 0)
         train = recipe.train
+        assert train.optimizer.name == ("muon" if name == "osdn_muon" else "adamw")
         assert train.seq_len * train.batch_rows == 524_288 and train.seq_len == 4096
         assert (train.optimizer.lr, train.optimizer.eps, train.optimizer.clip) == (1e-3, 1e-15, 1.0)
         assert train.schedule.min_ratio == 0.1
