@@ -22,7 +22,7 @@ import osdn.model.modeling  # noqa: F401  registers the model class
 from osdn.data import load_tokenizer
 from osdn.data.shards import tokenizer_fingerprint
 from osdn.errors import UserError
-from osdn.evals.results import RESULT
+from osdn.evals.results import RESULT, read_result
 from osdn.evals.tasks import evaluate
 from osdn.system.locks import DirectoryLock
 from osdn.train.checkpoint import reading as checkpoint
@@ -34,7 +34,7 @@ from osdn.train.trainer import Trainer
 from study.plan import Measure, Run, run_name
 from study.records import Record
 
-ONLY_OSDN = ("attn.initial_precond", "attn.a_proj.weight", "attn.a_proj.bias")
+ONLY_OSDN = ("attn.initial_precond", "attn.gamma_proj.weight", "attn.gamma_proj.bias")
 
 
 class StartedTrainer(Trainer):
@@ -206,9 +206,7 @@ def perform(spec: dict[str, Any], *, device: str, work: Path) -> dict[str, Any]:
         measure = Measure.model_validate(spec["evaluations"][name])
         where, batch = results / name, measure.batch
         evaluate(str(start), measure.evaluation(), where, batch=batch, device=device)
-    found = {
-        name: json.loads((results / name / RESULT).read_text()) for name in spec["evaluations"]
-    }
+    found = {name: read_result(results / name) for name in spec["evaluations"]}
     for one in found.values():
         del one["provenance"]
     last = [loss for _, loss in result.loss[-50:] if loss is not None]

@@ -38,7 +38,7 @@ class ShortConvolution(nn.Conv1d):
             x, first = _after(history.transpose(1, 2).to(x.dtype), x, padding), gap
         # Of the history's places too, which are then dropped.
         y = short_convolution(x, self.weight.squeeze(1), cu_seqlens, head_dim=self.head_dim)
-        return y[:, first:], _last(x, gap).transpose(1, 2)
+        return y[:, first:], last_inputs(x, gap)
 
 
 def _after(history: Tensor, x: Tensor, padding: Tensor | None) -> Tensor:
@@ -52,9 +52,9 @@ def _after(history: Tensor, x: Tensor, padding: Tensor | None) -> Tensor:
     return x.scatter(1, at[..., None].expand_as(history), history)
 
 
-def _last(x: Tensor, gap: int) -> Tensor:
-    """The last `gap` tokens of x [B, T, D], zeros before them where T is smaller."""
+def last_inputs(x: Tensor, gap: int) -> Tensor:
+    """[B, D, gap]: the last tokens of x [B, T, D], zeros before them where T is smaller."""
     T = x.shape[1]
     if torch.compiler.is_compiling():  # no guard on T; an unused copy is never made
-        return F.pad(x, (0, 0, gap, 0))[:, T:]
-    return F.pad(x[:, max(0, T - gap) :], (0, 0, max(0, gap - T), 0))
+        return F.pad(x, (0, 0, gap, 0))[:, T:].transpose(1, 2)
+    return F.pad(x[:, max(0, T - gap) :], (0, 0, max(0, gap - T), 0)).transpose(1, 2)

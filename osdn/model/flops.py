@@ -8,7 +8,8 @@ out) counts for nothing. Forward, for one token:
     2 P                        P: entries of the matrices and convolutions it passes through, the
                                output layer included (tied or not), the embedding's lookup not
     4 H K T                    an attention layer over rows of T tokens, the causal mask ignored
-    6 H K V                    the memory of an osdn or delta_net layer: Sᵀk, the write, Sᵀq
+    6 H K V                    the memory of any other layer: Sᵀk, the write, Sᵀq
+    H K V                      its decay, α S, in gated_delta_net, and osdn with state decay
     7 H K                      osdn besides: s = k ⊙ k, ⟨d, s⟩, γ d + (η b x) s, d ⊙ k
 
 so 6·P and a mixer's term for a step of training. Norms, gates and residual sums are left out.
@@ -44,10 +45,11 @@ def forward_flops(config: OSDNConfig, seq_len: int) -> Flops:
             mixers += 4 * H * K * seq_len  # q kᵀ and its product with v, over all T columns
             continue
         width = H * (2 * K + V)  # channels of the convolutions
-        gates = 2 if name == "osdn" and config.forgetting == "data" else 1
+        decays = name == "gated_delta_net" or (name == "osdn" and config.state_decay == "data")
+        gates = 1 + (name == "osdn" and config.forgetting == "data") + decays
         values = 3 if config.use_output_gate else 2  # v and o, and the gate
         dense += 2 * D * H * (2 * K + values * V + gates) + 2 * config.conv_size * width
-        mixers += 6 * H * K * V + (7 * H * K if name == "osdn" else 0)
+        mixers += (7 if decays else 6) * H * K * V + (7 * H * K if name == "osdn" else 0)
     return Flops(dense, mixers)
 
 

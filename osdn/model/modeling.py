@@ -17,6 +17,8 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import GroupWeightRename
 from transformers.generation import GenerationConfig
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
@@ -26,7 +28,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import can_return_tuple
 
-from osdn.layers.osdn import OSDN, ForgettingGate
+from osdn.layers.osdn import FORMER_GATE, GATE, OSDN, ForgettingGate
 from osdn.model.block import OSDNBlock
 from osdn.model.cache import CACHE, OSDNCache, one_cache
 from osdn.model.configuration import OSDNConfig
@@ -39,6 +41,17 @@ from osdn.model.inputs import (
     padding_masks,
 )
 from osdn.model.loss import cross_entropy, linear_cross_entropy, next_token_labels
+
+
+class FormerGate(GroupWeightRename):
+    """`osdn.layers.osdn.former_names` in from_pretrained: known by the bias, which comes first.
+
+    What is saved again has the present names.
+    """
+
+    def reverse_transform(self) -> GroupWeightRename:
+        names = [f"attn.{GATE}.{last}" for last in ("bias", "weight")]
+        return GroupWeightRename(names, names)
 
 
 class OSDNPreTrainedModel(PreTrainedModel):
@@ -383,6 +396,15 @@ class OSDNForTokenClassification(GenericForTokenClassification, OSDNPreTrainedMo
     """OSDNModel and a linear score of every token."""
 
 
+register_checkpoint_conversion_mapping(
+    OSDNConfig.model_type,
+    [
+        FormerGate(
+            [rf"attn\.{FORMER_GATE}\.{last}" for last in ("bias", "weight")],
+            [f"attn.{GATE}.{last}" for last in ("bias", "weight")],
+        )
+    ],
+)
 AutoModel.register(OSDNConfig, OSDNModel)
 AutoModelForCausalLM.register(OSDNConfig, OSDNForCausalLM)
 AutoModelForSequenceClassification.register(OSDNConfig, OSDNForSequenceClassification)

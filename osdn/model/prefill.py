@@ -86,9 +86,9 @@ def forward(
     n = block.attn_norm(h).masked_fill(padding, 0)
     x = mixer.operands(n, mask)
     o, S, d = online_scaled_delta_rule(
-        x.q, x.k, x.v, x.beta, x.log_gamma, initial_state=x.initial_state,
-        initial_precond=x.initial_precond, output_final_state=True, backend=mixer.backend,
-        **mixer.rule,
+        x.q, x.k, x.v, x.beta, x.log_gamma, log_alpha=x.log_alpha,
+        initial_state=x.initial_state, initial_precond=x.initial_precond,
+        output_final_state=True, backend=mixer.backend, **mixer.rule,
     )  # fmt: skip
     assert S is not None and d is not None
     o = mixer.o_norm(o).flatten(-2)  # [B, T, H V]

@@ -236,13 +236,13 @@ class _Layer:
     def __init__(self, block: OSDNBlock):
         mixer = block.attn
         assert isinstance(mixer, OSDN)
-        optional = [x for x in (mixer.a_proj, mixer.g_proj) if x is not None]
+        optional = [x for x in (mixer.gamma_proj, mixer.g_proj) if x is not None]
         modules = [mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.b_proj, *optional]
         self.projections = [module.weight for module in modules]
         self.convolutions = (
             mixer.q_conv1d.weight, mixer.k_conv1d.weight, mixer.v_conv1d.weight,
         )  # fmt: skip
-        self.gamma_bias = None if mixer.a_proj is None else mixer.a_proj.bias
+        self.gamma_bias = None if mixer.gamma_proj is None else mixer.gamma_proj.bias
         self.attn_norm, self.mlp_norm = block.attn_norm.weight, block.mlp_norm.weight
         self.o_norm, self.o_proj = mixer.o_norm.weight, mixer.o_proj.weight
         self.gate, self.up = block.mlp.gate_proj.weight, block.mlp.up_proj.weight

@@ -5,6 +5,7 @@ osdn/ops/triton/convolution.py for a GPU. Both make the sums again in the backwa
 would keep, and an eager run would write and read, several float32 copies of the input.
 """
 
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -59,14 +60,36 @@ def short_convolution(
         extended = past.prepend(history, x)
         y = short_convolution(extended, weight, past.offsets, head_dim=head_dim)
         return past.drop(y)
+    return short_convolutions(x, [weight], cu_seqlens, head_dims=[head_dim])[0]
+
+
+def short_convolutions(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    cu_seqlens: Tensor | None = None,
+    *,
+    head_dims: Sequence[int | None],
+) -> list[Tensor]:
+    """`short_convolution` of neighbouring columns of x, as one product of several layers gives it.
+
+    Args:
+        x: [B, T, D_1 + D_2 + … + R].
+        weights: [D_i, W_i], of the columns in their order.
+        head_dims: one for each weight.
+
+    Returns:
+        A contiguous [B, T, D_i] for each weight, and the last R columns as they are if R > 0.
+    """
+    sizes = [size or 0 for size in head_dims]  # operators take no list of optional numbers
     # functorch and forward mode need an expression they can see through.
     # PyTorch has no public way to ask for either.
     if not torch.compiler.is_compiling() and (
         torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     ):  # which go through the definition alone
-        return forward(x, weight, cu_seqlens, head_dim)
-    run = _operator if dispatched(x) else _Eager.apply
-    return run(x, weight, cu_seqlens, head_dim)
+        return _forward(x, weights, cu_seqlens, sizes, forward)
+    if dispatched(x):
+        return _operator(x, list(weights), cu_seqlens, sizes)
+    return list(_Eager.apply(x, cu_seqlens, sizes, *weights))
 
 
 def next_history(
@@ -149,12 +172,18 @@ class _Past(NamedTuple):
         return ends.view(self.sequences, self.gap, extended.shape[2]).transpose(1, 2)
 
 
-def starts_of(cu_seqlens: Tensor | None, T: int) -> Tensor | None:
-    """[T] int8, 1 at every packed sequence's first token; scattered, with no search."""
+def ages_of(cu_seqlens: Tensor | None, T: int, width: int) -> Tensor | None:
+    """[T] int32: how many tokens of its own sequence stand before a token, at most width − 1.
+
+    Token t reads t − j where that is at least j. Scattered, with no search.
+    """
     if cu_seqlens is None:
         return None
     at = cu_seqlens.long()  # an empty sequence at the end starts at T
-    return torch.zeros(T + 1, dtype=torch.int8, device=at.device).index_fill_(0, at, 1)[:T]
+    ages = torch.full((T + width,), width - 1, dtype=torch.int32, device=at.device)
+    for age in reversed(range(width - 1)):  # the nearest start is written last
+        ages.index_fill_(0, at + age, age)
+    return ages[:T]
 
 
 def forward(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, head_dim: int | None) -> Tensor:
@@ -167,9 +196,14 @@ def forward(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, head_dim: int 
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, head_dim: int | None
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    cu_seqlens: Tensor | None,
+    head_dim: int | None,
+    dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dx in x's dtype and dweight in weight's, by PyTorch."""
+    """dx in x's dtype, written to the tensor given, and dweight in weight's, by PyTorch."""
     x_wide, w, inside = _prepare(x, weight, cu_seqlens)
     # Again, in place of keeping u and z: memory is read less than it would be.
     u = _sums(x_wide, w, inside)
@@ -184,14 +218,15 @@ def backward(
     du = dz * sigmoid * (1 + u * (1 - sigmoid))  # silu'(u) = σ + u σ (1 − σ)
     T, W = x.shape[1], w.shape[1]
     # The token's own weight, then each earlier one: token t feeds t + back.
-    dx = du * w[:, -1]
+    total = du * w[:, -1]
     dweight = [(x_wide * du).sum((0, 1))]  # W times [D]
     for back in range(1, W):
         # du of tokens whose sequence reaches back that far, [B, T − back, D]
         later = _where(inside[back], du[:, back:])
-        dx[:, : max(0, T - back)].addcmul_(later, w[:, -1 - back])
+        total[:, : max(0, T - back)].addcmul_(later, w[:, -1 - back])
         dweight.append((x_wide[:, : max(0, T - back)] * later).sum((0, 1)))
-    return dx.to(x.dtype), torch.stack(dweight[::-1], 1).to(weight.dtype)
+    dx = total.to(x.dtype) if dx is None else dx.copy_(total)
+    return dx, torch.stack(dweight[::-1], 1).to(weight.dtype)
 
 
 def _prepare(
@@ -200,13 +235,9 @@ def _prepare(
     """x and w in the dtype of the sums; and which tokens t ≥ back see t − back, for every back."""
     wide = torch.promote_types(x.dtype, torch.float32)
     T, W = x.shape[1], weight.shape[1]
-    inside: list[Tensor | None] = [None] * W
-    if (starts := starts_of(cu_seqlens, T)) is not None:
-        outside = torch.zeros_like(starts)  # [T], whether a start lies in the last `back` tokens
-        for back in range(1, W):
-            # A token sees `back` tokens back unless a sequence starts in between.
-            outside[back - 1 :] |= starts[: max(0, T - back + 1)]
-            inside[back] = outside[back:, None] == 0
+    ages = ages_of(cu_seqlens, T, W)
+    # A token sees `back` tokens back unless a sequence starts in between: [T − back, 1].
+    inside = [None if ages is None else ages[back:, None] >= back for back in range(W)]
     return x.to(wide), weight.to(wide), inside
 
 
@@ -237,58 +268,113 @@ def _module(x: Tensor) -> Any:
     return import_module("osdn.ops.triton.convolution" if kernels else __name__)
 
 
+def _forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    cu_seqlens: Tensor | None,
+    head_dims: Sequence[int],
+    one: Callable[..., Tensor],
+) -> list[Tensor]:
+    """Each part of x by `one`, a module's forward, and the columns that are left."""
+    *parts, rest = x.split(_columns(x, weights), dim=-1)
+    made = [one(p, w, cu_seqlens, size or None) for p, w, size in zip(parts, weights, head_dims)]
+    return [*made, rest.clone(memory_format=torch.contiguous_format)] if rest.shape[-1] else made
+
+
+def _backward(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    cu_seqlens: Tensor | None,
+    head_dims: Sequence[int],
+) -> tuple[Tensor, list[Tensor]]:
+    """(dx, dweights) from the gradients of what `_forward` gives."""
+    columns, dx = _columns(x, weights), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    places, dweights = dx.split(columns, dim=-1), []
+    for i, part in enumerate(x.split(columns, dim=-1)[:-1]):
+        given = dys[i], part, weights[i], cu_seqlens, head_dims[i] or None
+        dweights.append(_module(x).backward(*given, places[i])[1])
+    if columns[-1]:
+        places[-1].copy_(dys[-1])
+    return dx, dweights
+
+
+def _columns(x: Tensor, weights: Sequence[Tensor]) -> list[int]:
+    """D_1, D_2, …, and R, which may be 0."""
+    sizes = [len(weight) for weight in weights]
+    return [*sizes, x.shape[-1] - sum(sizes)]
+
+
 class _Eager(torch.autograd.Function):
     """The operator without PyTorch's dispatcher."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        # The input is kept, and nothing that is computed from it.
-        _keep(ctx, inputs, None)
-        return _module(inputs[0]).forward(*inputs)
+    def forward(ctx: Any, x: Tensor, cu_seqlens: Tensor | None, head_dims: list[int],
+                *weights: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
+        # The inputs are kept, and nothing that is computed from them.
+        _keep(ctx, (x, list(weights), cu_seqlens, head_dims), None)
+        return tuple(_forward(x, weights, cu_seqlens, head_dims, _module(x).forward))
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *cu_seqlens = ctx.saved_tensors
-        given = (x, weight, cu_seqlens[0] if cu_seqlens else None, ctx.head_dim)
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
-            dx, dweight = _module(x).backward(dy, *given)
+            dx, dweights = _backward(dys, *_kept(ctx))
         # A second derivative is an error and never zeros.
-        return once("short_convolution", ctx, (dy,), (dx, dweight, None, None))
+        return once("short_convolution", ctx, dys, (dx, None, None, *dweights))
 
 
 @torch.library.custom_op("osdn::short_convolution", mutates_args=())
-def _operator(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, head_dim: int | None) -> Tensor:
-    return _module(x).forward(x, weight, cu_seqlens, head_dim)
+def _operator(
+    x: Tensor, weights: list[Tensor], cu_seqlens: Tensor | None, head_dims: list[int]
+) -> list[Tensor]:
+    return _forward(x, weights, cu_seqlens, head_dims, _module(x).forward)
 
 
 @_operator.register_fake
-def _(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, head_dim: int | None) -> Tensor:
-    return x.new_empty(x.shape)
+def _(
+    x: Tensor, weights: list[Tensor], cu_seqlens: Tensor | None, head_dims: list[int]
+) -> list[Tensor]:
+    return [x.new_empty(*x.shape[:-1], size) for size in _columns(x, weights) if size]
 
 
 @torch.library.custom_op("osdn::short_convolution_backward", mutates_args=())
-def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, head_dim: int | None
-) -> tuple[Tensor, Tensor]:
-    return _module(x).backward(dy, x, weight, cu_seqlens, head_dim)
+def _backward_operator(
+    dys: list[Tensor],
+    x: Tensor,
+    weights: list[Tensor],
+    cu_seqlens: Tensor | None,
+    head_dims: list[int],
+) -> tuple[Tensor, list[Tensor]]:
+    return _backward(dys, x, weights, cu_seqlens, head_dims)
 
 
-@_backward.register_fake
+@_backward_operator.register_fake
 def _(
-    dy: Tensor, x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, head_dim: int | None
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+    dys: list[Tensor],
+    x: Tensor,
+    weights: list[Tensor],
+    cu_seqlens: Tensor | None,
+    head_dims: list[int],
+) -> tuple[Tensor, list[Tensor]]:
+    return x.new_empty(x.shape), [weight.new_empty(weight.shape) for weight in weights]
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
-    x, weight, cu_seqlens, ctx.head_dim = inputs
-    ctx.save_for_backward(x, weight, *([] if cu_seqlens is None else [cu_seqlens]))
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, weights, cu_seqlens, ctx.head_dims = inputs
+    ctx.weights = len(weights)
+    ctx.save_for_backward(x, *weights, *([] if cu_seqlens is None else [cu_seqlens]))
 
 
-def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, *cu_seqlens = ctx.saved_tensors
-    given = (x, weight, cu_seqlens[0] if cu_seqlens else None, ctx.head_dim)
-    return *_backward(dy, *given), None, None
+def _kept(ctx: Any) -> tuple[Tensor, list[Tensor], Tensor | None, list[int]]:
+    """The operator's inputs."""
+    x, *others = ctx.saved_tensors
+    weights, offsets = others[: ctx.weights], others[ctx.weights :]
+    return x, weights, offsets[0] if offsets else None, ctx.head_dims
+
+
+def _differentiate(ctx: Any, dys: list[Tensor]) -> tuple[Any, ...]:
+    dx, dweights = _backward_operator(list(dys), *_kept(ctx))
+    return dx, dweights, None, None
 
 
 _operator.register_autograd(_differentiate, setup_context=_keep)

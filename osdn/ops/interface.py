@@ -85,9 +85,9 @@ def online_scaled_delta_rule(
             0 = cu_seqlens[0] < ... < cu_seqlens[N] = T. On a GPU looked at once, until it is
             changed in place; not under torch.compile, nor while a CUDA graph is captured or
             replayed.
-        backend: "auto" (triton for CUDA tensors of at most 32 bits with K and V ≤ 256 and without
-            log_alpha, numba for CPU tensors where it is installed, else chunkwise), "reference",
-            "chunkwise", "numba" or "triton", which does not take log_alpha yet.
+        backend: "auto" (triton for CUDA tensors of at most 32 bits with K and V ≤ 256, numba for
+            CPU tensors where it is installed, else chunkwise), "reference", "chunkwise", "numba" or
+            "triton".
 
     Returns:
         o: [B, T, H, V] in v's dtype; final_state: [N, H, K, V] and final_precond: [N, H, K] in
@@ -120,7 +120,7 @@ def online_scaled_delta_rule(
     )
     sequences = check_shapes(operands)
     check_rule(eta, precond_min, precond_max, beta_aware)
-    backend = _choose(backend, q, v, log_alpha)
+    backend = _choose(backend, q, v)
     # The reference is plain PyTorch, and takes every kind of derivative.
     check_reverse_mode(backend, q=q, k=k, v=v, beta=beta, **optional)
 
@@ -204,8 +204,7 @@ def online_scaled_delta_step(
     token = Token(q, k, v, beta, log_gamma, log_alpha, state, precond, slots, write_slots)
     check_step_shapes(token)
     check_rule(eta, precond_min, precond_max, beta_aware)
-    # None for log_alpha: every backend's step takes it.
-    backend = _choose(backend, q, v, None)
+    backend = _choose(backend, q, v)
     check_reverse_mode(backend, **required, **gates)
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     # A copy made here would take the writes, and the caller's tensor would stay as it was.
@@ -269,10 +268,10 @@ def _autocast(*tensors: Tensor) -> list[Tensor]:
     ]
 
 
-def _choose(backend: str, q: Tensor, v: Tensor, log_alpha: Tensor | None) -> str:
+def _choose(backend: str, q: Tensor, v: Tensor) -> str:
     if backend == "auto":
         # A GPU has chunkwise for what the kernels cannot do; asked for by name they raise.
-        if q.is_cuda and not _triton_lacks(q, v, log_alpha):
+        if q.is_cuda and not _triton_lacks(q, v):
             return "triton"
         return "numba" if HAS_NUMBA and q.device.type == "cpu" else "chunkwise"
     if backend not in ("reference", *BACKENDS):
@@ -281,12 +280,12 @@ def _choose(backend: str, q: Tensor, v: Tensor, log_alpha: Tensor | None) -> str
     if backend == "numba" and (not HAS_NUMBA or q.device.type != "cpu"):
         problem = f"tensors on {q.device}" if HAS_NUMBA else "no numba (pip install 'osdn[cpu]')"
         raise ValueError(f"backend: 'numba' needs CPU tensors and numba installed, got {problem}")
-    if backend == "triton" and (problem := _triton_lacks(q, v, log_alpha)):
+    if backend == "triton" and (problem := _triton_lacks(q, v)):
         raise ValueError(f"backend: 'triton' {problem}; use backend='auto' or 'chunkwise'")
     return backend
 
 
-def _triton_lacks(q: Tensor, v: Tensor, log_alpha: Tensor | None) -> str:
+def _triton_lacks(q: Tensor, v: Tensor) -> str:
     """Why the Triton kernels cannot run on these tensors, or an empty string."""
     if not HAS_TRITON:
         return "needs Triton, which PyTorch's CUDA builds bring and this installation lacks"
@@ -309,6 +308,4 @@ def _triton_lacks(q: Tensor, v: Tensor, log_alpha: Tensor | None) -> str:
             f"needs K and V of at most {TRITON_LARGEST_HEAD}, got K = {q.shape[-1]} and "
             f"V = {v.shape[-1]}"
         )
-    if log_alpha is not None:  # goes when the kernels over whole sequences read log_alpha
-        return "has no kernels for log_alpha over whole sequences yet"
     return ""

@@ -59,6 +59,11 @@ def _words(kinds: set[Any]) -> str:
     return "true or false" if bool in kinds else "a number"
 
 
+# Fields that came after the first checkpoints and records. A resolved recipe names them only where
+# they have another value, so that those keep their identity.
+LATER_MODEL_FIELDS = {"state_decay": "none"}
+
+
 S = TypeVar("S", bound=Section)
 
 
@@ -103,18 +108,23 @@ class Data(Section):
 
 
 class Optimizer(Section):
-    """AdamW. Decay falls on the matrices of linear and convolution layers alone.
+    """AdamW, or Muon with AdamW. Decay falls only on the matrices of linear and convolution layers.
 
+    name: "adamw", or "muon" for the matrices of the blocks with AdamW for all else; Muon's updates
+        are scaled so that AdamW's learning rate and decay fit it.
     lr: learning rate at the end of the warm-up, per step.
-    beta1, beta2: decay per step of the mean gradient and mean squared gradient.
+    beta1, beta2: AdamW's decay per step of the mean gradient and mean squared gradient.
+    momentum: Muon's decay per step of the mean gradient.
     eps: added to the root of the mean squared gradient.
     weight_decay: per step, times the learning rate.
     clip: largest norm of the whole gradient; null: unlimited.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(default=1e-3, gt=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
+    momentum: float = Field(default=0.95, ge=0, lt=1)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     clip: float | None = Field(default=1.0, gt=0)
@@ -237,12 +247,18 @@ class Recipe(Section):
         return value
 
     def resolved(self) -> dict[str, Any]:
-        """Every field, the model's defaults included: plain values, for files and comparisons."""
+        """Every field, the model's defaults included: plain values, for files and comparisons.
+
+        Except LATER_MODEL_FIELDS at the value that all models had before there was the field.
+        """
         # With all defaults: a later version with other ones must not resume this run as its own.
         config = OSDNConfig(**self.model)
         model = {name: getattr(config, name) for name in MODEL_FIELDS}
         for name in ("vocab_size", "max_position_embeddings"):  # not known from the recipe alone
             model[name] = self.model.get(name)
+        for name, before in LATER_MODEL_FIELDS.items():
+            if model[name] == before:
+                del model[name]
         return {**self.model_dump(mode="json"), "model": model}
 
 

@@ -19,7 +19,7 @@ from osdn.train.distributed.sharding import Sharded
 from osdn.train.log.precond import Measured, measured
 from osdn.train.log.speed import Moment
 from osdn.train.objective import inputs
-from osdn.train.optim import learning_rate
+from osdn.train.optim import TrainOptimizer, learning_rate
 from osdn.train.recipe import Train
 
 
@@ -74,7 +74,7 @@ class Stepper:
     def __init__(
         self,
         sharded: Sharded,
-        optimizer: torch.optim.AdamW,
+        optimizer: TrainOptimizer,
         parallel: Parallel,
         options: Train,
         *,

@@ -146,15 +146,15 @@ def test_compiled_blocks_that_are_made_again_change_nothing(shard, run, tmp_path
 DTYPES = """
 import torch
 from osdn.layers import osdn as layers
-gates, start = layers.OSDN.gates, layers.OSDN.start_precond
-def checked_gates(self, x):
+operands, start = layers.OSDN.operands, layers.OSDN.start_precond
+def checked_operands(self, x, *args, **options):
     assert x.dtype == self.q_proj.weight.dtype == torch.bfloat16, (x.dtype, self.q_proj.weight)
-    assert self.a_proj.bias.dtype == torch.float32
-    return gates(self, x)
+    assert self.gamma_proj.bias.dtype == torch.float32
+    return operands(self, x, *args, **options)
 def checked_start(self):
     assert start(self).dtype == torch.float32
     return start(self)
-layers.OSDN.gates, layers.OSDN.start_precond = checked_gates, checked_start
+layers.OSDN.operands, layers.OSDN.start_precond = checked_operands, checked_start
 """
 
 

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from osdn.evals.mqar.task import MQARModel, Task, check_task
+from osdn.model.configuration import MIXERS
 from osdn.train.recipe import Optimizer, Schedule, Section
 
 
@@ -49,7 +50,7 @@ class Training(Section):
     epochs: passes over the training set, at most.
     stop_at: share of right answers in the test set at which training ends before that.
     precision: "float32", or "bfloat16" in compute, under autocast; weights are float32.
-    optimizer, schedule: as in a training recipe, but for the learning rate.
+    optimizer, schedule: as in a training recipe, but for the learning rate; AdamW only.
     device: "auto" (CUDA where there is one), or a PyTorch device name.
     processes: cells trained at a time, each with one thread where there are several.
     """
@@ -63,6 +64,13 @@ class Training(Section):
     schedule: Schedule = Schedule(warmup_steps=0, min_ratio=0.0)
     device: str = "auto"
     processes: int = Field(default=1, ge=1)
+
+    @field_validator("optimizer")
+    @classmethod
+    def _adamw(cls, value: Optimizer) -> Optimizer:
+        if value.name != "adamw":
+            raise ValueError(f"name: expected adamw in MQAR, got {value.name!r}")
+        return value
 
 
 class Cell(NamedTuple):
@@ -88,7 +96,8 @@ class Cell(NamedTuple):
 class MQARRecipe(Section):
     """A grid of trainings.
 
-    mixers: label -> {mixer: osdn | delta_net | attention, and options of that layer}.
+    mixers: label -> {mixer: osdn | delta_net | gated_delta_net | attention, and options of that
+        layer}.
     tasks, widths, learning_rates, seeds: the other axes; every mixer gets all of them.
     language, model, train: what the cells share.
     """
@@ -106,9 +115,9 @@ class MQARRecipe(Section):
     @classmethod
     def _kinds(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for label, options in value.items():
-            if options.get("mixer") not in ("osdn", "delta_net", "attention"):
+            if options.get("mixer") not in MIXERS:
                 raise ValueError(
-                    f"{label}: expected mixer: osdn, delta_net or attention, "
+                    f"{label}: expected mixer: one of {', '.join(MIXERS)}, "
                     f"got {options.get('mixer')!r}"
                 )
         return value

@@ -139,7 +139,8 @@ class MQARModel(nn.Module):
     Args:
         vocab_size, width: sizes; width is the residual stream's.
         layers: what each layer is, "mixer" or "convolution".
-        mixer: "osdn", "delta_net" or "attention": what the layers called "mixer" are.
+        mixer: "osdn", "delta_net", "gated_delta_net" or "attention": what the layers called
+            "mixer" are.
         options: keyword arguments of osdn.layers.osdn.OSDN or osdn.layers.attention.Attention.
         init_std: standard deviation of the linear layers' and the embedding's initial weights.
         autocast: compute in bfloat16 what torch.autocast says.
@@ -172,6 +173,8 @@ class MQARModel(nn.Module):
             elif mixer == "attention":
                 self.mixers.append(Attention(width, **options))
             else:
+                if mixer == "gated_delta_net":
+                    options = {**options, "state_decay": "data"}
                 self.mixers.append(OSDN(width, adaptive=mixer == "osdn", **options))
         self.norm = nn.RMSNorm(width, eps=1e-6)
         # zoology's initial values, then the special ones of our layers, which these overwrote.

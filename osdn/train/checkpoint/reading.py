@@ -31,6 +31,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY
 
 from osdn.errors import UserError
+from osdn.layers.osdn import former_names
 from osdn.system.files import TEMPORARY, sha256
 from osdn.system.outside import Malformed, Outside, parse_json, read_json
 from osdn.train.distributed.parallel import Parallel
@@ -102,6 +103,7 @@ def load_tensors(directory: Path, tensors: dict[str, Tensor], parallel: Parallel
     Raises:
         UserError: the checkpoint's tensors are not these.
     """
+    tensors = _as_named(directory, tensors)
     # DCP believes a file's header, and would leave gaps unwritten.
     _check_layout(directory, tensors)
     reader = dcp.HuggingFaceStorageReader(str(directory))
@@ -113,6 +115,19 @@ def load_tensors(directory: Path, tensors: dict[str, Tensor], parallel: Parallel
         if isinstance(cause, OSError | MemoryError):
             raise
         raise _other_tensors(directory, str(cause)) from error
+
+
+def _as_named(directory: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by the names that the checkpoint has for them."""
+    names: set[str] = set()
+    for path in directory.glob("*.safetensors"):
+        try:
+            with safe_open(path, framework="pt") as file:
+                names.update(file.keys())
+        except SafetensorError as error:
+            raise _refused(path) from error
+    former = {now: before for before, now in former_names(names).items()}
+    return {former.get(name, name): x for name, x in tensors.items()}
 
 
 def _check_layout(directory: Path, tensors: dict[str, Tensor]) -> None:

@@ -28,17 +28,18 @@ from osdn.train.objective import Objective
 
 
 def kept_whole(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters that are float32 in compute: d_1, and the bias of the gate, near 6.9.
+    """Parameters that are float32 in compute: d_1, the gate's bias near 6.9, A_log and dt_bias.
 
     In bfloat16 d_1 near 1 moves in steps of 1/128, more than a step of the optimizer changes it,
     and log γ = logsigmoid(6.9) has a relative error of 1.6%, which 4,096 tokens make 7% of γ^4096.
+    Of A_log and dt_bias the same holds: they are exponents of the decay of a whole row.
     """
     mixers = [module for module in model.modules() if isinstance(module, OSDN)]
-    found = [m.initial_precond for m in mixers if m.initial_precond is not None]
+    found: list[nn.Parameter | None] = []
     for mixer in mixers:
-        if mixer.a_proj is not None:
-            found.append(mixer.a_proj.bias)
-    return found
+        found += [mixer.initial_precond, mixer.A_log, mixer.dt_bias]
+        found.append(None if mixer.gamma_proj is None else mixer.gamma_proj.bias)
+    return [parameter for parameter in found if parameter is not None]
 
 
 class Sharded:
