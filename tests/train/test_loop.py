@@ -22,18 +22,6 @@ from osdn.train.step import Stepper
 from tests.train.tiny import curve, fields, recipe, write_texts
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    return write_texts(tmp_path_factory.mktemp("texts"))
-
-
-@pytest.fixture(scope="module")
-def finished(texts, tmp_path_factory):
-    """A run without interruption."""
-    out = tmp_path_factory.mktemp("finished")
-    return train(recipe(texts), out)
-
-
 def test_it_learns_and_says_how_it_went(finished):
     losses = [loss for _, loss in finished.loss]
     assert [step for step, _ in finished.loss] == list(range(1, 13))
