@@ -108,6 +108,7 @@ def test_the_recipes_load(name):
     assert {"delta_net", "osdn", "attention"} <= set(recipe.mixers)
 
 
+HANG = 1800.0  # seconds
 SLOW = {**SMALL["train"], "examples": 1_000, "epochs": 10_000, "stop_at": 1, "processes": 2}
 
 
@@ -118,11 +119,26 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_for(condition, seconds: float):
-    deadline = time.monotonic() + seconds
+def wait_for(condition):
+    """Until it holds; the time ends a hang, and a busy machine needs a tenth of it."""
+    deadline = time.monotonic() + HANG
     while not (found := condition()) and time.monotonic() < deadline:
         time.sleep(0.1)
     return found
+
+
+def workers_of(pid: int) -> list[int]:
+    """The processes of a grid that train."""
+    below = [one for one in children(pid) if alive(one)]
+    return [one for one in below if b"spawn_main" in Path(f"/proc/{one}/cmdline").read_bytes()]
+
+
+def works(pid: int) -> bool:
+    """Whether a worker has imported what it computes with."""
+    try:
+        return "libtorch_python" in Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        return False
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -132,17 +148,16 @@ def test_a_process_that_is_killed_leaves_none_behind(tmp_path, victim):
     recipe.write_text(json.dumps({**SMALL, "train": SLOW}))
     words = [sys.executable, "-m", "osdn", "mqar", str(recipe), "--out", str(tmp_path / "out")]
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as grid:
-        # Two workers, and multiprocessing's resource tracker.
-        assert wait_for(lambda: len(children(grid.pid)) >= 3, 60)
-        time.sleep(5)  # they have imported torch, and work
-        below = children(grid.pid)
-        workers = [
-            pid for pid in below if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
-        assert len(workers) == 2
-        os.kill(grid.pid if victim == "grid" else workers[0], signal.SIGKILL)
-        assert wait_for(lambda: not any(map(alive, workers)), 20)
-        said = grid.stderr.read()
+        try:
+            # Two workers, beside multiprocessing's resource tracker.
+            assert wait_for(lambda: len(workers_of(grid.pid)) == 2)
+            workers = workers_of(grid.pid)
+            assert wait_for(lambda: all(map(works, workers)))
+            os.kill(grid.pid if victim == "grid" else workers[0], signal.SIGKILL)
+            assert wait_for(lambda: not any(map(alive, workers)))
+            said = grid.stderr.read()
+        finally:
+            grid.kill()
     if victim == "worker":
         assert grid.returncode == 1 and "a worker process was killed" in said
         assert "Traceback" not in said
