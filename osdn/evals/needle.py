@@ -26,7 +26,7 @@ BEFORE = (
 QUESTION = "\nWhat is the special magic number for {key} mentioned in the provided text?"
 CUE = " The special magic number for {key} mentioned in the provided text is"
 NEEDLE = "One of the special magic numbers for {key} is: {number}."
-MAX_NEW_TOKENS = 48
+MAX_NEW_TOKENS = 48  # a sentence with the number in it
 LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768]
 DEPTHS = (0, 25, 50, 75, 100)
 
@@ -45,14 +45,16 @@ def haystack(model: LanguageModel, item: dict[str, Any], budget: int) -> list[in
         question = (QUESTION + CUE).format(key=item["key"])
         return [*model.start, *model.encode(BEFORE + "\n".join(text) + question)]
 
+    # How many lines fit is found by three sizes, as tokenizers join what meets at a border.
     least = len(build(1))
     if least > budget:
         raise UserError(
             f"lengths: {item['length']} tokens are too few for the question and one line of "
             f"noise, which take {least + MAX_NEW_TOKENS}"
         )
-    line = (len(build(9)) - least) / 8
+    line = (len(build(9)) - least) / 8  # tokens a line
     lines = 1 + int((budget - least) / line)
+    # The estimate is off by a line or two: down first, then up.
     while lines > 1 and len(build(lines)) > budget:
         lines -= 1
     while len(prompt := build(lines + 1)) <= budget:
@@ -95,11 +97,13 @@ class Needle(Evaluation):
         """A needle for each length, depth and sample, short prompts first."""
         lengths = sorted(set(self.lengths or ()))
         if not lengths:
+            # As far as the model goes; at least one length, so that there is a result.
             lengths = [one for one in LENGTHS if one <= (model.limit or one)] or LENGTHS[:1]
         model.check_length(lengths[-1], "lengths")
         depths = sorted(set(self.depths))
         items = []
         for length, depth, i in product(lengths, depths, range(self.samples)):
+            # By the needle's own place: a length added later changes no other needle.
             rng = Random(f"{self.seed} {length} {depth} {i}")
             key = f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
             number = str(rng.randrange(10**6, 10**7))
@@ -122,7 +126,7 @@ class Needle(Evaluation):
                 "number": item["number"],
                 "tokens": len(ids),
                 "continuation": text,
-                "right": item["number"] in text,
+                "right": item["number"] in text,  # seven digits: none comes by chance
             }
             for item, ids, text in zip(items, prompts, texts)
         ]

@@ -29,6 +29,7 @@ def read_samples(name: str) -> list[dict[str, str]]:
     """
     records = _hub(HUB_SETS[name]) if name in HUB_SETS else _jsonl(Path(name))
     samples = []
+    # Every record is looked at before the first is measured.
     for where, record in records:
         fields = record if isinstance(record, dict) else {}
         wrong = [one for one in ("text", "key", "value") if not _is_text(fields.get(one))]
@@ -57,6 +58,7 @@ def read_prompts(name: str, limit: int) -> list[str]:
             return [path.read_text(encoding="utf-8")]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"data: cannot read {name}: {error}") from error
+    # Fields other than text are not needed here.
     records = _hub(HUB_SETS[name]) if name in HUB_SETS else _jsonl(path)
     texts = []
     for where, record in islice(records, limit):

@@ -41,10 +41,12 @@ def fingerprint(model: PreTrainedModel, items: Sequence[Record] = ()) -> str:
     Not where the model lies, nor on which device.
     """
     digest = blake2b(digest_size=16)
+    # A model that was copied or loaded by another version is the same model.
     config = {k: v for k, v in model.config.to_dict().items() if k not in NAMES}
     digest.update(json.dumps([config, list(items)], sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        # Every byte of the weights: a run that trained on must not find its old answers.
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
@@ -85,7 +87,9 @@ def measure(
     try:
         out.mkdir(parents=True, exist_ok=True)
         done, size = _read(path, protocol, schema)
+        # Batches are made of what is left: their borders do not change the answers.
         left = [item for item in items if item["id"] not in done]
+        # Cut to whole lines, then appended to.
         with path.open("r+b" if path.exists() else "wb") as file:
             file.truncate(size)
             file.seek(size)
@@ -94,6 +98,7 @@ def measure(
             with tqdm(total=len(items), initial=len(done), desc=name, unit="item") as bar:
                 for start in range(0, len(left), batch):
                     some = left[start : start + batch]
+                    # Line by line after each batch: a kill costs one batch.
                     for item, record in zip(some, answer(some), strict=True):
                         done[item["id"]] = {"id": item["id"], **record}
                         _append(file, done[item["id"]])
@@ -113,7 +118,7 @@ def _read(path: Path, protocol: Record, schema: type[Sample]) -> tuple[dict[str,
     if not path.exists():
         return {}, 0
     data = path.read_bytes()
-    size = data.rfind(b"\n") + 1
+    size = data.rfind(b"\n") + 1  # past the last whole line
     lines = data[:size].splitlines()
     if not lines:
         return {}, 0
@@ -130,6 +135,7 @@ def _read(path: Path, protocol: Record, schema: type[Sample]) -> tuple[dict[str,
         raise UserError(
             f"{path}: not a samples file ({error}); move it away or choose another --out"
         ) from error
+    # As a file would give it back: tuples are lists there.
     expected = json.loads(json.dumps(protocol))
     names = [name for name in known | expected if name not in PLACES]
     changed = sorted(name for name in names if known.get(name) != expected.get(name))

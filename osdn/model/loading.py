@@ -21,6 +21,7 @@ from osdn.system.outside import read_json
 PROBLEMS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError,
             SafetensorError)  # fmt: skip
 WEIGHT_FILE = re.compile(r"[^/\\]+\.safetensors")
+# An error is read on one line.
 NAMED = 3  # missing weights that an error names
 
 
@@ -61,10 +62,12 @@ def load_weights(name: str, *, dtype: torch.dtype | str = "auto") -> PreTrainedM
     """
     with without_bars():
         model, info = fetch(GuardedModel, name, "model", dtype=dtype, output_loading_info=True)
+    # An empty model that answers is worse than an error.
     missing = sorted(info["missing_keys"])  # transformers gives them random values
     if missing:
         more = " …" if len(missing) > NAMED else ""
         raise UserError(f"{name}: weights missing: {', '.join(missing[:NAMED])}{more}")
+    # What the checkpoint's authors liked for sampling is no part of the model.
     ids = {
         field: getattr(model.generation_config, field) for field in ("eos_token_id", "pad_token_id")
     }
@@ -88,6 +91,7 @@ def refuse_foreign_code(name: str, *, local_files_only: bool) -> None:
     `model.safetensors.index.json` maps a weight to, and fetches a kernel that config.json asks for
     as its attention.
     """
+    # The two files that can make transformers read something else than safetensors.
     for file in ("model.safetensors.index.json", "config.json"):
         path = cached_file(
             name,
@@ -127,7 +131,9 @@ def fetch(factory: Any, name: str, what: str, advice: str = "", **options: Any) 
     Args:
         what: "model" or "tokenizer", for the UserError.  advice: its end.
     """
+    # Said, so that transformers does not ask on the terminal.
     options["trust_remote_code"] = False
+    # From here or the cache first: a model that is there must load without a network.
     local = Path(name).is_dir()
     try:
         return factory.from_pretrained(name, local_files_only=True, **options)
@@ -145,6 +151,7 @@ def fetch(factory: Any, name: str, what: str, advice: str = "", **options: Any) 
             "is no network to fetch it; connect, or give a checkpoint's directory"
         )
     try:
+        # Only now is the network used, for a name that can be one of the hub's.
         return factory.from_pretrained(name, **options)
     except PROBLEMS as error:
         raise UserError(f"{name}: cannot load the {what} ({_line(error)}){advice}") from error

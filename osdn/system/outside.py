@@ -50,6 +50,7 @@ def read_json(path: Path, schema: type[T], advice: str = "") -> T:
         OSError: the file cannot be read.
     """
     size = path.stat().st_size
+    # By its size, before a byte is read.
     if path.is_file() and size > LARGEST:
         raise Malformed(str(path), f"expected at most {LARGEST:,} bytes, found {size:,}", advice)
     return parse_json(path.read_bytes(), schema, str(path), advice)
@@ -78,6 +79,7 @@ def _adapter(schema: Any) -> TypeAdapter:
 
 def _reason(error: ValidationError) -> str:
     """The first of the errors, in a line."""
+    # One error a line: the others are often its consequences.
     first = error.errors(include_url=False)[0]
     message = first["msg"][:1].lower() + first["msg"][1:]
     if first["type"] == "json_invalid":

@@ -13,11 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from osdn import OSDNConfig, OSDNForCausalLM
 from osdn.errors import UserError
-from osdn.train import train
+from osdn.train import Recipe, train
 from osdn.train.checkpoint import reading as checkpoint
 from osdn.train.checkpoint import writing as saving
+from osdn.train.distributed.parallel import Parallel
+from osdn.train.optim import fill_state, make_optimizer, named_state
+from osdn.train.recipe import Optimizer
 from tests.train.tiny import curve, recipe, write_texts
 
 
@@ -47,6 +52,30 @@ def flip_a_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
+
+
+def test_a_checkpoint_from_before_state_decay_is_read(tmp_path):
+    """Its recipe has no such field, and its gate of APF another name."""
+    before = Path("tests/fixtures/before_state_decay")
+    shutil.copytree(before / "step_3", tmp_path / "step_3")
+    saved = json.loads((before / "step_3" / "recipe.json").read_text())
+    fields = {k: v for k, v in saved["model"].items() if v is not None}
+    recipe = Recipe.model_validate(saved | {"model": fields})
+    found = checkpoint.load_newest(tmp_path, recipe.resolved(), print)
+    model = OSDNForCausalLM(OSDNConfig(**fields | {"vocab_size": 258}))
+    optimizer = make_optimizer(model, Optimizer())
+    fill_state(optimizer, 3)
+    parallel = Parallel(recipe, torch.device("cpu"))
+    checkpoint.load_tensors(found.directory, named_state(model, optimizer), parallel)
+    written = load_file(before / "model" / "model.safetensors")
+    for name, x in model.state_dict().items():
+        if name != "lm_head.weight":  # tied
+            assert torch.equal(x, written[name.replace("gamma_proj", "a_proj")]), name
+    moments = optimizer.state[model.model.layers[1].attn.gamma_proj.weight]
+    assert moments["exp_avg"].any() and moments["exp_avg_sq"].any()
+    other = Recipe.model_validate(saved | {"model": fields | {"state_decay": "data"}}).resolved()
+    with pytest.raises(UserError, match=r"model\.state_decay: .* was made with None"):
+        checkpoint.load_newest(tmp_path, other, print)
 
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
