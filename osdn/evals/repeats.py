@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from osdn.data import encode_document
-from osdn.data.shards import ShardCorpus
+from osdn.data.token_corpus import TokenCorpus
 from osdn.evals.evaluation import option
 from osdn.evals.models import LanguageModel
 from osdn.evals.perplexity import TextEvaluation, negative_log_likelihood
@@ -204,7 +204,7 @@ class Repeats(TextEvaluation):
             UserError: nothing there, or shards of another tokenizer.
         """
         corpus = self.corpus(self.reference)
-        if isinstance(corpus, ShardCorpus):
+        if isinstance(corpus, TokenCorpus):
             corpus.check_tokenizer(model.tokenizer)
             for shard in corpus.shards:
                 yield corpus.open(shard)[0]

@@ -4,6 +4,8 @@ Importing this module registers the classes with AutoModel and AutoModelForCausa
 Parameter names are those of flash-linear-attention's DeltaNet.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from transformers.utils.generic import can_return_tuple
 from osdn.layers.osdn import OSDN, ForgettingGate
 from osdn.model.block import OSDNBlock
 from osdn.model.cache import CACHE, OSDNCache, one_cache
+from osdn.model.card import write_card
 from osdn.model.configuration import OSDNConfig
 from osdn.model.decoding import last_logits
 from osdn.model.inputs import (
@@ -60,6 +63,18 @@ class OSDNPreTrainedModel(PreTrainedModel):
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Nothing: see OSDNConfig.save_pretrained for what stands beside a checkpoint."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """As transformers does, with a model card beside it; a card of the user's own stays."""
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            write_card(Path(save_directory), self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -63,8 +63,10 @@ class Data(Section):
     """Which text, and how it is cut into tokens.
 
     corpus: "stdlib" (the Python standard library's own source), "hf:NAME" (a Hugging Face
-        dataset, streamed), a directory that `osdn tokenize` made, or one or several paths, globs
-        or directories of text, .jsonl and .parquet files.
+        dataset, streamed), a directory that `osdn tokenize` made, Megatron's .bin and .idx files,
+        or one or several paths, URLs (s3://, hf://), globs or directories of text, .jsonl and
+        .parquet files, of which the first two may end in .gz or .zst; or a mapping of such names
+        to weights, each corpus's share of the training tokens.
     text_field: the column of .jsonl, .parquet and hub records that holds the text.
     separator: in text files, the string between documents; null: each file is a document.
     subset, split: of a hub dataset.
@@ -79,7 +81,11 @@ class Data(Section):
         change nothing but the speed.
     """
 
-    corpus: str | Annotated[list[str], Field(min_length=1)] = "stdlib"
+    corpus: (
+        str
+        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
+    ) = "stdlib"
     text_field: str = "text"
     separator: str | None = Field(default=None, min_length=1)
     subset: str | None = None

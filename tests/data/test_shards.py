@@ -22,7 +22,8 @@ from osdn.data import (
     open_corpus,
     validation_rows,
 )
-from osdn.data.shards import held_out_keys, open_shards
+from osdn.data.shards import open_shards
+from osdn.data.token_corpus import held_out_keys
 from osdn.errors import UserError
 from tests.data.test_rows import deal, ranks
 from tests.train.tiny import HANG
