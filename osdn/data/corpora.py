@@ -57,7 +57,7 @@ def open_corpus(
     if any((Path(name) / JOB).is_file() for name in patterns):
         if len(patterns) > 1:
             raise UserError(
-                "data.corpus: a directory of shards cannot be one of a list of files; a mapping of "
+                "data.corpus: a directory of shards cannot be one of several files; a mapping of "
                 "names to weights mixes corpora"
             )
         return open_shards(Path(patterns[0]))

@@ -54,7 +54,7 @@ class SourceFile:
     def stored(self) -> BinaryIO:
         """The file as it is stored."""
         if not URL.match(self.name):
-            return open(self.name, "rb")
+            return Path(self.name).open("rb")
         # Made in the process that reads: the connections of a fsspec file system survive no fork.
         system, path = file_system(self.name)
         return cast(BinaryIO, system.open(path, "rb"))

@@ -108,7 +108,7 @@ class MegatronFile:
         begin, end = int(documents[0]), int(documents[-1])
         own = lengths[begin:end].astype(np.int64)
         ends = np.cumsum(own)  # [sequences], in tokens
-        if end == begin or (own < 0).any() or ends[-1] == 0:
+        if (own < 0).any() or not own.any():
             raise _damaged(self.index, f"documents {first} to {last - 1} hold no token")
         at = int(pointers[begin])
         expected = at + (ends - own) * self.dtype.itemsize

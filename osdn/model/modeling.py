@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -390,3 +391,7 @@ AutoModelForSequenceClassification.register(OSDNConfig, OSDNForSequenceClassific
 AutoModelForTokenClassification.register(OSDNConfig, OSDNForTokenClassification)
 # transformers' Trainer shifts the labels that it smooths for the classes named here alone.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[OSDNConfig.model_type] = OSDNForCausalLM.__name__
+# transformers' server looks for config.architectures among the names of the package transformers
+# (cli/serving/model_manager.py of 5.24), after it has imported the file beside the checkpoint. The
+# package is there twice, as its processing_utils loads it anew: so the name goes to their class.
+setattr(type(transformers), OSDNForCausalLM.__name__, OSDNForCausalLM)

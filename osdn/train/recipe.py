@@ -84,7 +84,7 @@ class Data(Section):
     corpus: (
         str
         | Annotated[list[str], Field(min_length=1)]
-        | Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
+        | Annotated[dict[str, Annotated[float, Field(gt=0, strict=True)]], Field(min_length=1)]
     ) = "stdlib"
     text_field: str = "text"
     separator: str | None = Field(default=None, min_length=1)
@@ -303,9 +303,13 @@ def _no_field(name: Any, known: Sequence[str]) -> str:
 def _first(error: ValidationError, kind: type[Section]) -> str:
     """The first of a validation's errors as "section.key: what is wrong"; misspelt keys go first,
 
-    since they make the right one missing.
+    since they make the right one missing. Where a field may be of several kinds, each kind has its
+    error; that of the value's own kind says more than "should be a string".
     """
-    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+    kinds = ("string_type", "list_type", "dict_type")
+    first = min(
+        error.errors(), key=lambda one: (one["type"] != "extra_forbidden", one["type"] in kinds)
+    )
     section: Any = kind
     path: list[str] = []
     for name in first["loc"]:

@@ -175,7 +175,7 @@ def test_other_jobs_and_tokenizers_are_refused(texts, shards, tmp_path, capsys):
     other = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>", unk_token="?")
     with pytest.raises(UserError, match=r"tokenized with 'byte' \(258 tokens\).*\(3 tokens\)"):
         replace(source(shards), tokenizer=other)
-    with pytest.raises(UserError, match="shards cannot be one of several"):
+    with pytest.raises(UserError, match="shards cannot be one of several files"):
         open_corpus([str(shards), str(tmp_path)])
     with pytest.raises(UserError, match="text is needed here"):
         next(open_corpus(str(shards)).read())
