@@ -28,6 +28,8 @@ from pydantic import BaseModel
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
+from versions import version_tables  # noqa: E402
+
 from osdn.cli.main import COMMANDS  # noqa: E402
 from osdn.evals.mqar.recipe import MQARRecipe  # noqa: E402
 from osdn.evals.results import markdown  # noqa: E402
@@ -37,7 +39,6 @@ from study.language_report import language_result, pooled_result  # noqa: E402
 from study.plan import Study, load_study  # noqa: E402
 from study.records import Records, merge  # noqa: E402
 from study.report import mqar_points, mqar_result  # noqa: E402
-from versions import version_tables  # noqa: E402
 
 NOTE = "<!-- Written by docs/generate.py. Do not edit. -->\n\n"
 TUTORIALS = ("first-model", "own-model")

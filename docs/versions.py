@@ -25,7 +25,8 @@ def pins(path: Path) -> dict[str, str]:
 def allowed(root: Path) -> dict[str, str]:
     """name -> the versions that pyproject.toml allows, of dependencies and extras."""
     project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]
-    lines = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    extras = project["optional-dependencies"].values()
+    lines = [*project["dependencies"], *(line for extra in extras for line in extra)]
     found = (re.match(r"([\w-]+)(?:\[.*\])?([<>=!].*?)?(?:;.*)?$", line) for line in lines)
     return {m[1].replace("-", "_"): (m[2] or "").replace(",", ", ") for m in found if m and m[2]}
 
