@@ -54,6 +54,7 @@ def open_corpus(
     if isinstance(names, str) and names.startswith(HUB) and not names.startswith(HUB + "//"):
         return HubCorpus(names[len(HUB) :], subset=subset, split=split, text_field=text_field)
     patterns = [names] if isinstance(names, str) else names
+    # By the job's file and not the manifest: an unfinished directory must be told as such.
     if any((Path(name) / JOB).is_file() for name in patterns):
         if len(patterns) > 1:
             raise UserError(

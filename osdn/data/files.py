@@ -156,6 +156,7 @@ def expand(names: Sequence[str]) -> list[SourceFile]:
                 "URL, a glob or a directory of text, .jsonl or .parquet files, 'stdlib', or "
                 "'hf:NAME' for a Hugging Face dataset"
             )
+    # By the file behind the name: a text that is read twice is weighed twice.
     once: dict[Path, Path] = {}
     for path in sorted(local):
         once.setdefault(path.resolve(), path)
@@ -194,6 +195,7 @@ def _line(error: Exception) -> str:
 def _matching(name: str) -> set[Path]:
     """The local files of a path, a glob, or a directory."""
     path = Path(name).expanduser()
+    # A path that exists is taken by its letters: "texts[1]" may be a directory.
     inside = escape(str(path)) if path.exists() else str(path)
     inside += "/**/*" if path.is_dir() else ""
     return {found for found in _glob(inside) if found.is_file()}
@@ -209,16 +211,19 @@ def _glob(pattern: str) -> Iterator[Path]:
     if "**" not in parts:
         yield from map(Path, glob(pattern))
         return
+    # Before the first ** glob is safe; what lies behind it is matched in every directory.
     level = parts.index("**")
     head = str(Path(*parts[:level])) if level else "."
     rest = [part for part in parts[level + 1 :] if part != "**"] or ["*"]
     seen: set[tuple[int, int]] = set()
     for start in glob(head):
+        # Links are followed, as glob does, so that a corpus can be put together from links.
         for name, directories, _ in os.walk(start, followlinks=True):
             place = os.stat(name)
             if (place.st_dev, place.st_ino) in seen:
-                directories.clear()
+                directories.clear()  # seen: neither it nor what is below it again
                 continue
             seen.add((place.st_dev, place.st_ino))
+            # In place: os.walk goes where this list says.
             directories[:] = sorted(x for x in directories if not x.startswith("."))
             yield from map(Path, glob(str(Path(escape(name), *rest))))

@@ -36,8 +36,10 @@ def read_text(path: SourceFile, offset: Offset, separator: str | None) -> Found:
     """
     if isinstance(offset, tuple):
         raise UserError(f"data.corpus: {path}: expected a byte as a position, got {offset}")
+    # In bytes, since offsets are; a separator lies between whole characters in UTF-8.
     mark = (separator or "").encode()
     with path.opened(offset) as file:
+        # A window over the file: never more than two pieces of it.
         buffer, at, ended = b"", 0, False
         while not ended or at < len(buffer):
             if not ended and len(buffer) - at <= PIECE + len(mark):
@@ -47,9 +49,11 @@ def read_text(path: SourceFile, offset: Offset, separator: str | None) -> Found:
             # Every separator that starts in the first PIECE bytes lies whole in the buffer.
             found = buffer.find(mark, at, at + PIECE + len(mark)) if mark else -1
             goes_on = found < 0 and len(buffer) - at > PIECE
+            # At a separator; else cut, if it is too long; else the rest of the file.
             end = found if found >= 0 else _cut(buffer, at) if goes_on else len(buffer)
             text = decode(buffer[at:end], path, offset)
             where = f"byte {offset}"
+            # Behind the separator, where the next document begins.
             offset += end - at + (len(mark) if found >= 0 else 0)
             at = end + (len(mark) if found >= 0 else 0)
             yield text, where, offset, goes_on
@@ -83,6 +87,7 @@ def read_jsonl(path: SourceFile, offset: Offset, field: str) -> Found:
     """One JSON object a line, its text in `field`. Offsets are bytes."""
     offset, inside = offset if isinstance(offset, tuple) else (offset, 0)
     with path.opened(offset) as file:
+        # One byte more than allowed: so a longer line is seen, and not cut in silence.
         while raw := file.readline(LONGEST + 1):
             where = f"byte {offset}"
             if len(raw) > LONGEST:
@@ -92,7 +97,7 @@ def read_jsonl(path: SourceFile, offset: Offset, field: str) -> Found:
                 )
             line = decode(raw, path, offset)
             after = offset + len(raw)
-            if line.strip():
+            if line.strip():  # blank lines are none
                 try:
                     record = parse_json(line, Any, "")  # type: ignore[arg-type]
                 except Malformed as error:
@@ -121,12 +126,14 @@ def read_parquet(path: SourceFile, offset: Offset, field: str) -> Found:
             names = file.schema_arrow.names
             if field not in names:
                 _field(dict.fromkeys(names), field, path, "its columns")  # raises
+            # Row groups behind the offset are passed over by their metadata, without decoding.
             row = 0  # number of the next row
             for group in range(file.num_row_groups):
                 described = file.metadata.row_group(group)
                 if row + described.num_rows <= first:
                     row += described.num_rows
                     continue
+                # Memory is bounded by bytes, not rows: a row may be a word or a book.
                 many = _rows_at_once(described, field, path, row)
                 for batch in file.iter_batches(many, row_groups=[group], columns=[field]):
                     for value in batch.column(0):
@@ -139,7 +146,7 @@ def read_parquet(path: SourceFile, offset: Offset, field: str) -> Found:
                         row += 1
     except (ArrowException, UnicodeDecodeError, OSError) as error:
         # Arrow raises OSError for damage too, without a number: trying again would not help.
-        if getattr(error, "errno", None) is not None:
+        if getattr(error, "errno", None) is not None:  # of the disk or network: worth another try
             raise
         reason = str(error).partition("\n")[0]
         raise UserError(f"data.corpus: {path}: damaged Parquet file: {reason}") from error

@@ -61,6 +61,7 @@ class RowSource:
     lanes: int = 1
 
     def __post_init__(self) -> None:
+        # At construction: another tokenizer's ids train without an error, and mean nothing.
         for corpus in parts_of(self.corpus):
             if isinstance(corpus, TokenCorpus):
                 corpus.check_tokenizer(self.tokenizer)
@@ -80,6 +81,7 @@ class RowSource:
         common: dict[str, Any] = {"fraction": self.fraction, "seed": self.seed, "share": share}
         if isinstance(corpus, TokenCorpus):
             return ShardDocuments(corpus, **common)
+        # The recipe's memory is of all lanes together.
         block = max(1, self.shuffle_bytes // self.lanes)
         return TrainingDocuments(corpus, shuffle_bytes=block, **common)
 
@@ -113,9 +115,11 @@ def validation_rows(
         return rows, total
     if isinstance(corpus, TokenCorpus):
         corpus.check_tokenizer(tokenizer)
+        # By the keys in the shards, so that both forms of a text hold out the same documents.
         documents, size = corpus.held_out(fraction=fraction, limit=limit)
         return list(pack(iter(documents), length)), size
     texts = held_out_texts(corpus, fraction=fraction, limit=limit)
+    # lazily: pack takes what it needs
     encoded = (encode_document(tokenizer, text) for text in texts)
     return list(pack(encoded, length)), sum(len(text.encode()) for text in texts)
 
@@ -161,6 +165,7 @@ class RankRows:
                 f"got {rank}, {world}, {lanes}"
             )
         self.rank, self.world, self.lanes = rank, world, lanes
+        # Nothing is read here: lanes open their files at the first row.
         self.next = rank  # the global number of the next row
         self.owned = range(rank % gcd(lanes, world), lanes, gcd(lanes, world))
         self._lanes = {index: lane(index) for index in self.owned}
@@ -170,8 +175,9 @@ class RankRows:
         return self
 
     def __next__(self) -> Row:
-        number, index = divmod(self.next, self.lanes)
+        number, index = divmod(self.next, self.lanes)  # row `number` of lane `index`
         lane = self._lanes[index]
+        # Rows of this lane that other ranks give; passed over without copying a token.
         while self._done[index] < number:
             lane.skip()
             self._done[index] += 1
@@ -202,8 +208,10 @@ class RankRows:
             UserError: states are damaged, missing, doubled or not of one step, or the corpus or the
                 number of lanes is another.
         """
+        # A state is a file's content: it is compared before anything is believed.
         checked(list[RankPlace], list(states))
         streams = [stream for state in states for stream in state["streams"]]
+        # The first row that nobody has given. It does not depend on how many ranks gave the others.
         first = check_complete(streams, self.lanes)
         self.next = first + (self.rank - first) % self.world
         saved: dict[int, list[dict[str, Any]]] = {}
@@ -212,9 +220,11 @@ class RankRows:
                 saved.setdefault(state["lane"], []).append(state)
         for index, lane in self._lanes.items():
             number = self.next
+            # This rank's first row of the lane, from there on.
             while number % self.lanes != index:
                 number += self.world
-            wanted = number // self.lanes
+            wanted = number // self.lanes  # its number within the lane
+            # Several ranks may have been on the lane. The nearest one behind is the cheapest start.
             behind = (state for state in saved.get(index, []) if state["row"] <= wanted)
             nearest = max(behind, key=lambda state: state["row"], default=None)
             # Each rank had a row of each of its lanes at least once in `world` rows of the lane.
@@ -246,6 +256,7 @@ def check_complete(streams: Sequence[dict[str, Any]], lanes: int) -> int:
                 f"data.lanes: the checkpoint was saved with {stream['of']}, and this run asks for "
                 f"{lanes}; set it back, or start a run in a new directory"
             )
+    # After one step the ranks' next rows are as many numbers in a row.
     found = sorted(stream["next"] for stream in streams)
     if not found:
         raise UserError("states: expected those of all ranks after the same step, got none")

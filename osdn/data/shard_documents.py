@@ -59,22 +59,28 @@ class ShardDocuments:
 
     def _read(self) -> Iterator[NDArray[Any]]:
         state = self.state
+        # As in FileCorpus.read, with shards for files.
         groups, group, every, mine = self.share.among(len(self.corpus.shards))
         empty = 0
         while True:
             shards = list(self.corpus.shards)
+            # A seed by text, so that any epoch's order is made without those before it.
             Random(f"{self.seed}-{state['epoch']}").shuffle(shards)
             found = state["shard"] > 0 or state["done"] > 0
             for shard in shards[group::groups][state["shard"] :]:
+                # mapped: only pages that are read take memory
                 tokens, index = self.corpus.open(shard)
+                # int64: the index's uint32 would overflow past 4 billion tokens.
                 ends = np.cumsum(index["tokens"], dtype=np.int64).tolist()
                 sizes = index["tokens"].tolist()
+                # By key and not by place: a document stays on its side, wherever it is copied to.
                 training = ~held_out_keys(index["key"], self.fraction)
                 order: list[int] = np.flatnonzero(training).tolist()
                 Random(f"{self.seed}-{state['epoch']}-{shard.name}").shuffle(order)
+                # Shuffled first, then shared out: the parts of a shard are alike.
                 for i in order[mine::every][state["done"] :]:
                     state["done"] += 1
-                    found = True
+                    found = True  # also where a resumed epoch has given some before
                     yield self.corpus.document(tokens[ends[i] - sizes[i] : ends[i]])
                 state.update(shard=state["shard"] + 1, done=0)
             empty = 0 if found else empty + 1

@@ -30,6 +30,7 @@ from osdn.system.retry import persevere
 MANIFEST, JOB = "manifest.json", "shards_job.json"
 KIND = "osdn-shards-1"
 REPAIR = "copy it again, or give the osdn tokenize command again, which makes it anew"
+# accents, digits, spaces, code, CJK, an emoji: where tokenizers with equal words differ
 PROBE = "  Über 12,345 größen — naïve café\n\tdef f(x): return x**2  # 日本語 🙂 don't"
 
 
@@ -71,6 +72,7 @@ class Manifest(Kind):
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """What the tokens mean: the vocabulary, its begin and end, and how a probe is cut."""
+    # The vocabulary alone is not enough: normalizers and pre-tokenizers change the cut.
     probe = tokenizer.encode(PROBE, add_special_tokens=False, verbose=False)
     ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     meaning = repr([sorted(tokenizer.get_vocab().items()), ends, probe])
@@ -112,6 +114,7 @@ class ShardCorpus(TokenCorpus[Shard]):
         self.directory = directory
         path = directory / MANIFEST
         try:
+            # The kind first: a later version's manifest must be told as that, not as damage.
             kind = read_json(path, Kind, REPAIR).kind
             if kind != KIND:
                 raise UserError(
@@ -125,8 +128,10 @@ class ShardCorpus(TokenCorpus[Shard]):
             raise UserError(f"data.corpus: damaged manifest: {error}") from error
         self.shards = self.manifest.shards
         self.dtype = np.dtype(self.manifest.dtype)
+        # Sizes now, in a millisecond each. Digests take as long as reading it all: `check`.
         for shard in self.shards:
             self._check_sizes(shard)
+        # From the manifest's digests: the fingerprint changes with every byte of the shards.
         digests = [self.manifest.tokenizer.fingerprint, *(s.sha256 for s in self.shards)]
         self.fingerprint = blake2b(repr(digests).encode(), digest_size=16).hexdigest()
 
@@ -148,7 +153,7 @@ class ShardCorpus(TokenCorpus[Shard]):
             UserError: one is not, named.
         """
         for shard in self.shards:
-            for (path, _), expected in zip(self.files(shard), shard.sha256):
+            for (path, _), expected in zip(self.files(shard), shard.sha256):  # tokens, index
                 if sha256(path) != expected:
                     raise _damaged(path, "its SHA-256 is not the manifest's")
             yield shard
@@ -156,6 +161,7 @@ class ShardCorpus(TokenCorpus[Shard]):
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a tokenizer that is not the one of these tokens."""
         made = self.manifest.tokenizer
+        # By what it does, not by its name: a tokenizer that was moved is still the same.
         if tokenizer_fingerprint(tokenizer) != made.fingerprint:
             raise UserError(
                 f"data.tokenizer: {self.directory} was tokenized with {made.name!r} "
@@ -171,6 +177,7 @@ class ShardCorpus(TokenCorpus[Shard]):
 
         def read() -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
             yield (
+                # Mapped: processes of one machine share its pages, and opening it costs nothing.
                 np.memmap(tokens, self.dtype, "r", shape=(shard.tokens,)),
                 np.fromfile(index, ENTRY),
             )
@@ -181,6 +188,7 @@ class ShardCorpus(TokenCorpus[Shard]):
             raise _damaged(tokens, f"cannot be mapped: {error}") from error
         if len(entries) != shard.documents or int(entries["tokens"].sum()) != shard.tokens:
             raise _damaged(index, "its documents do not add up to its tokens")
+        # Offsets come from this column, so what it says is added up before it is used.
         if entries["tokens"].min() < 2:  # each has a begin and an end token
             raise _damaged(index, "has a document without tokens")
         if reason := self.outside_vocabulary(shard.name, mapped):

@@ -18,6 +18,7 @@ from osdn.data.documents import WHOLE, Document, Share
 from osdn.data.tokenizers import vocabulary_size
 from osdn.errors import UserError
 
+# 16 bytes a document, little-endian everywhere
 ENTRY = np.dtype([("key", "<u8"), ("tokens", "<u4"), ("bytes", "<u4")])
 
 
@@ -97,6 +98,7 @@ class TokenCorpus(ABC, Generic[S]):
         """
         documents: list[NDArray[Any]] = []
         size = 0
+        # A fixed order: every run of every seed validates on the same documents.
         shards = list(self.shards)
         Random("validation").shuffle(shards)
         for shard in shards:
@@ -118,5 +120,6 @@ class TokenCorpus(ABC, Generic[S]):
 
 def held_out_keys(keys: NDArray[Any], fraction: float) -> NDArray[np.bool_]:
     """Which documents osdn.data.split.is_held_out holds out, exactly."""
+    # The same comparison in integers: a float64 cannot tell neighbouring keys apart.
     limit = ceil(fraction * 2**64)
     return np.ones(len(keys), bool) if limit >= 2**64 else keys < np.uint64(limit)

@@ -5,7 +5,6 @@ With unit keys, d_1 = 1, γ = 1 and b = 1 the preconditioner stays at 1 forever
 to be trained on as OSDN.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +21,10 @@ from osdn.model.configuration import OSDNConfig
 from osdn.model.loading import PROBLEMS, GuardedModel, fetch, let_read, without_bars
 from osdn.model.modeling import OSDNForCausalLM
 from osdn.ops.validation import check_sizes
+from osdn.system.outside import read_json
 
 # What our layer is; a checkpoint that was built otherwise computes something else.
+# Of FLA's DeltaNetConfig; a field that is absent has its default there, which is this.
 REQUIRED = {
     "qk_activation": "silu",
     "qk_norm": "l2",
@@ -32,7 +33,8 @@ REQUIRED = {
     "use_beta": True,
     "attn": None,
 }
-NEW_PARAMETERS = ("attn.initial_precond", "attn.a_proj.weight", "attn.a_proj.bias")
+# Of OSDN alone; absent in every DeltaNet checkpoint.
+NEW_PARAMETERS = ("attn.initial_precond", "attn.gamma_proj.weight", "attn.gamma_proj.bias")
 
 
 @contextmanager
@@ -78,6 +80,7 @@ def _fields(source: dict[str, Any]) -> dict[str, Any]:
             "allow_neg_eigval", "tie_word_embeddings", "max_position_embeddings",
             "bos_token_id", "eos_token_id", "pad_token_id")  # fmt: skip
     fields = {name: source[name] for name in same if source.get(name) is not None}
+    # FLA's defaults and its rounding, since config.json may leave the width out.
     ratio = source.get("hidden_ratio") or 4
     return fields | {
         "hidden_size": hidden,
@@ -105,6 +108,7 @@ def convert(
     source, destination = Path(source), Path(destination)
     if not (source / "config.json").is_file():
         raise UserError(f"{source}: expected a checkpoint directory with a config.json")
+    # Refused before anything is read: loading a pickle runs what it holds.
     if not any(source.glob("*.safetensors")):
         raise UserError(
             f"{source}: no *.safetensors; weights in pickle form can run code and are not read, "
@@ -113,6 +117,7 @@ def convert(
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         state = "not empty" if destination.is_dir() else "not a directory"
         raise UserError(f"{destination}: {state}; name a new directory")
+    # Sizes first: their errors are plainer than those of weights that do not fit.
     config = convert_config(_read(source / "config.json"), forgetting)
     with _silence():
         model, info = fetch(
@@ -124,6 +129,7 @@ def convert(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, in a line
         )
+    # transformers fills what is missing with random values, and only warns.
     missing = [x for x in info["missing_keys"] if not x.endswith(NEW_PARAMETERS)]
     for problem, names in (
         ("weights missing", missing),
@@ -132,6 +138,7 @@ def convert(
     ):
         if names:
             raise UserError(f"{source}: {problem}: {', '.join(map(str, sorted(names)[:3]))} …")
+    # With its tokenizer, if there is one, so that the result can be used by itself.
     parts = [model]
     if any(source.glob("tokenizer*")):
         with _silence():
@@ -143,14 +150,9 @@ def convert(
 def _read(path: Path) -> dict[str, Any]:
     """The object in a JSON file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path, dict[str, Any], "copy it again")
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); copy it again") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: expected an object, got {type(found).__name__}; copy it again")
-    return found
 
 
 def _save(parts: list[Any], destination: Path) -> None:
@@ -158,6 +160,7 @@ def _save(parts: list[Any], destination: Path) -> None:
     target = destination.resolve()  # a link to an empty directory stays one
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the destination, so that the rename stays on one file system.
         place = TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
         with _silence(), place as beside:
             for part in parts:

@@ -17,7 +17,9 @@ from osdn.ops.interface import HAS_TRITON
 from osdn.ops.packing import check_cu_seqlens, remember
 from osdn.ops.registration import dispatched, once
 
+# As in flash-linear-attention's l2norm, whose checkpoints must give the same outputs.
 L2_EPS = 1e-6
+# What the kernels accumulate in float32; float64 input takes the definition.
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -51,11 +53,14 @@ def short_convolution(
     Raises:
         ValueError: a history of another shape; with a history, wrong offsets.
     """
+    # Earlier inputs are put in front, convolved too, and their places dropped: one code path.
     if history is not None:
         past = _Past.of(x, weight.shape[1], cu_seqlens)
         extended = past.prepend(history, x)
         y = short_convolution(extended, weight, past.offsets, head_dim=head_dim)
         return past.drop(y)
+    # functorch and forward mode need an expression they can see through.
+    # PyTorch has no public way to ask for either.
     if not torch.compiler.is_compiling() and (
         torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     ):  # which go through the definition alone
@@ -94,6 +99,7 @@ class _Past(NamedTuple):
 
     @staticmethod
     def of(x: Tensor, width: int, cu_seqlens: Tensor | None) -> "_Past":
+        # Without a pack the histories are W − 1 tokens in front of every row.
         B, T = x.shape[:2]
         if cu_seqlens is None:
             return _Past(width - 1, B)
@@ -104,13 +110,16 @@ class _Past(NamedTuple):
     @staticmethod
     def _packed(cu_seqlens: Tensor, T: int, gap: int) -> "_Past":
         N, device = len(cu_seqlens) - 1, cu_seqlens.device
+        # [N + 1], [T]
         number, token = torch.arange(N + 1, device=device), torch.arange(T, device=device)
-        offsets = cu_seqlens.long() + gap * number
+        offsets = cu_seqlens.long() + gap * number  # sequence n is preceded by n + 1 histories
+        # [T], the sequence of each token
         sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
         tokens = token + gap * (sequence + 1)
         before = torch.arange(gap, device=device)
-        histories = (offsets[:-1, None] + before).flatten()
+        histories = (offsets[:-1, None] + before).flatten()  # [N · gap]
         order = torch.empty(T + N * gap, dtype=torch.int64, device=device)
+        # Where it comes from, for each place: tokens are numbered 0 .. T−1, histories from T on.
         order[tokens] = token
         order[histories] = torch.arange(T, T + N * gap, device=device)
         return _Past(gap, N, order, tokens, (offsets[1:, None] - gap + before).flatten(), offsets)
@@ -122,6 +131,7 @@ class _Past(NamedTuple):
             raise ValueError(
                 f"history: expected shape {expected} ([N, D, W - 1]), got {tuple(history.shape)}"
             )
+        # The sequence's time is dimension 1 in x and 2 in a history, which a step shifts.
         earlier = history.transpose(1, 2).to(x.dtype)  # [N, W−1, D]
         if self.order is None:
             return torch.cat([earlier, x], 1)
@@ -149,10 +159,10 @@ def starts_of(cu_seqlens: Tensor | None, T: int) -> Tensor | None:
 
 def forward(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, head_dim: int | None) -> Tensor:
     """y, by PyTorch."""
-    x_wide, w, inside = _prepare(x, weight, cu_seqlens)
-    z = F.silu(_sums(x_wide, w, inside))
+    x_wide, w, inside = _prepare(x, weight, cu_seqlens)  # [B, T, D], [D, W], W masks [T − back, 1]
+    z = F.silu(_sums(x_wide, w, inside))  # [B, T, D]
     if head_dim is not None:
-        z = _unit(z.unflatten(-1, (-1, head_dim))).flatten(-2)
+        z = _unit(z.unflatten(-1, (-1, head_dim))).flatten(-2)  # by head, [B, T, H, head_dim]
     return z.to(x.dtype)
 
 
@@ -161,19 +171,23 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """dx in x's dtype and dweight in weight's, by PyTorch."""
     x_wide, w, inside = _prepare(x, weight, cu_seqlens)
+    # Again, in place of keeping u and z: memory is read less than it would be.
     u = _sums(x_wide, w, inside)
     sigmoid = u.sigmoid()
     dz = dy.to(u.dtype)
+    # y = z / n has the gradient (dy − ⟨dy, y⟩ y) / n in z.
     if head_dim is not None:
         z, dz = ((one.unflatten(-1, (-1, head_dim))) for one in (u * sigmoid, dz))
         y = _unit(z)
-        along = (dz * y).sum(-1, keepdim=True)
+        along = (dz * y).sum(-1, keepdim=True)  # [B, T, H, 1]
         dz = (torch.addcmul(dz, y, along, value=-1) * _inverse_norm(z)).flatten(-2)
-    du = dz * sigmoid * (1 + u * (1 - sigmoid))
+    du = dz * sigmoid * (1 + u * (1 - sigmoid))  # silu'(u) = σ + u σ (1 − σ)
     T, W = x.shape[1], w.shape[1]
+    # The token's own weight, then each earlier one: token t feeds t + back.
     dx = du * w[:, -1]
-    dweight = [(x_wide * du).sum((0, 1))]
+    dweight = [(x_wide * du).sum((0, 1))]  # W times [D]
     for back in range(1, W):
+        # du of tokens whose sequence reaches back that far, [B, T − back, D]
         later = _where(inside[back], du[:, back:])
         dx[:, : max(0, T - back)].addcmul_(later, w[:, -1 - back])
         dweight.append((x_wide[:, : max(0, T - back)] * later).sum((0, 1)))
@@ -188,14 +202,16 @@ def _prepare(
     T, W = x.shape[1], weight.shape[1]
     inside: list[Tensor | None] = [None] * W
     if (starts := starts_of(cu_seqlens, T)) is not None:
-        outside = torch.zeros_like(starts)
+        outside = torch.zeros_like(starts)  # [T], whether a start lies in the last `back` tokens
         for back in range(1, W):
+            # A token sees `back` tokens back unless a sequence starts in between.
             outside[back - 1 :] |= starts[: max(0, T - back + 1)]
             inside[back] = outside[back:, None] == 0
     return x.to(wide), weight.to(wide), inside
 
 
 def _sums(x: Tensor, w: Tensor, inside: list[Tensor | None]) -> Tensor:
+    # One shifted product a weight; W is 4 in published models.
     u, T = x * w[:, -1], x.shape[1]
     for back in range(1, len(inside)):
         u[:, back:].addcmul_(_where(inside[back], x[:, : max(0, T - back)]), w[:, -1 - back])
@@ -203,6 +219,7 @@ def _sums(x: Tensor, w: Tensor, inside: list[Tensor | None]) -> Tensor:
 
 
 def _where(inside: Tensor | None, x: Tensor) -> Tensor:
+    # where and not a product: 0 times a neighbour's NaN would be NaN.
     return x if inside is None else torch.where(inside, x, 0)
 
 
@@ -225,6 +242,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
+        # The input is kept, and nothing that is computed from it.
         _keep(ctx, inputs, None)
         return _module(inputs[0]).forward(*inputs)
 
@@ -234,6 +252,7 @@ class _Eager(torch.autograd.Function):
         given = (x, weight, cu_seqlens[0] if cu_seqlens else None, ctx.head_dim)
         with torch.no_grad():
             dx, dweight = _module(x).backward(dy, *given)
+        # A second derivative is an error and never zeros.
         return once("short_convolution", ctx, (dy,), (dx, dweight, None, None))
 
 

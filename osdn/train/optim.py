@@ -17,21 +17,25 @@ def make_optimizer(model: nn.Module, options: Optimizer) -> torch.optim.AdamW:
     tied to one is one), and on initial_precond, whose neutral value is 1 and not 0. Sharded
     parameters and whole ones are in groups of their own, since no kernel takes both at once.
     """
+    # By identity: a tied output layer has the embedding's weight under a name of its own.
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         exempt = parameter.ndim < 2 or id(parameter) in embeddings
+        # Decay would pull d_1 to 0, which mutes a head's first writes.
         exempt = exempt or name.endswith("initial_precond")
         (others if exempt else decayed).append(parameter)
     # Four groups at most: with decay and without, each sharded and whole.
     groups: list[dict[str, Any]] = []
     for parameters, decay in ((decayed, options.weight_decay), (others, 0.0)):
+        # Empty groups are left out: the optimizer's state has no entries for them.
         for sharded in (False, True):
             kind = [p for p in parameters if isinstance(p, DTensor) is sharded]
             if kind:
                 groups.append({"params": kind, "weight_decay": decay})
     betas = (options.beta1, options.beta2)
+    # fused: one launch for all parameters, and it can leave out a step (found_inf).
     return torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=options.eps, fused=True)
 
 
@@ -40,6 +44,7 @@ def fill_state(optimizer: torch.optim.AdamW, updates: int) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {
+                # float32, as fused AdamW keeps it
                 "step": torch.full((), float(updates), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
@@ -50,6 +55,7 @@ def named_state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Ten
     """Parameters and moments under flat names, sharing their memory."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
+        # The memory itself, not a copy: loading a checkpoint writes into it.
         tensors[f"model.{name}"] = parameter.detach()
         for moment in ("exp_avg", "exp_avg_sq"):
             tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
@@ -62,6 +68,7 @@ def learning_rate(step: int, *, steps: int, peak: float, schedule: Schedule) -> 
     lr = peak · step / w                                              step ≤ w = warmup_steps
     lr = peak · (m + (1 − m)(1 + cos(π (step − w)/(steps − w)))/2)    m = min_ratio
     """
+    # From 1: step 0 would have the rate 0, and do nothing.
     warmup, low = schedule.warmup_steps, schedule.min_ratio
     if step <= warmup:
         return peak * step / warmup

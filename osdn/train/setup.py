@@ -46,6 +46,7 @@ def make_device(name: str, option: str = "train.device") -> torch.device:
     Args:
         option: where the user gave the name.
     """
+    # Every wrong name is told here. Else it fails in the first tensor, with PyTorch's words.
     cuda = torch.cuda.is_available()
     if name == "auto":
         return torch.device("cuda" if cuda else "cpu")
@@ -72,7 +73,8 @@ def make_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> OSDNConfi
         UserError: the embedding has fewer rows than the tokenizer has tokens, or the two do not
             fit otherwise.
     """
-    tokens = vocabulary_size(tokenizer)
+    tokens = vocabulary_size(tokenizer)  # with special tokens
+    # What the recipe may leave out, since the tokenizer and the rows fix it.
     known = {
         "vocab_size": tokens,
         "max_position_embeddings": recipe.train.seq_len,
@@ -80,6 +82,7 @@ def make_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> OSDNConfi
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    # The recipe has the last word: an embedding may be larger than the vocabulary.
     fields = {**known, **recipe.model}
     if fields["vocab_size"] < tokens:
         raise UserError(
@@ -121,9 +124,11 @@ def passes(recipe: Recipe, processes: int) -> int:
     Raises:
         UserError: train.batch_rows cannot be divided among them.
     """
+    # An exact number of passes: a smaller last one would change the mean over targets.
     rows, batch = recipe.train.rows, recipe.train.batch_rows
     if batch % (rows * processes):
         once = rows * processes
+        # Two ways out, worked out for the user: another batch, or other passes of the same.
         share = gcd(rows, batch // processes) if batch % processes == 0 else 0
         advice = f"set train.batch_rows={-(-batch // once) * once}"
         if share:
@@ -151,6 +156,7 @@ def open_data(data: Data) -> tuple[Corpus | Mixture, Corpus | Mixture]:
             split=split,
         )
 
+    # One object for both: the split by content makes it two texts that never meet.
     corpus = named(data.corpus, data.split)
     if not isinstance(data.validation, str):
         return corpus, corpus
@@ -194,14 +200,17 @@ def make_rows(
     """
     data, length = recipe.data, recipe.train.seq_len
     corpus, other = open_data(data)
+    # A corpus of its own is read whole for validation, and holds nothing out of the other.
     held_out = 0.0 if isinstance(data.validation, str) else data.validation
     fraction = 1.0 if isinstance(data.validation, str) else data.validation
+    # Read once, at the start: every validation scores the same rows.
     validation, size = list[Row](), 0
     with _naming_validation(data):
         if fraction:
             validation, size = validation_rows(
                 other, tokenizer, length=length, fraction=fraction, limit=data.validation_bytes
             )
+    # The order of rows depends on these alone: neither on processes nor on workers.
     source = RowSource(
         corpus=corpus,
         tokenizer=tokenizer,
@@ -212,6 +221,7 @@ def make_rows(
         lanes=data.lanes,
     )
     rows = open_rows(source, rank=rank, world=world, workers=data.workers)
+    # A name can stay while what is behind it changes: fingerprints go into the checkpoint.
     read = {"data.tokenizer": tokenizer_fingerprint(tokenizer)}
     if isinstance(data.validation, str):
         read["data.validation"] = other.fingerprint
@@ -233,7 +243,7 @@ def check_read(saved: dict[str, str], now: dict[str, str]) -> None:
         "data.tokenizer": "it gives other tokens than it did when",
         "data.validation": "its files changed (names or sizes) since",
     }
-    for field, fingerprint in now.items():
+    for field, fingerprint in now.items():  # absent in the checkpoints of earlier versions
         if saved.get(field, fingerprint) != fingerprint:
             raise UserError(
                 f"{field}: {changed[field]} the checkpoint was saved; restore what was there, or "
@@ -249,6 +259,7 @@ def export(
     Its card tells of the training; a card that the user wrote there is kept. The parameters are
     gathered one by one to the CPU of rank 0, which alone writes.
     """
+    # Collective, so all processes go through it, though one of them writes.
     whole = dict(sharded.whole_parameters())
     sharded.parallel.from_main(
         lambda: _write_model(out, sharded.model.config, whole, tokenizer, training)
@@ -262,6 +273,7 @@ def _write_model(
     tokenizer: PreTrainedTokenizerBase,
     training: Training,
 ) -> None:
+    # assign=True: the gathered tensors become the parameters, without a second copy.
     model = empty_model(config)
     model.load_state_dict(parameters, strict=False, assign=True)  # tied ones have one name here
     model.tie_weights()

@@ -54,7 +54,7 @@ def test_layer_is_its_docstring(options):
     k = convolved(layer.k_proj, layer.k_conv1d)
     v = convolved(layer.v_proj, layer.v_conv1d)
     q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
-    gamma = layer.a_proj(x).sigmoid().log() if "forgetting" in options else None
+    gamma = layer.gamma_proj(x).sigmoid().log() if "forgetting" in options else None
     rule = {"eta": 0.0, "initial_precond": None}
     if options.get("adaptive", True):
         rule = {
@@ -198,10 +198,10 @@ def test_beta_reaches_two_only_where_it_may():
 def test_forgetting_keeps_its_digits_in_bfloat16():
     """log γ near logsigmoid(6.9) ≈ −0.001: the logit itself in bfloat16 would be off by 1.6%."""
     layer = build(forgetting="data")
-    torch.nn.init.normal_(layer.a_proj.weight, std=0.02)
-    torch.nn.init.constant_(layer.a_proj.bias, 6.9)
+    torch.nn.init.normal_(layer.gamma_proj.weight, std=0.02)
+    torch.nn.init.constant_(layer.gamma_proj.bias, 6.9)
     x = hidden()
-    _, exact = layer.gates(x)
+    _, exact, _ = layer.gates(x)
     with torch.autocast("cpu", torch.bfloat16):
         assert_close(layer.gates(x)[1], exact, 1e-3)
     assert_close(layer.bfloat16().float().gates(x)[1], exact, 2e-2)  # the bias is rounded itself

@@ -60,8 +60,8 @@ def test_converted_model_is_the_delta_net_it_came_from(fla_checkpoint, tmp_path)
 
 def test_forgetting_starts_near_one(fla_checkpoint, tmp_path):
     layer = convert(fla_checkpoint, tmp_path / "osdn", "data").model.layers[1].attn
-    assert torch.equal(layer.a_proj.bias, torch.full((2,), 6.9))
-    assert not layer.a_proj.weight.any()
+    assert torch.equal(layer.gamma_proj.bias, torch.full((2,), 6.9))
+    assert not layer.gamma_proj.weight.any()
 
 
 def test_whoever_may_read_one_file_may_load_the_model(fla_checkpoint, tmp_path):

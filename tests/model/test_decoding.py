@@ -45,7 +45,7 @@ def make(**fields) -> OSDNForCausalLM:
     model = build(**sizes | fields).to(DEVICE)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name.endswith("a_proj.bias"):
+            if name.endswith("gamma_proj.bias"):
                 p.fill_(1.5)  # a γ that matters
             elif "norm" in name:
                 p.uniform_(0.5, 1.5)

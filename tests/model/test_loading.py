@@ -26,8 +26,8 @@ def test_forgetting_added_to_a_checkpoint_starts_near_one(tmp_path, mixer, learn
     OSDNForCausalLM(OSDNConfig(**SIZES, mixer=mixer)).save_pretrained(tmp_path)
     fields = {"mixer": "osdn", "forgetting": "data", "learn_initial_precond": learned}
     for block in AutoModelForCausalLM.from_pretrained(tmp_path, **fields).model.layers:
-        assert torch.equal(block.attn.a_proj.bias, torch.full((2,), 6.9))
-        assert not block.attn.a_proj.weight.any()
+        assert torch.equal(block.attn.gamma_proj.bias, torch.full((2,), 6.9))
+        assert not block.attn.gamma_proj.weight.any()
 
 
 @pytest.mark.parametrize("name", ["w.bin", "../model.safetensors", "a/b.safetensors", 3])

@@ -28,7 +28,7 @@ def test_decay_falls_on_matrices_alone(tied):
         free = ("norm", "precond", "embeddings", "bias")
         assert (value == 0.0) == kind.endswith(free), name
     assert names["model.layers.0.attn.initial_precond"] == 0.0
-    assert names["model.layers.0.attn.a_proj.bias"] == 0.0
+    assert names["model.layers.0.attn.gamma_proj.bias"] == 0.0
     assert names["model.layers.0.attn.q_conv1d.weight"] == 0.3
     assert ("lm_head.weight" in names) != tied
 

@@ -26,11 +26,11 @@ def forward(
     operands: Operands, options: Options, save: bool
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """(o, final_state, final_precond, saved); the contract is osdn.ops.registration's."""
-    q, k, v, beta, log_gamma, _, initial_state, initial_precond, cu_seqlens = operands
+    q, k, v, beta, log_gamma, log_alpha, initial_state, initial_precond, cu_seqlens = operands
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     with on_device(q):
         chunks = cut(q.shape[0], q.shape[1], cu_seqlens)
-        x, starts, w, A, clipped = _intermediates(k, beta, initial_precond, cu_seqlens)
+        x, starts, w, A, clipped, sums = _intermediates(operands)
         e, kept = _residuals(k, v, cu_seqlens) if save else (None, None)
         gates = (k, beta, log_gamma)
         if cu_seqlens is not None:
@@ -42,22 +42,26 @@ def forward(
             inverse, M = _solve_like(k, cu_seqlens, constant=True)
         else:
             precond, inverse, M = chunk_scan(*gates, initial_precond, x, starts, chunks, options)
-        write_keys(*gates, x, starts, w, A, clipped, chunks, options, repair=False)
+        made = (*gates, log_alpha, x, starts, w, A, sums, clipped, chunks, options)
+        write_keys(*made, repair=False)
         if options.precond_min is not None:  # both return at once where no token left the box
             token_scan(*gates, w, x, starts, precond, clipped, chunks, options)
-            write_keys(*gates, x, starts, w, A, clipped, chunks, options, repair=True)
-        o, state, transitions = memory(q, k, w, v, A, initial_state, e, kept, chunks, options)
+            write_keys(*made, repair=True)
+        decay = None if log_alpha is None else sums
+        o, state, transitions = memory(
+            q, k, w, v, A, decay, initial_state, e, kept, chunks, options
+        )
     if e is None or kept is None:
         return o, state, precond, []
-    return o, state, precond, [x, starts, w, A, clipped, e, kept, inverse, M, transitions]
+    return o, state, precond, [x, starts, w, A, clipped, sums, e, kept, inverse, M, transitions]
 
 
 def saved_like(operands: Operands, options: Options, save: bool) -> list[Tensor]:
     """Empty: `_intermediates`, `_residuals`, phase 1's solve, the segments' maps of the memory."""
     if not save:
         return []
-    q, k, v, beta, log_gamma, _, _, initial_precond, cu_seqlens = operands
-    made = _intermediates(k, beta, initial_precond, cu_seqlens)
+    q, k, v, _, log_gamma, *_, cu_seqlens = operands
+    made = _intermediates(operands)
     solve = _solve_like(k, cu_seqlens, options.constant_precond(log_gamma is not None))
     residuals = _residuals(k, v, cu_seqlens)
     return [*made, *residuals, *solve, transitions_like(q, v, cu_seqlens)]
@@ -78,12 +82,12 @@ def _solve_like(k: Tensor, cu_seqlens: Tensor | None, constant: bool) -> tuple[T
     return inverse_like(k), transfers_like(k, cu_seqlens)
 
 
-def _intermediates(
-    k: Tensor, beta: Tensor, precond: Tensor, cu_seqlens: Tensor | None
-) -> list[Tensor]:
-    """Empty x [B, T, H], d [chunks, H, K], w [B, T, H, K], A [B, T, H, CHUNK], and
-    clipped [N, H] int32: with a box, the number of the first chunk where d left it, or the bound.
+def _intermediates(operands: Operands) -> list[Tensor]:
+    """Empty x [B, T, H], d [chunks, H, K], w [B, T, H, K], A [B, T, H, CHUNK],
+    clipped [N, H] int32: with a box, the number of the first chunk where d left it, or the bound;
+    sums [B, T, H, 2] of log_alpha, of no size without it.
     """
+    k, beta, precond, cu_seqlens = operands.k, operands.beta, operands.initial_precond, operands[-1]
     B, T, H, K = k.shape
     return [
         beta.new_empty(beta.shape),
@@ -91,6 +95,7 @@ def _intermediates(
         k.new_empty(k.shape),
         k.new_empty(B, T, H, CHUNK),
         precond.new_empty(precond.shape[:2], dtype=torch.int32),
+        beta.new_empty(B, 0 if operands.log_alpha is None else T, H, 2),
     ]
 
 
@@ -103,16 +108,17 @@ def backward(
     options: Options,
 ) -> list[Tensor]:
     """The gradients of operands.differentiable(), in its order."""
-    q, k, _, beta, log_gamma, _, _, _, cu_seqlens = operands
-    x, starts, w, A, clipped, e, kept, inverse, M, transitions = saved
+    q, k, _, beta, log_gamma, log_alpha, _, _, cu_seqlens = operands
+    x, starts, w, A, clipped, sums, e, kept, inverse, M, transitions = saved
     q, k, do = q.contiguous(), k.contiguous(), do.contiguous()
     dfinal_state, dfinal_precond = dfinal_state.contiguous(), dfinal_precond.contiguous()
     with on_device(q):
         chunks = cut(q.shape[0], q.shape[1], cu_seqlens)
-        dv, dw, dstate = memory_reverse(
-            q, k, w, A, e, do, dfinal_state, transitions, chunks, options
+        decay = None if log_alpha is None else sums
+        dv, dw, dstate, parts = memory_reverse(
+            q, k, w, A, decay, e, do, kept, dfinal_state, transitions, chunks, options
         )
-        dq, dk = gradients(w, e, do, dv, kept, chunks, options)
+        dq, dk, dlog_alpha = gradients(q, k, w, decay, e, do, dv, kept, parts, chunks, options)
         gates = (k, beta, log_gamma)
         dbeta = torch.empty_like(beta)
         dlog_gamma = None if log_gamma is None else torch.empty_like(beta)
@@ -124,7 +130,7 @@ def backward(
         dprecond = chunk_scan_reverse(
             *gates, x, starts, inverse, M, dw, dfinal_precond, *found, clipped, chunks, options
         )
-    gates_given = [dbeta] if dlog_gamma is None else [dbeta, dlog_gamma]
+    gates_given = [x for x in (dbeta, dlog_gamma, dlog_alpha) if x is not None]
     return [dq, dk, dv, *gates_given, dstate, dprecond]
 
 

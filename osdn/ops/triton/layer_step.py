@@ -23,7 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from osdn.ops.convolution import L2_EPS
 from osdn.ops.layer_step import Constants
 from osdn.ops.triton.chunks import load_tile, on_device, store_tile, tile
-from osdn.ops.triton.precond_gates import clip
+from osdn.ops.triton.gates import clip
 from osdn.ops.triton.products import overlap
 
 

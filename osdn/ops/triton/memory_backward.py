@@ -7,6 +7,11 @@ With P = tril(q wᵀ), dS the gradient of a chunk's final memory and S the memor
     dq = scale · (do Sᵀ + tril(do eᵀ) w)
     dk = −dv Sᵀ − tril(dv eᵀ, −1) w                       phase 1 adds its part
 
+With a state decay α, A as `write_keys` made it, G = exp(G_i − G_j), a = exp(G_i) and
+b = exp(G_C − G_j) of the chunk's sums (`memory_forward`): P, triu(e doᵀ) and triu(e dvᵀ, 1) are
+taken times G or its transpose, as are tril(do eᵀ) and tril(dv eᵀ, −1); do and dv before qᵀ and kᵀ,
+do Sᵀ and dv Sᵀ times a; w dS and e dSᵀ times b; dS times exp(G_C). For log α see `_dlog_alpha`.
+
 `memory_reverse_kernel` walks each sequence from its end with dSᵀ in float32 registers, the left
 operand of its products as in `memory_forward`. It writes dv and dw, so that dS itself never goes
 through memory. Within the walk dS, z, dv and dw stand divided by scale, which then multiplies none
@@ -40,21 +45,24 @@ from osdn.ops.triton.chunks import (
     tile,
 )
 from osdn.ops.triton.config import launch, precision
+from osdn.ops.triton.gates import across, decay, decay_from_start, down, load_gate, load_sums
 from osdn.ops.triton.segments import link
 
 
-@triton.jit(do_not_specialize=["T", "segment", "rows"])
+@triton.jit(do_not_specialize=["T", "segment", "rows", "total"])
 def memory_reverse_kernel(
-    q, k, w, A, e, do, dfinal, dv, dw, dinitial, cu_seqlens, offsets, scale, T, segment, rows,
+    q, k, w, A, sums, e, do, kept, dfinal, dv, dw, ended, anchors, dinitial,
+    cu_seqlens, offsets, span_offsets, scale, T, segment, rows, total,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    IS_VARLEN: tl.constexpr, SAVE: tl.constexpr, PREC: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SPAN: tl.constexpr,
+    IS_VARLEN: tl.constexpr, SAVE: tl.constexpr, HAS_ALPHA: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """dinitial [N, H, K, V]; if SAVE dv [B, T, H, V] and dw [blocks of V, B, T, H, K], what each
-    block of V adds to dw.
+    block of V adds to dw. HAS_ALPHA: also what it adds to ended [B, T, H], ⟨w, e dSᵀ⟩ times b, and
+    to anchors [spans, H], ⟨S, dS⟩ at the start of every span.
 
     Without SAVE, dfinal counts as zero. Grid: N · H · blocks of V; N counts segments where there
-    are any. rows: B T.
+    are any. rows: B T. total: the number of spans.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % NV
@@ -70,12 +78,20 @@ def memory_reverse_kernel(
     k += row * K
     w += row * K
     A += row * BT
+    sums += row * 2
     e += row * V
     do += row * V
     dv += row * V
     dw += (i_v.to(tl.int64) * rows * H + row) * K
+    ended += i_v.to(tl.int64) * rows * H + row
     state = (i_n.to(tl.int64) * H + i_h) * K * V
     type = q.dtype.element_ty
+    if HAS_ALPHA and SAVE:
+        spans = tl.cdiv(segment, SPAN)
+        _, _, first = locate_sequence(i_n, cu_seqlens, span_offsets, T, spans, BT * SPAN, IS_VARLEN)
+        first += tl.cdiv(NT, SPAN) - 1  # now the last
+        kept += (first * H + i_h) * K * V
+        anchors += (i_v.to(tl.int64) * total + first) * H + i_h
 
     # b_dS is dSᵀ [BV, BK]
     if SAVE:
@@ -90,45 +106,82 @@ def memory_reverse_kernel(
         b_do = load_tile(do, o_t, left, H * V, o_v, V)  # [BT, BV]
         b_A = load_tile(A, o_t, left, H * BT, o_t, BT)  # [BT, BT]
         b_P = tl.dot(b_q, tl.trans(b_w), input_precision=PREC)  # q wᵀ [BT, BT]
+        if HAS_ALPHA:
+            at, end = load_sums(sums, o_t, left, BT, H)
+            b_P *= decay(down(at), across(at))
         b_P = tl.where(o_t[:, None] >= o_t[None, :], b_P, 0.0).to(type)
 
         # zᵀ, then dvᵀ, then dSᵀ: each product waits for the one before it.
         dS = b_dS.to(type)
-        b_z = tl.dot(tl.trans(b_do), b_P, input_precision=PREC)  # [BV, BT]
-        b_z = tl.dot(dS, tl.trans(b_w), b_z, input_precision=PREC)  # [BV, BT]
+        if HAS_ALPHA:
+            b_z = tl.dot(dS, tl.trans(b_w), input_precision=PREC)  # [BV, BT]
+            b_z *= decay(end, at)[None, :]
+            b_z = tl.dot(tl.trans(b_do), b_P, b_z, input_precision=PREC)  # [BV, BT]
+        else:
+            b_z = tl.dot(tl.trans(b_do), b_P, input_precision=PREC)  # [BV, BT]
+            b_z = tl.dot(dS, tl.trans(b_w), b_z, input_precision=PREC)  # [BV, BT]
         b_dv = tl.dot(b_z.to(type), b_A, input_precision=PREC)  # zᵀ A [BV, BT]
         if SAVE:
             store_transposed(dv, b_dv * scale, o_v, V, H * V, o_t, left)
-        b_dv = b_dv.to(type)
-        b_dS = tl.dot(tl.trans(b_do), b_q, b_dS, input_precision=PREC)  # [BV, BK]
-        b_dS = tl.dot(-b_dv, b_k, b_dS, input_precision=PREC)
+        if HAS_ALPHA:
+            start = decay_from_start(at)[None, :]
+            b_dS *= decay_from_start(end)
+            b_x = (tl.trans(b_do) * start).to(type)  # [BV, BT]
+            b_dS = tl.dot(b_x, b_q, b_dS, input_precision=PREC)  # [BV, BK]
+            b_x = (-b_dv * start).to(type)  # [BV, BT]
+            b_dS = tl.dot(b_x, b_k, b_dS, input_precision=PREC)  # [BV, BK]
+            b_dv = b_dv.to(type)
+        else:
+            b_dv = b_dv.to(type)
+            b_dS = tl.dot(tl.trans(b_do), b_q, b_dS, input_precision=PREC)  # [BV, BK]
+            b_dS = tl.dot(-b_dv, b_k, b_dS, input_precision=PREC)  # [BV, BK]
 
         # dw: off that path.
         if SAVE:
             b_e = load_tile(e, o_t, left, H * V, o_v, V)  # [BT, BV]
             b_dw = tl.dot(b_e, dS, input_precision=PREC)  # [BT, BK]
             b_R = tl.dot(b_e, tl.trans(b_do), input_precision=PREC)  # [BT, BT]
+            if HAS_ALPHA:
+                b_dw *= decay(end, at)[:, None]
+                b_w_dw = tl.sum(b_w * b_dw, 1) * scale  # [BT, BK] over K
+                tl.store(ended + o_t * H, b_w_dw, mask=o_t < left)
+                b_R *= decay(across(at), down(at))
             b_R = tl.where(o_t[:, None] <= o_t[None, :], b_R, 0.0).to(type)
             b_dw = tl.dot(b_R, b_q, b_dw, input_precision=PREC)
             b_U = tl.dot(b_e, b_dv, input_precision=PREC)  # [BT, BT]
+            if HAS_ALPHA:
+                b_U *= decay(across(at), down(at))
             b_U = tl.where(o_t[:, None] < o_t[None, :], -b_U, 0.0).to(type)
             b_dw = tl.dot(b_U, b_k, b_dw, input_precision=PREC)
             store_tile(dw, b_dw * scale, o_t, left, H * K, o_k, K)
+            if HAS_ALPHA:  # noqa: SIM102 (decided when it is compiled)
+                if i_t % SPAN == 0:
+                    b_S = load_tile(kept, o_v, V, K, o_k, K)  # Sᵀ [BV, BK]
+                    tl.store(anchors, tl.sum(tl.sum(b_S * b_dS, 1), 0) * scale)
+                    kept -= H * K * V
+                    anchors -= H
         q -= BT * H * K
         k -= BT * H * K
         w -= BT * H * K
         A -= BT * H * BT
+        sums -= BT * H * 2
         e -= BT * H * V
         do -= BT * H * V
         dv -= BT * H * V
         dw -= BT * H * K
+        ended -= BT * H
     store_transposed(dinitial + state, b_dS * scale, o_v, V, V, o_k, K)
 
 
 @triton.jit
-def _read(p, E, S, b_w, o_t, left, DIAGONAL: tl.constexpr, H: tl.constexpr, V: tl.constexpr,
-          BV: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
-    """x Sᵀ + tril(x eᵀ) w [BT, BK] for x [BT, V] at p; the diagonal counts if DIAGONAL."""
+def _read(p, E, S, b_w, p_key, at, o_t, left, o_k, DIAGONAL: tl.constexpr, HAS_ALPHA: tl.constexpr,
+          H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+          PREC: tl.constexpr):  # fmt: skip
+    """x Sᵀ + tril(x eᵀ) w [BT, BK] for x [BT, V] at p; the diagonal counts if DIAGONAL.
+
+    HAS_ALPHA: its two terms times a and G. With the key that reads, q or k at p_key, also both
+    factors' parts of the gradient of log α: tril(x eᵀ) ⊙ G ⊙ (key wᵀ) [BT, BT], ⟨key, a x Sᵀ⟩ [BT].
+    """
     b_x = load_tile(p, o_t, left, H * V, tl.arange(0, BV), V)  # [BT, BV]
     b_R = tl.dot(b_x, tl.trans(E[0]), input_precision=PREC)  # [BT, BT]
     b_y = tl.dot(b_x, S[0].to(b_x.dtype), input_precision=PREC)  # [BT, BK]
@@ -140,17 +193,47 @@ def _read(p, E, S, b_w, o_t, left, DIAGONAL: tl.constexpr, H: tl.constexpr, V: t
         b_R = tl.where(o_t[:, None] >= o_t[None, :], b_R, 0.0)
     else:
         b_R = tl.where(o_t[:, None] > o_t[None, :], b_R, 0.0)
-    return tl.dot(b_R.to(b_w.dtype), b_w, b_y, input_precision=PREC)
+    between, start = 0.0, 0.0
+    if HAS_ALPHA:
+        b_key = load_tile(p_key, o_t, left, H * K, o_k, K)  # [BT, BK]
+        b_R *= decay(down(at), across(at))
+        b_y *= decay_from_start(at)[:, None]
+        between = b_R * tl.dot(b_key, tl.trans(b_w), input_precision=PREC)  # [BT, BT]
+        start = tl.sum(b_key * b_y, 1)  # [BT, BK] over K
+    b_y = tl.dot(b_R.to(b_w.dtype), b_w, b_y, input_precision=PREC)  # [BT, BK]
+    return b_y, between, start
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit
+def _dlog_alpha(between, start, ended, whole, o_t, PREC: tl.constexpr):
+    """The gradient of a chunk's log α [BT], from each decay times its own gradient.
+
+    A decay holds α_t as a factor if it begins before t and ends at t or later: exp(G_i − G_j) with
+    j < t ≤ i (between [BT, BT]), exp(G_i) with t ≤ i (start [BT]), exp(G_C − G_j) with j < t
+    (ended [BT]), and exp(G_C) (whole). No other term is in the sum, so that a hard reset's gradient
+    is exactly 0 and nothing large cancels, as in osdn.ops.chunkwise.retention.
+    """
+    later = tl.where(o_t[None, :] >= o_t[:, None], 1.0, 0.0)
+    b_M = tl.dot(later, between, input_precision=PREC)  # Σ_{i≥t} between_ij [BT, BT]
+    before = o_t[None, :] < o_t[:, None]
+    return whole + tl.sum(tl.where(before, b_M + ended[None, :], start[None, :]), 1)
+
+
+@triton.jit(do_not_specialize=["T", "rows"])
 def gradients_kernel(
-    w, e, do, dv, kept, dq, dk, cu_seqlens, span_indices, scale, T,
+    q, k, w, sums, e, do, dv, kept, ended, anchors, dq, dk, dlog_alpha,
+    cu_seqlens, span_indices, scale, T, rows,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SPAN: tl.constexpr,
-    IS_VARLEN: tl.constexpr, PREC: tl.constexpr,
+    IS_VARLEN: tl.constexpr, HAS_ALPHA: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """dq and dk (phase 2's part) [B, T, H, K]. Grid: spans · H · blocks of K."""
+    """dq and dk (phase 2's part) [B, T, H, K]; if HAS_ALPHA dlog_alpha [blocks of K, B, T, H], what
+    each block of K adds. Grid: spans · H · blocks of K. rows: B T.
+
+    ended and anchors as `memory_reverse_kernel` left them, in all. With S and dS the memory at a
+    chunk's start and its gradient there, ⟨S, dS⟩ less Σ start is exp(G_C) times its gradient, and
+    that and Σ ended is ⟨S, dS⟩ at the next chunk's start. So it goes through a span, from anchors.
+    """
     NK: tl.constexpr = (K + BK - 1) // BK
     i_k = tl.program_id(0) % NK
     i_h = tl.program_id(0) // NK % H
@@ -167,6 +250,15 @@ def gradients_kernel(
     e += row * V
     do += row * V
     dv += row * V
+    q += row * K
+    k += row * K
+    sums += row * 2
+    ended += row
+    dlog_alpha += i_k.to(tl.int64) * rows * H + row
+    at = 0.0
+    b_SdS = 0.0
+    if HAS_ALPHA:  # the first block of K counts what is not of one block
+        b_SdS = tl.where(i_k == 0, tl.load(anchors + i_s.to(tl.int64) * H + i_h), 0.0)
     kept += (i_s.to(tl.int64) * H + i_h) * K * V
 
     S = ()  # Sᵀ in blocks [BV, BK]
@@ -182,16 +274,36 @@ def gradients_kernel(
         for i in tl.static_range(len(S)):
             b_e = load_tile(e, o_t, rest, H * V, i * BV + tl.arange(0, BV), V)  # [BT, BV]
             E = E + (b_e,)  # type: ignore[assignment]  # noqa: RUF005
-        b_dq = _read(do, E, S, b_w, o_t, rest, True, H, V, BV, PREC)
+        if HAS_ALPHA:
+            at, end = load_sums(sums, o_t, rest, BT, H)
+        b_dq, M_q, s_q = _read(do, E, S, b_w, q, at, o_t, rest, o_k, True, HAS_ALPHA,
+                               H, K, V, BV, PREC)  # fmt: skip
         store_tile(dq, b_dq * scale, o_t, rest, H * K, o_k, K)
-        b_dk = _read(dv, E, S, b_w, o_t, rest, False, H, V, BV, PREC)
+        b_dk, M_k, s_k = _read(dv, E, S, b_w, k, at, o_t, rest, o_k, False, HAS_ALPHA,
+                               H, K, V, BV, PREC)  # fmt: skip
         store_tile(dk, -b_dk, o_t, rest, H * K, o_k, K)
+        if HAS_ALPHA:
+            b_end = load_gate(ended, o_t, tl.where(i_k == 0, rest, 0), H)
+            b_start = scale * s_q - s_k
+            b_SdS = tl.where(decay_from_start(end) > 0, b_SdS - tl.sum(b_start, 0), 0.0)
+            b_dg = _dlog_alpha(scale * M_q - M_k, b_start, b_end, b_SdS, o_t, PREC)
+            tl.store(dlog_alpha + o_t * H, b_dg, mask=o_t < rest)
+            b_SdS += tl.sum(b_end, 0)
+            b_w = (b_w * decay(end, at)[:, None]).to(b_w.dtype)
         after = ()
         for i in tl.static_range(len(S)):
-            b_S = tl.dot(tl.trans(E[i]), b_w, S[i], input_precision=PREC)
+            b_S = S[i]  # [BV, BK]
+            if HAS_ALPHA:
+                b_S *= decay_from_start(end)
+            b_S = tl.dot(tl.trans(E[i]), b_w, b_S, input_precision=PREC)  # [BV, BK]
             after = after + (b_S,)  # type: ignore[assignment]  # noqa: RUF005
         S = after
 
+        q += BT * H * K
+        k += BT * H * K
+        sums += BT * H * 2
+        ended += BT * H
+        dlog_alpha += BT * H
         w += BT * H * K
         dq += BT * H * K
         dk += BT * H * K
@@ -205,30 +317,39 @@ def memory_reverse(
     k: Tensor,
     w: Tensor,
     A: Tensor,
+    sums: Tensor | None,
     e: Tensor,
     do: Tensor,
+    kept: Tensor,
     dfinal_state: Tensor,
     M: Tensor,
     chunks: Chunks,
     rule: Options,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dv, dw, dinitial_state); M as `memory` gave it."""
-    V = do.shape[-1]
-    blocks = triton.cdiv(V, launch("memory_reverse", q, q.shape[-1], V)["BV"])
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """(dv, dw, dinitial_state, [ended, anchors] with a state decay); M as `memory` gave it.
+
+    ended [B, T, H] and anchors [spans, H] as `gradients_kernel` takes them.
+    """
+    (B, T, H, K), V = q.shape, do.shape[-1]
+    blocks = triton.cdiv(V, launch("memory_reverse", q, K, V)["BV"])
     dv, dw = torch.empty_like(do), q.new_empty(blocks, *q.shape)
+    parts = []
+    if sums is not None:
+        parts = [sums.new_empty(blocks, B, T, H), sums.new_empty(blocks, len(kept), H)]
     if rule.scale == 0:  # nothing was read; the walk divides by scale
         do, rule = torch.zeros_like(do), rule._replace(scale=1.0)
     if not len(M):
         dinitial = torch.empty_like(dfinal_state)
-        _walk(q, k, w, A, e, do, dfinal_state, dv, dw, dinitial, chunks, rule)
+        _walk(q, k, w, A, sums, e, do, kept, dfinal_state, dv, dw, parts, dinitial, chunks, rule)
     else:
         segments = split(chunks, len(M) // chunks.sequences)
         R = torch.empty(*M.shape[:-1], V, dtype=torch.float32, device=q.device)
-        _walk(q, k, w, A, e, do, R, None, None, R, segments, rule)
+        _walk(q, k, w, A, sums, e, do, kept, R, None, None, parts, R, segments, rule)
         ends, dinitial = link(M, R, dfinal_state, reverse=True)
-        _walk(q, k, w, A, e, do, ends, dv, dw, R, segments, rule)
+        _walk(q, k, w, A, sums, e, do, kept, ends, dv, dw, parts, R, segments, rule)
     # One block wherever V is at most 128 and numbers have 16 bits.
-    return dv, dw[0] if blocks == 1 else dw.sum(0), dinitial
+    dw, *parts = (x[0] if blocks == 1 else x.sum(0) for x in (dw, *parts))
+    return dv, dw, dinitial, parts
 
 
 def _walk(
@@ -236,11 +357,14 @@ def _walk(
     k: Tensor,
     w: Tensor,
     A: Tensor,
+    sums: Tensor | None,
     e: Tensor,
     do: Tensor,
+    kept: Tensor,
     dfinal: Tensor,
     dv: Tensor | None,
     dw: Tensor | None,
+    parts: list[Tensor],
     dinitial: Tensor,
     chunks: Chunks,
     rule: Options,
@@ -248,30 +372,47 @@ def _walk(
     """Launch the reverse kernel; without dv and dw only dinitial is written, from zero."""
     (B, T, H, K), V = q.shape, do.shape[-1]
     config = launch("memory_reverse", q, K, V)
+    ended, anchors = parts or (dinitial, dinitial)
     memory_reverse_kernel[(chunks.sequences * H * triton.cdiv(V, config["BV"]),)](
-        q, k, w, A, e, do, dfinal, do if dv is None else dv, q if dw is None else dw, dinitial,
-        chunks.cu_seqlens, chunks.offsets, rule.scale, T, chunks.segment, B * T,
-        H=H, K=K, V=V, BT=CHUNK, BK=tile(K), IS_VARLEN=chunks.offsets is not None,
-        SAVE=dv is not None, PREC=precision(q), **config,
+        q, k, w, A, A if sums is None else sums, e, do, kept, dfinal,
+        do if dv is None else dv, q if dw is None else dw, ended, anchors, dinitial,
+        chunks.cu_seqlens, chunks.offsets, chunks.spans.offsets, rule.scale, T, chunks.segment,
+        B * T, len(kept), H=H, K=K, V=V, BT=CHUNK, BK=tile(K), SPAN=cutting.SPAN,
+        IS_VARLEN=chunks.offsets is not None, SAVE=dv is not None, HAS_ALPHA=sums is not None,
+        PREC=precision(q), **config,
     )  # fmt: skip
 
 
 def gradients(
+    q: Tensor,
+    k: Tensor,
     w: Tensor,
+    sums: Tensor | None,
     e: Tensor,
     do: Tensor,
     dv: Tensor,
     kept: Tensor,
+    parts: list[Tensor],
     chunks: Chunks,
     rule: Options,
-) -> tuple[Tensor, Tensor]:
-    """(dq, phase 2's part of dk); kept [spans, H, V, K] from `memory_forward.memory`."""
-    (T, H, K), V = w.shape[1:], e.shape[-1]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(dq, phase 2's part of dk, dlog_alpha or None); kept [spans, H, V, K] from
+    `memory_forward.memory`, parts from `memory_reverse`.
+    """
+    (B, T, H, K), V = w.shape, e.shape[-1]
     config = launch("gradients", w, K, V)
-    dq, dk = torch.empty_like(w), torch.empty_like(w)
-    gradients_kernel[(chunks.spans.bound * H * triton.cdiv(K, config["BK"]),)](
-        w, e, do, dv, kept, dq, dk, chunks.cu_seqlens, chunks.spans.indices, rule.scale, T,
-        H=H, K=K, V=V, BT=CHUNK, SPAN=cutting.SPAN,
-        IS_VARLEN=chunks.indices is not None, PREC=precision(w), **config,
+    blocks = triton.cdiv(K, config["BK"])
+    dq, dk, dlog_alpha = torch.empty_like(w), torch.empty_like(w), None
+    if sums is not None:
+        dlog_alpha = sums.new_empty(blocks, B, T, H)
+    ended, anchors = parts or (w, w)
+    gradients_kernel[(chunks.spans.bound * H * blocks,)](
+        q, k, w, w if sums is None else sums, e, do, dv, kept, ended, anchors,
+        dq, dk, dk if dlog_alpha is None else dlog_alpha,
+        chunks.cu_seqlens, chunks.spans.indices, rule.scale, T, B * T,
+        H=H, K=K, V=V, BT=CHUNK, SPAN=cutting.SPAN, IS_VARLEN=chunks.indices is not None,
+        HAS_ALPHA=sums is not None, PREC=precision(w), **config,
     )  # fmt: skip
-    return dq, dk
+    if dlog_alpha is not None:
+        dlog_alpha = dlog_alpha[0] if blocks == 1 else dlog_alpha.sum(0)
+    return dq, dk, dlog_alpha

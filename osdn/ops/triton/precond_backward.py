@@ -35,7 +35,7 @@ from osdn.ops.triton.chunks import (
     tile,
 )
 from osdn.ops.triton.config import launch, precision
-from osdn.ops.triton.precond_gates import (
+from osdn.ops.triton.gates import (
     across,
     decay,
     decay_from_start,

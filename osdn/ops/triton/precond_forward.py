@@ -20,7 +20,7 @@ from torch import Tensor
 from osdn.ops.operands import Options
 from osdn.ops.triton.chunks import CHUNK, Chunks, load_tile, locate_chunk, locate_sequence, tile
 from osdn.ops.triton.config import launch
-from osdn.ops.triton.precond_gates import (
+from osdn.ops.triton.gates import (
     across,
     decay,
     decay_from_start,

@@ -33,7 +33,7 @@ from osdn.ops.triton.chunks import (
     tile,
 )
 from osdn.ops.triton.config import launch, precision
-from osdn.ops.triton.precond_gates import decay, decay_from_start, load_gate, load_retention
+from osdn.ops.triton.gates import decay, decay_from_start, load_gate, load_retention
 
 Walk = Callable[[Tensor, Chunks], Tensor]
 ROUNDS = 3

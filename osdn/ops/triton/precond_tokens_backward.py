@@ -18,7 +18,7 @@ from torch import Tensor
 from osdn.ops.operands import Options
 from osdn.ops.triton.chunks import CHUNK, Chunks, locate_sequence, tile
 from osdn.ops.triton.config import launch
-from osdn.ops.triton.precond_gates import clip
+from osdn.ops.triton.gates import clip
 from osdn.ops.triton.precond_tokens import load_gates, load_row, load_scalar
 
 

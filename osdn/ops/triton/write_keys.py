@@ -5,6 +5,8 @@ that in a chunk with start state S
 
     A = (I + tril(k wᵀ, −1))⁻¹,   e = A (v − k S).
 
+With a state decay α, k wᵀ is taken times exp(G_i − G_j), as `memory_forward` has it.
+
 One program makes a chunk and head's w and A, in sub-blocks of 16 rows. d within the chunk
 comes from its start and x, which phase 1 left: with z_j = η b_j x_j s_j and c the d at a
 sub-block's start, d_t = exp(pre_t) c + Σ_{j<t} exp(pre_t − post_j) z_j. The solve is in float32.
@@ -28,13 +30,14 @@ from osdn.ops.triton.chunks import (
     store_tile,
 )
 from osdn.ops.triton.config import launch, precision
-from osdn.ops.triton.precond_gates import (
+from osdn.ops.triton.gates import (
     across,
     decay,
     decay_from_start,
     down,
     load_gate,
     load_retention,
+    store_sums,
 )
 from osdn.ops.triton.solve import SCRATCH, invert, mul, store_blocks
 
@@ -91,16 +94,30 @@ def _write_key(p_k, p_w, o_t, left, o_k, c, out, box, gates, K: tl.constexpr, H:
     return k, w, c, out
 
 
+@triton.jit
+def _gate_memory(log_alpha, sums, o_s, left, H: tl.constexpr):
+    """G of four runs of 16 tokens, each as (n, f), which are also written to sums."""
+    _, G0, end = load_retention(log_alpha, o_s, left, (0.0, 0.0), H, True)
+    _, G1, end = load_retention(log_alpha, o_s + 16, left, end, H, True)
+    _, G2, end = load_retention(log_alpha, o_s + 32, left, end, H, True)
+    _, G3, end = load_retention(log_alpha, o_s + 48, left, end, H, True)
+    store_sums(sums, G0, o_s, left, H)
+    store_sums(sums, G1, o_s + 16, left, H)
+    store_sums(sums, G2, o_s + 32, left, H)
+    store_sums(sums, G3, o_s + 48, left, H)
+    return G0, G1, G2, G3
+
+
 @triton.jit(do_not_specialize=["T"])
 def write_keys_kernel(
-    k, beta, log_gamma, x, starts, w, A, scratch, clipped,
+    k, beta, log_gamma, log_alpha, x, starts, w, A, sums, scratch, clipped,
     cu_seqlens, indices, eta, d_min, d_max, T,
     H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-    HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, IS_VARLEN: tl.constexpr,
-    PATH: tl.constexpr, STORED: tl.constexpr, BOXED: tl.constexpr,
+    HAS_GAMMA: tl.constexpr, HAS_ALPHA: tl.constexpr, BETA_AWARE: tl.constexpr,
+    IS_VARLEN: tl.constexpr, PATH: tl.constexpr, STORED: tl.constexpr, BOXED: tl.constexpr,
     PREC: tl.constexpr, SOLVE: tl.constexpr,
 ):  # fmt: skip
-    """w [B, T, H, K], A [B, T, H, BT], in k's dtype. Grid: chunks · H.
+    """w [B, T, H, K], A [B, T, H, BT], in k's dtype; sums [B, T, H, 2]. Grid: chunks · H.
 
     starts [chunks, H, K]: d at each chunk's start; PATH: d moves within it. BOXED: lowers
     clipped [N, H] to the number of the first chunk where it leaves the box; STORED: w is there,
@@ -158,6 +175,18 @@ def write_keys_kernel(
 
     if BOXED and not STORED:
         tl.atomic_min(clipped, i_c, mask=tl.max(tl.max(out, 1), 0) > 0)
+    if HAS_ALPHA:
+        G0, G1, G2, G3 = _gate_memory(log_alpha + row, sums + row * 2, o_0, left, H)
+        L00 *= decay(down(G0), across(G0))
+        L10 *= decay(down(G1), across(G0))
+        L11 *= decay(down(G1), across(G1))
+        L20 *= decay(down(G2), across(G0))
+        L21 *= decay(down(G2), across(G1))
+        L22 *= decay(down(G2), across(G2))
+        L30 *= decay(down(G3), across(G0))
+        L31 *= decay(down(G3), across(G1))
+        L32 *= decay(down(G3), across(G2))
+        L33 *= decay(down(G3), across(G3))
     X = invert(L00, L10, L11, L20, L21, L22, L30, L31, L32, L33,
                scratch + tl.program_id(0).to(tl.int64) * 1024, SOLVE)  # fmt: skip
     store_blocks(A + row * BT, H * BT, left, X)
@@ -167,27 +196,33 @@ def write_keys(
     k: Tensor,
     beta: Tensor,
     log_gamma: Tensor | None,
+    log_alpha: Tensor | None,
     x: Tensor,
     starts: Tensor,
     w: Tensor,
     A: Tensor,
+    sums: Tensor,
     clipped: Tensor,
     chunks: Chunks,
     rule: Options,
     *,
     repair: bool,
 ) -> None:
-    """Fill w and A, and with a box clipped; with repair, A from chunk `clipped` on."""
+    """Fill w and A, with log_alpha sums, and with a box clipped.
+
+    With repair, only A, from chunk `clipped` on.
+    """
     T, H, K = k.shape[1:]
     boxed = rule.precond_min is not None
     if boxed and not repair:
         clipped.fill_(chunks.bound)
     write_keys_kernel[(chunks.bound * H,)](
-        k, beta, beta if log_gamma is None else log_gamma, x, starts, w, A,
+        k, beta, beta if log_gamma is None else log_gamma,
+        beta if log_alpha is None else log_alpha, x, starts, w, A, sums,
         A.new_empty(chunks.bound * H * SCRATCH, dtype=torch.float32), clipped,
         chunks.cu_seqlens, chunks.indices, rule.eta,
         rule.precond_min if boxed else 0.0, rule.precond_max if boxed else 0.0, T,
-        H=H, K=K, BT=CHUNK, HAS_GAMMA=log_gamma is not None,
+        H=H, K=K, BT=CHUNK, HAS_GAMMA=log_gamma is not None, HAS_ALPHA=log_alpha is not None,
         BETA_AWARE=rule.beta_aware, IS_VARLEN=chunks.indices is not None,
         PATH=not rule.constant_precond(log_gamma is not None), STORED=repair, BOXED=boxed,
         PREC=precision(k), SOLVE="tf32x3", **launch("write_keys", k, K),

@@ -1,15 +1,19 @@
-"""How phase 1's kernels read β and γ; pre and post are `precond_forward`'s.
+"""How the kernels read β, γ and α; pre and post are `precond_forward`'s.
 
-Within a chunk every decay is exp(pre_t − post_j), and a difference of rounded sums is as wrong as
+Within a chunk every decay of d is exp(pre_t − post_j), and of the memory exp(post_t − post_j) with
+α in place of γ. A difference of rounded sums is as wrong as
 the sums are large: a hard reset, log γ = −1e4 or −inf, would spoil what came long after it. So a
 sum is kept as (n, f): each log γ is an integer, whose sums and differences are exact, and a rest
 of at most a half. Gates of γ > 0.6 have n = 0.
+
+Phase 2 has the sums of log α as a tensor, sums [B, T, H, 2], post of every token from its chunk's
+start: `write_keys` makes them once, and its three kernels read them.
 """
 
 import triton
 import triton.language as tl
 
-LEAST_LOG_GAMMA = tl.constexpr(-128.0)  # its exp is 0 in float32, and −inf − (−inf) would be NaN
+LEAST_LOG = tl.constexpr(-128.0)  # its exp is 0 in float32, and −inf − (−inf) would be NaN
 
 
 @triton.jit
@@ -26,9 +30,9 @@ def load_retention(p, o_t, left, before, H: tl.constexpr, HAS_GAMMA: tl.constexp
     """
     n_before, f_before = before
     if HAS_GAMMA:
-        log_gamma = tl.maximum(load_gate(p, o_t, left, H), LEAST_LOG_GAMMA, tl.PropagateNan.ALL)
-        n = tl.ceil(log_gamma - 0.5)
-        f = log_gamma - n
+        log = tl.maximum(load_gate(p, o_t, left, H), LEAST_LOG, tl.PropagateNan.ALL)
+        n = tl.ceil(log - 0.5)
+        f = log - n
         n_post = n_before + tl.cumsum(n, 0)
         f_post = f_before + tl.cumsum(f, 0)
         pre, post = (n_post - n, f_post - f), (n_post, f_post)
@@ -40,8 +44,26 @@ def load_retention(p, o_t, left, before, H: tl.constexpr, HAS_GAMMA: tl.constexp
 
 
 @triton.jit
+def store_sums(p, sums, o_t, left, H: tl.constexpr):
+    """Write (n, f) of local tokens o_t where `load_sums` finds them."""
+    n, f = sums
+    tl.store(p + o_t * (H * 2), n, mask=o_t < left)
+    tl.store(p + o_t * (H * 2) + 1, f, mask=o_t < left)
+
+
+@triton.jit
+def load_sums(p, o_t, left, BT: tl.constexpr, H: tl.constexpr):
+    """post of a chunk's tokens o_t and at its end, each as (n, f); zero past its last token."""
+    m_t = o_t < left
+    n = tl.load(p + o_t * (H * 2), mask=m_t, other=0.0)  # [BT]
+    f = tl.load(p + o_t * (H * 2) + 1, mask=m_t, other=0.0)  # [BT]
+    p += (tl.minimum(left, BT) - 1) * (H * 2)
+    return (n, f), (tl.load(p), tl.load(p + 1))
+
+
+@triton.jit
 def decay(later, earlier):
-    """What is left of d from one place to another, exp(later − earlier), at most 1.
+    """What is left of d or S from one place to another, exp(later − earlier), at most 1.
 
     Rounded sums may differ by a little more than 0, and in a tile half of the pairs run backwards.
     """
