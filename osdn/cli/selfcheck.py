@@ -27,8 +27,10 @@ from torch.nn.functional import logsigmoid, normalize
 
 from osdn.errors import UserError
 from osdn.ops import convolution, online_scaled_delta_rule, online_scaled_delta_step
+from osdn.ops.numerics import relative_error
 from osdn.system.processes import end_with_parent
 
+# About 40 units in the last place of float32, and 1.5 of the 16-bit ones.
 FLOORS = {torch.float32: 5e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -54,8 +56,10 @@ class Case(NamedTuple):
     alpha: bool = False
 
 
+# Tight enough that d leaves them, which the kernels then repair.
 BOX = {"precond_min": 0.9, "precond_max": 1.05}
 LATE = {"precond_min": 0.93, "precond_max": 1.07}
+# Every path of the kernels: borders of chunks, sizes that are no power of two, both rules, packs.
 CASES = [
     Case("one token", 2, 1, 2, 64, 64, {}),
     Case("T 63", 2, 63, 2, 64, 64, {"beta_aware": True}),
@@ -105,7 +109,7 @@ CONVOLUTIONS = [
     Convolution("convolution, no norm", 1, 700, 200, 4),
     Convolution("convolution, packed", 1, 400, 128, 3, 64, (0, 1, 3, 129, 400)),
 ]
-TINY = [
+TINY = [  # what Triton's interpreter does in a minute
     Case("T 17", 1, 17, 1, 16, 16, {"beta_aware": True}),
     Case("packed", 1, 66, 1, 24, 16, {}, cu_seqlens=(0, 1, 66)),
     Case("box", 1, 17, 1, 16, 24, BOX),
@@ -115,6 +119,7 @@ TINY = [
 
 def make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | None]:
     """Random arguments of the operator by name; q, k, v in dtype, the rest float32."""
+    # On the CPU: the same numbers on every GPU.
     g = torch.Generator().manual_seed(case.T + case.K)
     B, T, H, K, V = case.B, case.T, case.H, case.K, case.V
     N = B if case.cu_seqlens is None else len(case.cu_seqlens) - 1
@@ -124,7 +129,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[st
 
     k = normalize(normal(B, T, H, K), dim=-1)
     beta = normal(B, T, H).sigmoid()
-    d = 1 + 0.3 * normal(N, H, K)
+    d = 1 + 0.3 * normal(N, H, K)  # away from 1, where unit keys would leave it
     log_gamma = logsigmoid(normal(B, T, H) + 4)
     if case.odd == "repeated":
         k = k[:, :1].expand(B, T, H, K)
@@ -132,10 +137,11 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[st
         k[:, T // 2 :, 0] *= 1.3
         d = torch.ones_like(d)
     if case.odd == "strong":
+        # 1 and 2 in turn: the largest erase there is
         beta = 1.0 + torch.arange(T).view(1, T, 1).expand(B, T, H) % 2
         d = d.clamp(0.3, 0.9)
     if case.odd == "empty":
-        empty = torch.arange(T).view(1, T, 1) % 3 == 0
+        empty = torch.arange(T).view(1, T, 1) % 3 == 0  # every third token is padding
         k = k.masked_fill(empty[..., None], 0.0)
         beta, log_gamma = beta.masked_fill(empty, 0.0), log_gamma.masked_fill(empty, 0.0)
         d = d.clamp(case.options["precond_min"], case.options["precond_max"])
@@ -159,6 +165,7 @@ def everything(
     case: Case, inputs: dict[str, Tensor | None], backend: str, cu_seqlens: Tensor | None
 ) -> dict[str, Tensor]:
     """Results, gradients of one random linear function of them, and one decoded token."""
+    # Everything is differentiated, the initial states too.
     leaves = {n: None if x is None else x.detach().requires_grad_() for n, x in inputs.items()}
     given: dict[str, Any] = {n: x for n, x in leaves.items() if x is not None}
     options: dict[str, Any] = case.options | {"backend": backend}
@@ -166,6 +173,7 @@ def everything(
         **given, output_final_state=True, cu_seqlens=cu_seqlens, **options
     )
     g = torch.Generator().manual_seed(1)
+    # A random weight for each number: an error in any place reaches the gradients.
     loss = torch.zeros((), dtype=torch.float64, device=given["q"].device)
     for x in results:
         assert x is not None
@@ -174,6 +182,7 @@ def everything(
     gradients = torch.autograd.grad(loss, list(given.values()))
     named = dict(zip(("o", "S", "d"), results)) | {f"d{n}": x for n, x in zip(given, gradients)}
 
+    # The last token once more, as decoding would take it, from the initial states.
     N = given["initial_state"].shape[0]
     names = ("q", "k", "v", "beta", "log_gamma", "log_alpha")
     tokens = {n: given[n].detach()[:, -1] for n in names if n in given}
@@ -181,13 +190,6 @@ def everything(
     state, precond = (given[f"initial_{n}"].detach().clone() for n in ("state", "precond"))
     step = online_scaled_delta_step(**tokens, state=state, precond=precond, **options)
     return named | dict(zip(("step o", "step S", "step d"), step))  # type: ignore[return-value]
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """‖actual − expected‖ / ‖expected‖ in float64; the absolute norm where expected is zero."""
-    actual, expected = actual.detach().double(), expected.detach().double()
-    norm = expected.norm().item()
-    return ((actual - expected).norm() / (norm if norm > 0 else 1.0)).item()
 
 
 class Result(NamedTuple):
@@ -255,8 +257,10 @@ def _nearest(
     floor = slack * FLOORS[DTYPES[dtype]]
     results = []
     for name, x in expected.items():
+        # Relative to what plain PyTorch gets in this dtype: the dtype's own error is no fault.
         limit = 2 * relative_error(plain[name], x) + floor
         results.append(Result(case, dtype, name, relative_error(actual[name], x), limit))
+    # A wrong one first, whatever the others' ratios are.
     return max(results, key=lambda r: (not r.right, r.error / r.limit))
 
 
@@ -271,6 +275,7 @@ def check_all() -> Iterator[Result]:
         )
     if torch.cuda.is_available():
         device = torch.device("cuda")
+        # Spawned: a forked process cannot use CUDA.
         workers = min(os.cpu_count() or 1, 16)
         with ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent) as pool:
             under_way = [pool.submit(check, case, n, device) for n in DTYPES for case in CASES]

@@ -27,7 +27,7 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from osdn.layers.attention import Attention
 from osdn.layers.mlp import SwiGLU
-from osdn.layers.osdn import OSDN
+from osdn.layers.osdn import OSDN, former_names
 from osdn.model.block import mixer_options
 from osdn.model.configuration import OSDNConfig
 from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step
@@ -98,10 +98,10 @@ class PagedOSDN(MambaBase, OSDN):
         """One token of every decoding request, its state in place in its page."""
         cu_seqlens = torch.arange(len(pages) + 1, device=pages.device)
         q, k, v = self._convolve_pages(hidden_states, cu_seqlens, pages, None)
-        beta, log_gamma = self.gates(hidden_states)
+        beta, log_gamma, log_alpha = self.gates(hidden_states)
         S, d = self.kv_cache[:2]
         o, _, _ = online_scaled_delta_step(
-            q, k, v, beta, log_gamma, state=S, precond=d,
+            q, k, v, beta, log_gamma, log_alpha=log_alpha, state=S, precond=d,
             slots=torch.where(pages == EMPTY_PAGE, -1, pages), backend=self.backend, **self.rule,
         )  # fmt: skip
         return self._finish(o, hidden_states)
@@ -115,7 +115,7 @@ class PagedOSDN(MambaBase, OSDN):
     ) -> Tensor:
         """Pieces of prompts [tokens, D]; a prompt's first piece starts from d_1 and S = 0."""
         q, k, v = self._convolve_pages(hidden_states, cu_seqlens, pages, has_past)
-        beta, log_gamma = self.gates(hidden_states)
+        beta, log_gamma, log_alpha = self.gates(hidden_states)
         state, precond = None, self.start_precond()
         if pages is not None and has_past is not None:
             S, d, at = self.kv_cache[0], self.kv_cache[1], pages.long()
@@ -125,6 +125,7 @@ class PagedOSDN(MambaBase, OSDN):
         o, state, precond = online_scaled_delta_rule(
             q[None], k[None], v[None], beta[None],
             None if log_gamma is None else log_gamma[None],
+            log_alpha=None if log_alpha is None else log_alpha[None],
             initial_state=state, initial_precond=precond, output_final_state=pages is not None,
             cu_seqlens=cu_seqlens, backend=self.backend, **self.rule,
         )  # fmt: skip
@@ -356,7 +357,9 @@ class OSDNForCausalLM(nn.Module, HasInnerState, IsHybrid):
         """
         own = dict(self.named_parameters())
         loaded = set()
-        for name, weight in weights:
+        given = dict(weights)
+        former = former_names(given)
+        for name, weight in ((former.get(name, name), x) for name, x in given.items()):
             if name not in own:
                 if name == "lm_head.weight" and self.config.tie_word_embeddings:
                     continue

@@ -48,6 +48,7 @@ def last_logits(
     `parameters_of` gives a reason.
     """
     if (
+        # Cheap questions first: this is asked at every token.
         not isinstance(input_ids, Tensor)
         or input_ids.ndim != 2
         or not input_ids.numel()
@@ -60,12 +61,14 @@ def last_logits(
     ):
         return None
     B, T = input_ids.shape
+    # A long prompt keeps a GPU busy by itself and gains nothing.
     size = 1 if T == 1 else padded(B, T)
     if size is None or (T > 1 and not captures(input_ids.device)):
         return None
     mask = prompt_mask(input_ids, attention_mask) if T > 1 else attention_mask
     if isinstance(mask, bool):
         return None
+    # Buffers belong to one cache at a time, and generate may run in several threads.
     with _lock:
         step = _step(model, cache, input_ids)
         if step is None:
@@ -105,6 +108,8 @@ def parameters_of(model: Any) -> list[nn.Parameter] | str:
             return "attention layers, whose cache grows"
         if block.attn.backend not in ("auto", BACKENDS[first.device.type]):
             return f"a layer with backend {block.attn.backend!r}"
+        if block.attn.a_proj is not None:  # goes when the layers' steps read log_alpha
+            return "layers with state decay"
         if max(block.attn.head_dim, block.attn.head_v_dim) > TRITON_LARGEST_HEAD:
             return f"heads larger than {TRITON_LARGEST_HEAD}"
     waiting: list[tuple[str, nn.Module]] = [("", model)]

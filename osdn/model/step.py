@@ -40,10 +40,12 @@ class DecodingStep:
         self.norm = model.model.norm.weight
         self.layers = [_Layer(block) for block in model.model.layers]
         self.parameters = parameters
+        # A graph holds addresses, not tensors: weights that moved make it wrong, silently.
         self.addresses = [p.data_ptr() for p in parameters]
 
         float32: dict[str, Any] = {"dtype": torch.float32, "device": self.device}
         like: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+        # One tensor for all layers, so that beams are reordered by one copy of each.
         self.slabs = (
             torch.zeros(layers, batch, H, K, V, **float32),
             torch.zeros(layers, batch, H, K, **float32),
@@ -55,14 +57,16 @@ class DecodingStep:
 
         self.ids = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self.mask = torch.ones(batch, dtype=torch.int64, device=self.device)
+        # The mask is written only when it changes: most steps have no padding.
         self.unmasked = True
         self.kernels = captures(self.device)
         if self.kernels:
             from osdn.ops.triton.products import stream_like
 
             self.hidden = stream_like(torch.zeros(batch, config.hidden_size, **like))
+        # [B, all projections of a layer]
         self.projected = torch.zeros(batch, sum(map(len, self.layers[0].projections)), **like)
-        self.mixed = torch.zeros(batch, H * V, **like)
+        self.mixed = torch.zeros(batch, H * V, **like)  # [B, H V]
         self.inner = torch.zeros(batch, config.intermediate_size, **like)
         self.logits = torch.zeros(batch, config.vocab_size, **like)
         self.stream = current_stream(self.device)
@@ -78,10 +82,13 @@ class DecodingStep:
         from osdn.ops.triton.products import add_product, embed, gated_product, project
 
         stream, eps, layers = self.hidden, self.eps, self.layers
+        # A product also takes the sum of squares for the norm that follows it.
         after = [layer.attn_norm for layer in layers[1:]] + [self.norm]
         embed(self.ids, self.embedding, layers[0].attn_norm, stream)
         for i, layer in enumerate(layers):
+            # Views [B, ...] of layer i, changed in place.
             S, d, qk_history, v_history = self.views[4 * i : 4 * i + 4]
+            # norm, then all projections: [B, D] [D, N]
             project(stream, layer.attn_norm, layer.projections, self.projected, eps)
             layer_step(
                 self.projected, self.mask, (qk_history, v_history), layer.convolutions,
@@ -101,13 +108,14 @@ class DecodingStep:
             S, d, *histories = self.views[4 * i : 4 * i + 4]
             c = layer.constants
             (H, K), V = d.shape[1:], c.value_size
-            n, column = F.rms_norm(h, h.shape[-1:], layer.attn_norm, eps), 0
+            n, column = F.rms_norm(h, h.shape[-1:], layer.attn_norm, eps), 0  # [B, D]
             for weight in layer.projections:
+                # [B, D] [D, columns], side by side in one row
                 torch.mm(n, weight.t(), out=self.projected[:, column : column + len(weight)])
                 column += len(weight)
             bias = none if layer.gamma_bias is None else layer.gamma_bias
-            out = [h.new_empty(B, H, K), h.new_empty(B, H, K), h.new_empty(B, H, V)]
-            out += [h.new_empty(B, H), h.new_empty(B, H)]
+            out = [h.new_empty(B, H, K), h.new_empty(B, H, K), h.new_empty(B, H, V)]  # q, k, v
+            out += [h.new_empty(B, H), h.new_empty(B, H)]  # β, log γ
             layer_inputs(
                 rows, mask, *(_flat(x) for x in histories),
                 tuple(_flat(x) for x in layer.convolutions), _flat(bias), L2_EPS,
@@ -119,12 +127,13 @@ class DecodingStep:
                 eta=c.eta, beta_aware=c.beta_aware, precond_min=c.precond_min,
                 precond_max=c.precond_max, backend="numba",
             )  # fmt: skip
-            o = F.rms_norm(o, (V,), layer.o_norm, c.norm_eps).flatten(1)
+            o = F.rms_norm(o, (V,), layer.o_norm, c.norm_eps).flatten(1)  # [B, H, V] to [B, H V]
             if c.output_gate:
+                # The gate is the last of the projections; 0 for padding, whose o has no meaning.
                 o *= F.silu(self.projected[:, column - H * V :]) * self.mask[:, None]
             h = torch.addmm(h, o, layer.o_proj.t())
             n = F.rms_norm(h, h.shape[-1:], layer.mlp_norm, eps)
-            inner = F.silu(n @ layer.gate.t()).mul_(n @ layer.up.t())
+            inner = F.silu(n @ layer.gate.t()).mul_(n @ layer.up.t())  # [B, intermediate]
             h = torch.addmm(h, inner, layer.down.t())
         torch.mm(F.rms_norm(h, h.shape[-1:], self.norm, eps), self.head.t(), out=self.logits)
 
@@ -227,13 +236,13 @@ class _Layer:
     def __init__(self, block: OSDNBlock):
         mixer = block.attn
         assert isinstance(mixer, OSDN)
-        optional = [x for x in (mixer.a_proj, mixer.g_proj) if x is not None]
+        optional = [x for x in (mixer.gamma_proj, mixer.g_proj) if x is not None]
         modules = [mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.b_proj, *optional]
         self.projections = [module.weight for module in modules]
         self.convolutions = (
             mixer.q_conv1d.weight, mixer.k_conv1d.weight, mixer.v_conv1d.weight,
         )  # fmt: skip
-        self.gamma_bias = None if mixer.a_proj is None else mixer.a_proj.bias
+        self.gamma_bias = None if mixer.gamma_proj is None else mixer.gamma_proj.bias
         self.attn_norm, self.mlp_norm = block.attn_norm.weight, block.mlp_norm.weight
         self.o_norm, self.o_proj = mixer.o_norm.weight, mixer.o_proj.weight
         self.gate, self.up = block.mlp.gate_proj.weight, block.mlp.up_proj.weight

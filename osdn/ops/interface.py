@@ -19,6 +19,7 @@ from osdn.ops.validation import (
     check_tensors,
 )
 
+# Modules are named and not imported: numba and Triton cost nothing until they are used.
 BACKENDS = {
     "chunkwise": register("chunkwise", "osdn.ops.chunkwise"),
     "numba": register("numba", "osdn.ops.numba"),
@@ -108,6 +109,7 @@ def online_scaled_delta_rule(
     Source: arXiv 2605.13473; the delta rule in chunks is arXiv 2406.06484, the gated one
     arXiv 2412.06464.
     """
+    # Checks first, in the order of what each needs: kinds, then devices, then shapes.
     optional = {"log_gamma": log_gamma, "log_alpha": log_alpha, "initial_state": initial_state,
                 "initial_precond": initial_precond}  # fmt: skip
     check_kinds({"q": q, "k": k, "v": v, "beta": beta}, optional, scale)
@@ -119,25 +121,33 @@ def online_scaled_delta_rule(
     sequences = check_shapes(operands)
     check_rule(eta, precond_min, precond_max, beta_aware)
     backend = _choose(backend, q, v)
+    # The reference is plain PyTorch, and takes every kind of derivative.
     check_reverse_mode(backend, q=q, k=k, v=v, beta=beta, **optional)
 
     (H, K), V = q.shape[2:], v.shape[-1]
     scale = K**-0.5 if scale is None else scale
     options = Options(eta, beta_aware, precond_min, precond_max, scale)
+    # States are wider than tokens: they sum over thousands of them.
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
+    # Defaults become tensors here, so that no backend has a case for None.
     if initial_state is None:
         initial_state = q.new_zeros(sequences, H, K, V, dtype=accumulate)
     if initial_precond is None:
         initial_precond = q.new_ones(sequences, H, K, dtype=accumulate)
+    # A d_1 [H, K] is shared by all sequences; its gradient is the sum over them.
     initial_precond = initial_precond.expand(sequences, H, K)
 
     operands = operands._replace(initial_state=initial_state, initial_precond=initial_precond)
+    # Takes everything as it is, in any dtype, and computes in float64.
     if backend == "reference":
         o, state, precond = reference.forward(operands, options)
     else:
+        # Backends get gates and states contiguous, in the accumulation dtype; q, k, v as they are.
         cast: list[Any] = [_cast(x, accumulate) for x in operands[3:8]]
         operands = Operands._make([q, k, v, *cast, cu_seqlens])
+        # Decided here: inside a custom operator grad mode is off, and nobody could tell.
         save = torch.is_grad_enabled() and any(x.requires_grad for x in operands.differentiable())
+        # The dispatcher costs more than a small call; it is gone through only if someone looks.
         run = BACKENDS[backend].rule if dispatched(q) else BACKENDS[backend].eager_rule
         o, state, precond = run(*operands, *options, save)[:3]
     return (o, state, precond) if output_final_state else (o, None, None)
@@ -185,6 +195,7 @@ def online_scaled_delta_step(
     Raises:
         ValueError: as the rule does, and where a gradient would be needed.
     """
+    # As the rule, but for the states: they are written to, so they must be as they will be kept.
     required = {"q": q, "k": k, "v": v, "beta": beta, "state": state, "precond": precond}
     gates = {"log_gamma": log_gamma, "log_alpha": log_alpha}
     check_kinds(required, gates, scale)
@@ -196,8 +207,10 @@ def online_scaled_delta_step(
     backend = _choose(backend, q, v)
     check_reverse_mode(backend, **required, **gates)
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
+    # A copy made here would take the writes, and the caller's tensor would stay as it was.
     for name, x in (("state", state), ("precond", precond)):
         kept = x.dtype == accumulate or (backend == "reference" and x.dtype == torch.float64)
+        # Places of a pool may lie apart, as in vLLM's cache, but not on top of each other.
         apart = len(x) == 1 or x.stride(0) >= x[0].numel()
         if not kept or not x[0].is_contiguous() or not apart:
             raise ValueError(
@@ -219,8 +232,9 @@ def _step(backend: str, token: Token, options: Options) -> tuple[Tensor, Tensor,
     state, precond = token.state, token.precond
     as_the_rule_returned = token.slots is None and state.is_contiguous() and precond.is_contiguous()
     if backend not in TAKE_POOLS and not as_the_rule_returned:
+        # Gather the rows in use, step, scatter: for the backends that know no pools.
         read, write = token.places()
-        used = (read >= 0) & (write >= 0)
+        used = (read >= 0) & (write >= 0)  # [B]
         read, write, o = read[used], write[used], torch.zeros_like(token.v)
         rows: list[Any] = [None if x is None else x[used] for x in token[:6]]
         copied = Token._make([*rows, state[read], precond[read], None, None])
@@ -247,6 +261,7 @@ def _autocast(*tensors: Tensor) -> list[Tensor]:
     device = tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return list(tensors)
+    # What autocast itself does to a matrix product's inputs, which a custom operator misses.
     dtype = torch.get_autocast_dtype(device)
     return [
         x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
@@ -255,6 +270,7 @@ def _autocast(*tensors: Tensor) -> list[Tensor]:
 
 def _choose(backend: str, q: Tensor, v: Tensor) -> str:
     if backend == "auto":
+        # A GPU has chunkwise for what the kernels cannot do; asked for by name they raise.
         if q.is_cuda and not _triton_lacks(q, v):
             return "triton"
         return "numba" if HAS_NUMBA and q.device.type == "cpu" else "chunkwise"
@@ -273,6 +289,7 @@ def _triton_lacks(q: Tensor, v: Tensor) -> str:
     """Why the Triton kernels cannot run on these tensors, or an empty string."""
     if not HAS_TRITON:
         return "needs Triton, which PyTorch's CUDA builds bring and this installation lacks"
+    # Read as Triton reads it, so that both agree.
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if not (q.is_cuda or (interpreted and q.device.type == "cpu")):
         return (

@@ -128,7 +128,7 @@ def test_own_rules_start_from_the_weights_of_osdn(monkeypatch):
     (osdn, *rest), (own, *also) = seen
     assert rest == also == [0.01, 2]
     assert type(osdn.mixers[1]) is OSDN and type(own.mixers[1]) is own_rule.TokenStep
-    assert own.mixers[1].a_proj is not None and own.mixers[1].head_dim == 16
+    assert own.mixers[1].gamma_proj is not None and own.mixers[1].head_dim == 16
     weights = own.state_dict()
     for name, value in osdn.state_dict().items():
         assert torch.equal(weights[name], value), name
