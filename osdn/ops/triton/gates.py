@@ -42,7 +42,7 @@ def load_retention(p, o_t, left, before, H: tl.constexpr, HAS_GAMMA: tl.constexp
     n_before, f_before = before
     if HAS_GAMMA:
         log = tl.maximum(load_gate(p, o_t, left, H), LEAST_LOG, tl.PropagateNan.ALL)
-        n = tl.ceil(log - 0.5)
+        n = tl.ceil(log - 0.5)  # the nearest integer
         f = log - n
         n_post = n_before + tl.cumsum(n, 0)
         f_post = f_before + tl.cumsum(f, 0)

@@ -47,7 +47,7 @@ from osdn.ops.triton.solve import SCRATCH, invert, mul, store_blocks
 def _load_rule(beta, log_gamma, x, o_t, left, eta, H: tl.constexpr,
                HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, PATH: tl.constexpr):  # fmt: skip
     """Of 16 tokens: β, η b x, pre, post, and post at the end, from the sub-block's start."""
-    b_beta = load_gate(beta, o_t, left, H)
+    b_beta = load_gate(beta, o_t, left, H)  # [16]
     b_y = b_beta
     pre, post, end = (b_beta, b_beta), (b_beta, b_beta), (0.0, 0.0)
     if PATH:
@@ -67,24 +67,24 @@ def _write_key(p_k, p_w, o_t, left, o_k, c, out, box, gates, K: tl.constexpr, H:
     out becomes 1 where a d after one of these rows is outside the box (or NaN).
     """
     b_beta, b_y, pre, post, end = gates
-    k = load_tile(p_k, o_t, left, H * K, o_k, K)
+    k = load_tile(p_k, o_t, left, H * K, o_k, K)  # [16, BK]
     if STORED:
-        w = load_tile(p_w, o_t, left, H * K, o_k, K)
+        w = load_tile(p_w, o_t, left, H * K, o_k, K)  # [16, BK]
     else:
         kf = k.to(tl.float32)
         d = tl.zeros(kf.shape, tl.float32) + c[None, :]
         if PATH:
             o_s = tl.arange(0, 16)
             lower = o_s[:, None] > o_s[None, :]
-            z = b_y[:, None] * kf * kf
+            z = b_y[:, None] * kf * kf  # η b x s [16, BK]
             if HAS_GAMMA:
                 W = tl.where(lower, decay(down(pre), across(post)), 0.0)
                 d *= decay_from_start(pre)[:, None]
                 c = decay_from_start(end) * c + tl.sum(decay(end, post)[:, None] * z, 0)
             else:
                 W = tl.where(lower, 1.0, 0.0)
-                c += tl.sum(z, 0)
-            d += mul(W, z, PREC)
+                c += tl.sum(z, 0)  # [16, BK] over the tokens
+            d += mul(W, z, PREC)  # [16, 16] [16, BK]
             if BOXED:
                 d_min, d_max = box
                 inside = (d >= d_min) & (d <= d_max) | (o_s[:, None] == 0)
@@ -141,6 +141,7 @@ def write_keys_kernel(
     g2 = _load_rule(beta, log_gamma, x, o_2, left, eta, H, HAS_GAMMA, BETA_AWARE, PATH)
     g3 = _load_rule(beta, log_gamma, x, o_3, left, eta, H, HAS_GAMMA, BETA_AWARE, PATH)
 
+    # k wᵀ, its ten blocks on and below the diagonal, a block of features at a time.
     L00 = tl.zeros([16, 16], tl.float32)
     L10, L11, L20, L21, L22 = L00, L00, L00, L00, L00
     L30, L31, L32, L33 = L00, L00, L00, L00
@@ -148,7 +149,7 @@ def write_keys_kernel(
     box = (d_min, d_max)
     for i_k in range(tl.cdiv(K, BK)):
         o_k = i_k * BK + tl.arange(0, BK)
-        c = tl.load(starts + o_k, mask=o_k < K, other=0.0)
+        c = tl.load(starts + o_k, mask=o_k < K, other=0.0)  # [BK]
         k0, w0, c, out = _write_key(k, w, o_0, left, o_k, c, out, box, g0, K, H,
                                       HAS_GAMMA, PATH, STORED, BOXED, PREC)  # fmt: skip
         k1, w1, c, out = _write_key(k, w, o_1, left, o_k, c, out, box, g1, K, H,
@@ -157,7 +158,7 @@ def write_keys_kernel(
                                       HAS_GAMMA, PATH, STORED, BOXED, PREC)  # fmt: skip
         k3, w3, c, out = _write_key(k, w, o_3, left, o_k, c, out, box, g3, K, H,
                                       HAS_GAMMA, PATH, STORED, BOXED, PREC)  # fmt: skip
-        L00 += mul(k0, tl.trans(w0), PREC)
+        L00 += mul(k0, tl.trans(w0), PREC)  # k wᵀ: [16, BK] [BK, 16], as the next nine
         L10 += mul(k1, tl.trans(w0), PREC)
         L11 += mul(k1, tl.trans(w1), PREC)
         L20 += mul(k2, tl.trans(w0), PREC)
@@ -171,6 +172,7 @@ def write_keys_kernel(
     if BOXED and not STORED:
         tl.atomic_min(clipped, i_c, mask=tl.max(tl.max(out, 1), 0) > 0)
     if HAS_ALPHA:
+        # The decay within the chunk: written for phase 2, and k wᵀ times it.
         log_alpha += row
         _, G0, end = load_retention(log_alpha, o_0, left, (0.0, 0.0), H, True)
         _, G1, end = load_retention(log_alpha, o_1, left, end, H, True)
