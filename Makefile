@@ -6,7 +6,7 @@ READY := $(VENV)/ready
 # One thread per library and passive waiting: two test processes share two cores.
 QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
-.PHONY: demo test slow smoke lint study docs clean
+.PHONY: demo test slow smoke kills fuzz lint study docs clean
 
 demo: $(READY)
 	@$(BIN)/osdn demo $(ARGS)
@@ -35,11 +35,20 @@ $(VENV)-smoke/ready: pyproject.toml constraints-smoke.txt
 slow: $(READY)
 	$(QUIET) $(BIN)/pytest -n 2 -m slow $(ARGS)
 
+# Runs killed at chosen and random moments, resumed and compared: half an hour on two cores.
+kills: $(READY)
+	$(QUIET) $(BIN)/python tools/kills.py $(ARGS)
+
+# Damaged and hostile files for ten minutes; `make test` does one.
+fuzz: $(READY)
+	$(QUIET) $(BIN)/python -m tests.fuzz $(ARGS)
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/imports.py
+	$(BIN)/python tools/private.py
 
 # Pages from the code first, then the site in runs/site; a warning or a broken link is an error.
 docs: $(READY) $(VENV)/docs

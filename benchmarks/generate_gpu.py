@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from osdn import OSDNConfig, OSDNForCausalLM
 from osdn.model import decoding
+from osdn.ops.numerics import relative_error
 
 SIZES = {"hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 2816,
          "vocab_size": 32000}  # fmt: skip
@@ -99,12 +100,12 @@ def check() -> None:
             print((found[0] == found[1]).all(1).float().mean().item(), "of the rows agree")
     exact = forced(model, captured=True)
     layers = forced(model, captured=False)
-    print(f"float32, logits of 32 tokens: step over layers {error(exact, layers):.2e}")
+    print(f"float32, logits of 32 tokens: step over layers {relative_error(exact, layers):.2e}")
     for dtype in (torch.bfloat16, torch.float16):
         model = build(dtype)
         for batch in (1, 8, 24, 70):  # every kind of tile
             off = [
-                error(forced(model, captured, batch)[:8], layers.expand(-1, batch, -1)[:8])
+                relative_error(forced(model, captured, batch)[:8], layers.expand(-1, batch, -1)[:8])
                 for captured in (True, False)
             ]
             print(f"{dtype}, batch {batch}: error of the step {off[0]:.4f}, layers {off[1]:.4f}")
@@ -121,10 +122,6 @@ def forced(model: Any, captured: bool, batch: int = 1) -> torch.Tensor:
         for t in range(16, 48 if batch == 1 else 24)
     ]
     return torch.stack(rows)
-
-
-def error(x: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((x - exact).norm() / exact.norm()).item()
 
 
 def times() -> None:

@@ -19,6 +19,7 @@ from torch.nn.functional import logsigmoid, normalize
 from triton.runtime.jit import JITFunction
 
 from osdn.ops import triton as kernels
+from osdn.ops.numerics import relative_error
 from osdn.ops.operands import Operands, Options, Token
 from osdn.ops.triton import (
     chunk_scan,
@@ -157,8 +158,7 @@ def milliseconds(call, stage, calls=5):
 
 def error(actual, expected):
     """The largest relative error over a stage's outputs."""
-    pairs = zip(actual, expected)
-    errors = [((a.double() - b.double()).norm() / b.double().norm()).item() for a, b in pairs]
+    errors = [relative_error(a, b) for a, b in zip(actual, expected)]
     return max(x if x == x else float("inf") for x in errors)
 
 

@@ -27,6 +27,7 @@ from torch.nn.functional import logsigmoid, normalize
 
 from osdn.errors import UserError
 from osdn.ops import convolution, online_scaled_delta_rule, online_scaled_delta_step
+from osdn.ops.numerics import relative_error
 from osdn.system.processes import end_with_parent
 
 # About 40 units in the last place of float32, and 1.5 of the 16-bit ones.
@@ -176,14 +177,6 @@ def everything(
     state, precond = (given[f"initial_{n}"].detach().clone() for n in ("state", "precond"))
     step = online_scaled_delta_step(**tokens, state=state, precond=precond, **options)
     return named | dict(zip(("step o", "step S", "step d"), step))  # type: ignore[return-value]
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """‖actual − expected‖ / ‖expected‖ in float64; the absolute norm where expected is zero."""
-    # Relative to the whole tensor's norm: single entries near zero have no digits.
-    actual, expected = actual.detach().double(), expected.detach().double()
-    norm = expected.norm().item()
-    return ((actual - expected).norm() / (norm if norm > 0 else 1.0)).item()
 
 
 class Result(NamedTuple):

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_ty
 
 from osdn.errors import UserError
 from osdn.evals.models import LanguageModel
-from osdn.evals.runner import Record, fingerprint, measure
+from osdn.evals.runner import Record, Sample, fingerprint, measure
 
 
 def option(help: str, *, default: Any = MISSING, least: float | None = None) -> Any:
@@ -37,6 +37,7 @@ class Evaluation:
 
     task: the name on the command line.  about: the task in half a line.
     batch: items measured together, unless `evaluate` is told otherwise.
+    record: what `answer` gives for an item, as a line of samples.jsonl that may be damaged.
 
     Raises:
         UserError: an option below its least value.
@@ -45,6 +46,7 @@ class Evaluation:
     task: ClassVar[str]
     about: ClassVar[str]
     batch: ClassVar[int] = 1
+    record: ClassVar[type[Sample]] = Sample
 
     def __post_init__(self) -> None:
         # Once here, for the command line, YAML files and Python alike.
@@ -83,6 +85,7 @@ class Evaluation:
             protocol=protocol | {"fingerprint": fingerprint(model.model, items)},
             batch=batch,
             name=self.task,
+            schema=self.record,
         )
         return self.conclude(model, protocol, records)
 

@@ -14,7 +14,7 @@ from osdn.errors import UserError
 from osdn.evals.evaluation import Evaluation, option
 from osdn.evals.models import LanguageModel
 from osdn.evals.results import make_result, score
-from osdn.evals.runner import Record
+from osdn.evals.runner import Record, Sample
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 ADJECTIVES = ("quiet", "bright", "narrow", "ancient", "gentle", "hollow", "crimson", "distant")
@@ -62,6 +62,14 @@ def haystack(model: LanguageModel, item: dict[str, Any], budget: int) -> list[in
     return build(lines) if len(prompt) > budget else prompt
 
 
+class Asked(Sample):
+    """A record."""
+
+    length: int
+    depth: int
+    right: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class Needle(Evaluation):
     """The share of needles found, by length, and by depth and length."""
@@ -69,6 +77,7 @@ class Needle(Evaluation):
     task: ClassVar[str] = "needle"
     about: ClassVar[str] = "find a number in 1k to 32k tokens of noise"
     batch: ClassVar[int] = 4
+    record: ClassVar[type[Sample]] = Asked
 
     lengths: tuple[int, ...] | None = option(
         "tokens of prompt and answer (default: 1024 to 32768, as far as the model can take)",

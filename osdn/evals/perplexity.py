@@ -4,10 +4,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, PositiveInt, model_validator
 
 from osdn.data import encode_document, open_corpus
 from osdn.data.corpora import Corpus
@@ -15,8 +16,9 @@ from osdn.data.split import is_held_out
 from osdn.errors import UserError
 from osdn.evals.evaluation import Evaluation, option
 from osdn.evals.models import LanguageModel
-from osdn.evals.results import make_result, score
-from osdn.evals.runner import Record
+from osdn.evals.results import make_result, point, score
+from osdn.evals.runner import Record, Sample
+from osdn.system.outside import Measure
 
 # Bounds the logits: [B, 1024, vocabulary] in place of the whole row's.
 PIECE = 1024  # tokens of a forward pass; the cache carries the rest
@@ -131,12 +133,27 @@ def negative_log_likelihood(model: LanguageModel, rows: list[list[int]]) -> torc
     return torch.cat(found, 1)
 
 
+class Row(Sample):
+    """A record: nats and tokens of every bucket."""
+
+    nats: list[Measure] = Field(min_length=1)
+    tokens: list[PositiveInt]
+    bytes: PositiveInt
+
+    @model_validator(mode="after")
+    def _one_each(self) -> Self:
+        if len(self.nats) != len(self.tokens):
+            raise ValueError("expected as many nats as tokens")
+        return self
+
+
 @dataclass(frozen=True, kw_only=True)
 class Perplexity(TextEvaluation):
     """Perplexity over all, by position bucket, and bits per byte."""
 
     task: ClassVar[str] = "perplexity"
     about: ClassVar[str] = "by position, past the trained length, and by document"
+    record: ClassVar[type[Sample]] = Row
 
     join: bool = option(
         "join documents into rows of exactly `length` tokens; else a row is one document",
@@ -192,7 +209,7 @@ class Perplexity(TextEvaluation):
             one = score(
                 "", [r["nats"][i] for r in there], [r["tokens"][i] for r in there], scale=math.exp
             )
-            points.append([(i + 1) * bucket, one["value"], one["low"], one["high"]])
+            points.append(point((i + 1) * bucket, one))
             span = f"{i * bucket + 1:,}–{(i + 1) * bucket:,}"
             tokens = sum(r["tokens"][i] for r in there)
             interval = f"{one['low']:.3f}–{one['high']:.3f}"

@@ -22,7 +22,8 @@ from osdn.evals.lm import Harness
 from osdn.evals.models import LanguageModel
 from osdn.evals.recall_data import HUB_SETS, read_samples
 from osdn.evals.results import make_result, score
-from osdn.evals.runner import Record
+from osdn.evals.runner import Record, Sample
+from osdn.system.outside import Measure
 
 MAX_NEW_TOKENS = 48  # as published
 UPSTREAM = {"fda": "fda", "swde": "swde", "squad": "squad_completion"}  # tasks of the harness
@@ -100,6 +101,17 @@ def guess(samples: list[dict[str, str]], i: int) -> str:
     return others.most_common(1)[0][0] if others else ""
 
 
+class Asked(Sample):
+    """A record."""
+
+    times: Literal["once", "twice"]
+    key: str
+    value: str
+    right: bool
+    guessed: bool
+    nats: Measure
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recall(Evaluation):
     """The share of values copied once and twice, and what they cost in bits per byte."""
@@ -107,6 +119,7 @@ class Recall(Evaluation):
     task: ClassVar[str] = "recall"
     about: ClassVar[str] = "copy values out of real documents, given once and twice"
     batch: ClassVar[int] = 8
+    record: ClassVar[type[Sample]] = Asked
 
     data: str = option(
         f"{', '.join(HUB_SETS)}, or a .jsonl file with the fields text, key and value"

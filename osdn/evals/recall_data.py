@@ -3,7 +3,6 @@
 A sample asks for the value of one field of one real document.
 """
 
-import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from osdn.errors import UserError
 from osdn.system.hub import hub_is_reachable
+from osdn.system.outside import Malformed, parse_plain
 
 HUB_SETS = {
     "fda": "hazyresearch/based-fda",
@@ -80,9 +80,9 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                yield f"line {number}", json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: not JSON: {error}") from error
+                yield f"line {number}", parse_plain(line, Any, "")
+            except Malformed as error:
+                raise UserError(f"{path}, line {number}: {error.reason}") from error
 
 
 def _hub(name: str) -> Iterator[tuple[str, Any]]:

@@ -11,18 +11,20 @@ shorter reference is allowed as much less.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, NonNegativeInt, model_validator
 
 from osdn.data import encode_document
-from osdn.data.shards import ShardCorpus
+from osdn.data.token_corpus import TokenCorpus
 from osdn.evals.evaluation import option
 from osdn.evals.models import LanguageModel
 from osdn.evals.perplexity import TextEvaluation, negative_log_likelihood
-from osdn.evals.results import make_result, score
-from osdn.evals.runner import Record
+from osdn.evals.results import make_result, point, score
+from osdn.evals.runner import Record, Sample
+from osdn.system.outside import Measure, Outside
 
 REFERENCE_TOKENS = 30_000_000
 CHUNK = 2**20  # pairs of the reference that are counted at a time
@@ -161,11 +163,34 @@ def interval(one: Record) -> str:
 
 def points(places: list[int], found: list[Record]) -> list[list[float]]:
     """[place, value, low, high] of every bucket with a token."""
-    return [
-        [place, one["value"], one["low"], one["high"]]
-        for place, one in zip(places, found)
-        if one["n"]
-    ]
+    return [point(place, one) for place, one in zip(places, found) if one["n"]]
+
+
+class Buckets(Outside):
+    """Nats and tokens of some buckets."""
+
+    nats: list[Measure] = Field(min_length=1)
+    tokens: list[NonNegativeInt]
+
+
+class Row(Sample):
+    """A record."""
+
+    hits: Buckets
+    rest: Buckets
+    distance: Buckets
+
+    def lengths(self) -> tuple[int, ...]:
+        """Of all parts; by position there are as many of hits as of the rest."""
+        parts = (self.hits, self.rest, self.distance)
+        return tuple(len(one) for part in parts for one in (part.nats, part.tokens))
+
+    @model_validator(mode="after")
+    def _one_each(self) -> Self:
+        position, apart = len(self.hits.nats), len(DISTANCES) + 1
+        if self.lengths() != (position,) * 4 + (apart,) * 2:
+            raise ValueError("expected as many nats as tokens, of hits as of the rest")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +200,7 @@ class Repeats(TextEvaluation):
     task: ClassVar[str] = "repeats"
     about: ClassVar[str] = "loss on in-context repeats (AR hits), the precise measure of recall"
     batch: ClassVar[int] = 4
+    record: ClassVar[type[Sample]] = Row
 
     reference: str = option("training text that says which pairs are rare: shards, or as data")
     rare: int = option(
@@ -211,7 +237,7 @@ class Repeats(TextEvaluation):
         """
         # Shards whole: a pair over a document's border is as rare as any.
         corpus = self.corpus(self.reference)
-        if isinstance(corpus, ShardCorpus):
+        if isinstance(corpus, TokenCorpus):
             corpus.check_tokenizer(model.tokenizer)
             for shard in corpus.shards:
                 yield corpus.open(shard)[0]

@@ -11,23 +11,26 @@ other preconditioners can be tried on the same activations: the shadow ablations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from osdn.errors import UserError
 from osdn.evals.evaluation import Evaluation, option
 from osdn.evals.models import LanguageModel
 from osdn.evals.recall_data import read_prompts
-from osdn.evals.results import make_result, score
-from osdn.evals.runner import Record
+from osdn.evals.results import make_result, point, score
+from osdn.evals.runner import Record, Sample
 from osdn.layers.osdn import OSDN
 from osdn.ops import reference
 from osdn.ops.operands import Options
+from osdn.system.outside import Measure
 
 POSITIONS = 10  # bins of relative position
+MEASURES = 4  # of a shadow, see summarise_layer
 SMALLEST = 1e-12  # what a ratio below it counts as in the geometric mean
 SHADOWS: dict[str, Callable[[Tensor], Tensor]] = {
     "own": lambda d: d,
@@ -121,11 +124,29 @@ def summarise_layer(layer: Activations) -> dict[str, list[list[float]]]:
 
 def _course(logs: np.ndarray) -> list[list[float]]:
     """[position, value, low, high] from mean log q [prompt, position]."""
-    points = []
-    for position in range(POSITIONS):
-        one = score("", list(logs[:, position]), scale=math.exp)
-        points.append([(position + 0.5) / POSITIONS, one["value"], one["low"], one["high"]])
-    return points
+    return [
+        point((i + 0.5) / POSITIONS, score("", list(logs[:, i]), scale=math.exp))
+        for i in range(POSITIONS)
+    ]
+
+
+class Prompt(Sample):
+    """A record: of every layer and shadow, [position, measure]."""
+
+    layers: list[dict[str, list[list[Measure]]]] = Field(min_length=1)
+
+    def lengths(self) -> tuple[int, ...]:
+        """Layers; the lengths within are checked below."""
+        return (len(self.layers),)
+
+    @model_validator(mode="after")
+    def _all_there(self) -> Self:
+        for layer in self.layers:
+            if layer.keys() != SHADOWS.keys():
+                raise ValueError(f"expected the shadows {', '.join(SHADOWS)}")
+            if any([*map(len, one)] != [MEASURES] * POSITIONS for one in layer.values()):
+                raise ValueError(f"expected {MEASURES} measures at {POSITIONS} positions")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +155,7 @@ class ResidualRatio(Evaluation):
 
     task: ClassVar[str] = "residual-ratio"
     about: ClassVar[str] = "what a write leaves of the error, and shadow ablations"
+    record: ClassVar[type[Sample]] = Prompt
 
     data: str = option("prompts: a .jsonl file with a field text, or a text file")
     limit: int = option("prompts at most", default=50, least=1)
@@ -173,8 +195,10 @@ class ResidualRatio(Evaluation):
     ) -> dict[str, Any]:
         """The result: geometric means by layer and by relative position, for d and its shadows."""
         # [prompt, layer, shadow, position, measure]
-        x = np.array([[list(one.values()) for one in record["layers"]] for record in records])
         names = list(SHADOWS)
+        x = np.array(
+            [[[one[name] for name in names] for one in record["layers"]] for record in records]
+        )
         layers = [layer.layer_idx for layer in mixers(model.model)]  # attention layers count, too
         scores = [
             score(name, list(x[:, :, i, :, 0].mean((1, 2))), group="all layers", scale=math.exp)

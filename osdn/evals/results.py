@@ -89,6 +89,11 @@ def score(
     }
 
 
+def point(x: float, one: dict[str, Any]) -> list[float]:
+    """A score as a point of a curve: [x, value, low, high]."""
+    return [x, one["value"], one["low"], one["high"]]
+
+
 def as_text(x: Any) -> str:
     """What Markdown shows as it is and on one line: no HTML in it, whatever it is called."""
     return html.escape(" ".join(str(x).splitlines()), quote=False)

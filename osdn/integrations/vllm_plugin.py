@@ -2,6 +2,8 @@
 
 from typing import Any
 
+CPU_BLOCK = 128  # tokens; vLLM's own default on a CPU
+
 
 def register() -> None:
     """Tell vLLM which class serves an OSDN checkpoint, and transformers which reads its config.
@@ -10,20 +12,33 @@ def register() -> None:
     """
     from transformers import AutoConfig
     from vllm import ModelRegistry
-    from vllm.logger import init_logger
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+    from vllm.platforms import current_platform
 
     from osdn.model.configuration import OSDNConfig
 
-    class WithoutPrefixCaching(VerifyAndUpdateConfig):
-        """vLLM turns prefix caching on for every hybrid; ours gave wrong tokens with it."""
+    class OSDNEngineConfig(VerifyAndUpdateConfig):
+        """vLLM's settings that OSDN models need otherwise than by default."""
 
         @classmethod
         def verify_and_update_config(cls, vllm_config: Any) -> None:
-            if vllm_config.cache_config.enable_prefix_caching:
-                init_logger("vllm.osdn").warning("OSDN models: prefix caching is turned off")
-                vllm_config.cache_config.enable_prefix_caching = False
+            if current_platform.is_cpu():
+                fix_block_size(vllm_config.cache_config)
 
     AutoConfig.register(OSDNConfig.model_type, OSDNConfig, exist_ok=True)
     ModelRegistry.register_model("OSDNForCausalLM", "osdn.integrations.vllm:OSDNForCausalLM")
-    MODELS_CONFIG_MAP["OSDNForCausalLM"] = WithoutPrefixCaching
+    MODELS_CONFIG_MAP["OSDNForCausalLM"] = OSDNEngineConfig
+
+
+def fix_block_size(cache: Any) -> None:
+    """One block size for the scheduler and for the pages of states (vLLM 0.32 on a CPU).
+
+    A state is kept, for later prompts with the same prefix, when a piece of a prompt ends where a
+    block ends. vLLM's CPU platform sets the default block size to 128 after the pages of states
+    took 16, and once more after the engine is built. The scheduler then cuts prompts by 128, and
+    the pages kept as states after 16, 32, ... tokens hold states after other numbers of tokens:
+    later prompts get wrong tokens. A size given by the user is left as it is, so that is what
+    ours becomes. This can go when vLLM resolves the size once.
+    """
+    if not cache.user_specified_block_size:
+        cache.block_size, cache.user_specified_block_size = CPU_BLOCK, True

@@ -1,6 +1,5 @@
 """Load a causal language model, ours or any of Hugging Face's, to be used as it is."""
 
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from transformers.utils import cached_file, logging
 import osdn.model.modeling  # noqa: F401  registers the model class
 from osdn.errors import UserError
 from osdn.system.hub import hub_is_reachable
+from osdn.system.outside import read_json
 
 # What from_pretrained raises for files that are missing, damaged, or of another model.
 PROBLEMS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError,
@@ -87,8 +87,9 @@ class GuardedModel:
 def refuse_foreign_code(name: str, *, local_files_only: bool) -> None:
     """ValueError where a checkpoint names pickles in its index, or a kernel of the hub.
 
-    transformers reads whatever file `model.safetensors.index.json` maps a weight to, and fetches a
-    kernel that config.json asks for as its attention.
+    A UserError where one of the two files is not JSON. transformers reads whatever file
+    `model.safetensors.index.json` maps a weight to, and fetches a kernel that config.json asks for
+    as its attention.
     """
     # The two files that can make transformers read something else than safetensors.
     for file in ("model.safetensors.index.json", "config.json"):
@@ -101,9 +102,7 @@ def refuse_foreign_code(name: str, *, local_files_only: bool) -> None:
         )
         if path is None:
             continue
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"{file}: expected an object, got {type(content).__name__}")
+        content = read_json(Path(path), dict[str, Any], "copy it again")
         if file == "config.json":
             _refuse_kernels(content)
             continue

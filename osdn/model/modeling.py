@@ -4,9 +4,12 @@ Importing this module registers the classes with AutoModel and AutoModelForCausa
 Parameter names are those of flash-linear-attention's DeltaNet.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -18,7 +21,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import GroupWeightRename, WeightRenaming
+from transformers.core_model_loading import GroupWeightRename
 from transformers.generation import GenerationConfig
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
@@ -31,6 +34,7 @@ from transformers.utils.generic import can_return_tuple
 from osdn.layers.osdn import FORMER_GATE, GATE, OSDN, ForgettingGate
 from osdn.model.block import OSDNBlock
 from osdn.model.cache import CACHE, OSDNCache, one_cache
+from osdn.model.card import write_card
 from osdn.model.configuration import OSDNConfig
 from osdn.model.decoding import last_logits
 from osdn.model.inputs import (
@@ -44,13 +48,14 @@ from osdn.model.loss import cross_entropy, linear_cross_entropy, next_token_labe
 
 
 class FormerGate(GroupWeightRename):
-    """from_pretrained's part of `osdn.layers.osdn.former_names`: known by the bias, the first.
+    """`osdn.layers.osdn.former_names` in from_pretrained: known by the bias, which comes first.
 
-    What is saved again has the names of now.
+    What is saved again has the present names.
     """
 
-    def reverse_transform(self) -> WeightRenaming:
-        return WeightRenaming(GATE, GATE)
+    def reverse_transform(self) -> GroupWeightRename:
+        names = [f"attn.{GATE}.{last}" for last in ("bias", "weight")]
+        return GroupWeightRename(names, names)
 
 
 class OSDNPreTrainedModel(PreTrainedModel):
@@ -72,6 +77,18 @@ class OSDNPreTrainedModel(PreTrainedModel):
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Nothing: see OSDNConfig.save_pretrained for what stands beside a checkpoint."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """As transformers does, with a model card beside it; a card of the user's own stays."""
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            write_card(Path(save_directory), self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -410,3 +427,7 @@ AutoModelForSequenceClassification.register(OSDNConfig, OSDNForSequenceClassific
 AutoModelForTokenClassification.register(OSDNConfig, OSDNForTokenClassification)
 # transformers' Trainer shifts the labels that it smooths for the classes named here alone.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[OSDNConfig.model_type] = OSDNForCausalLM.__name__
+# transformers' server looks for config.architectures among the names of the package transformers
+# (cli/serving/model_manager.py of 5.24), after it has imported the file beside the checkpoint. The
+# package is there twice, as its processing_utils loads it anew: so the name goes to their class.
+setattr(type(transformers), OSDNForCausalLM.__name__, OSDNForCausalLM)

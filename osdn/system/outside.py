@@ -7,9 +7,9 @@ parser refuses more than 200 levels of nesting and integers of more than 4,300 d
 
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from osdn.errors import UserError
 
@@ -17,6 +17,8 @@ LARGEST = 2**28  # bytes of a file that is read at once; a training's log has 20
 SHOWN = 60  # characters of a wrong value in a message
 
 T = TypeVar("T")
+# A measured number: a training that diverged leaves NaN, which our files hold as NaN.
+Measure = Annotated[float, Field(allow_inf_nan=True)]
 
 
 class Outside(BaseModel):
@@ -61,6 +63,12 @@ def parse_json(text: str | bytes, schema: type[T], source: str, advice: str = ""
         return found
     except ValidationError as error:
         raise Malformed(source, _reason(error), advice) from None
+
+
+def parse_plain(text: str | bytes, schema: Any, source: str, advice: str = "") -> Any:
+    """As parse_json, but the plain values: a 1 stays an integer where a float may stand."""
+    parse_json(text, schema, source, advice)
+    return parse_json(text, Any, source, advice)  # type: ignore[arg-type]
 
 
 @cache

@@ -25,6 +25,7 @@ MODELS = {
     "beta_aware in a box": {"beta_aware": True, "precond_min": 0.5, "precond_max": 1.5},
     "delta_net": {"mixer": "delta_net", "use_output_gate": True},
     "hybrid": {"mixer": ["osdn", "attention", "delta_net", "attention"], "head_v_dim": 64},
+    "os_gdn": {"state_decay": "data", "use_output_gate": True, "head_v_dim": 64},
 }
 REFUSED = [
     {"tensor_parallel_size": 2},
@@ -36,6 +37,7 @@ ENGINES = [
     ("beta_aware in a box", {}),
     ("delta_net", {}),
     ("hybrid", {}),
+    ("os_gdn", {}),
     # Prompts in pieces, and 26 requests in 16 places: each place is used again.
     ("apf", {"max_num_batched_tokens": 64, "max_num_seqs": 16}),
     ("hybrid", {"max_num_batched_tokens": 64, "max_num_seqs": 16}),

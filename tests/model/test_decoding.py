@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="Triton cannot be installed here")
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from osdn import OSDNForCausalLM
-from osdn.model import decoding, step
+from osdn.model import decoding, prefill, step
 from osdn.model.cache import OSDNCache
 from tests.model.tiny import build, tokens
 from tests.numerics import assert_close
@@ -78,6 +78,28 @@ def test_logits_and_states_are_the_layers(fields, steps):
     for actual, expected in zip(*map(step.tensors_of, caches)):
         assert_close(actual, expected, 1e-5)
     assert caches[0].get_seq_length() == caches[1].get_seq_length() == 9
+
+
+@pytest.mark.parametrize("fields", [{"mixer": "gated_delta_net"}, {"state_decay": "data"}], ids=str)
+@torch.no_grad()
+def test_a_model_with_state_decay_goes_through_its_layers(fields, steps):
+    """The step has no log α; the layers' own one-token step has it."""
+    model, ids = make(**fields), tokens(2, 7)
+    assert decoding.parameters_of(model) == "layers with state decay"
+    found, expected = both(model, ids, max_new_tokens=5)
+    assert torch.equal(found, expected) and not steps and not decoding.captured_steps.get(model)
+    whole = model(found).logits.argmax(-1)
+    assert torch.equal(found[:, 7:], whole[:, 6:-1])
+
+
+@torch.no_grad()
+def test_a_block_in_prefill_is_the_block_with_state_decay():
+    block = make(state_decay="data", forgetting="data").model.layers[0]
+    h = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    mask = torch.ones(2, 9, dtype=torch.bool, device=DEVICE)
+    mask[1, :4] = False
+    y, _states = prefill.forward(block, h, mask, ~mask[..., None])
+    assert_close(y[mask], block(h, attention_mask=mask)[mask], 1e-5)
 
 
 @torch.no_grad()

@@ -10,14 +10,15 @@ from tests.model.tiny import MIXERS, build, plain_loss, tokens
 from tests.numerics import assert_close
 
 
-@pytest.mark.parametrize("kind", ["osdn", "delta_net", "attention"])
+@pytest.mark.parametrize("kind", ["osdn", "os_gdn", "delta_net", "attention"])
 def test_gradcheck_of_a_layer(kind):
     """In float64 nothing on the way is in float32: neither gates nor rotary positions."""
     torch.manual_seed(0)
     if kind == "attention":
         layer = Attention(8, 2, rope_theta=10.0)
     else:
-        options = {"forgetting": "data"} if kind == "osdn" else {"adaptive": False}
+        options = {"adaptive": False} if kind == "delta_net" else {"forgetting": "data"}
+        options |= {"state_decay": "data"} if kind == "os_gdn" else {}
         layer = OSDN(8, 2, use_output_gate=True, **options)
         layer.backend = "chunkwise"
     layer.double()

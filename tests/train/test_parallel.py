@@ -16,12 +16,14 @@ from safetensors.torch import load_file
 
 from tests.train.tiny import (
     HANG,
+    SIGNALLED,
     assert_close,
     children,
     curve,
     errors,
     fields,
     join,
+    pause,
     start_ranks,
     wait_for_lines,
     write_texts,
@@ -111,9 +113,10 @@ def test_a_stop_in_a_validation_saves_what_was_trained(run, tmp_path):
 def test_four_processes_then_two_then_one(run, tmp_path):
     recipe, one = run
     out = tmp_path / "out"
-    for world, shard, lines, stopped in ((4, "all", 5, 2), (2, 1, 10, 1)):
-        processes = start_ranks(recipe, out, world, f"parallel.shard={shard}")
-        wait_for_lines(out, lines, processes[0])
+    for world, shard, step, stopped in ((4, "all", 5, 2), (2, 1, 9, 1)):
+        waiting = {stopped: pause(step, SIGNALLED)}
+        processes = start_ranks(recipe, out, world, f"parallel.shard={shard}", rank_code=waiting)
+        wait_for_lines(out, step, processes[0])
         os.kill(processes[stopped].pid, signal.SIGTERM)  # to one of them, and all agree
         assert join(processes) == [143] * world
         logged = [line["step"] for line in curve(out) if line["kind"] == "train"]
@@ -180,13 +183,17 @@ def test_bfloat16_in_compute_with_float32_where_it_matters(run, tmp_path):
 def test_torchrun_restarts_after_a_kill_of_one_process(run, tmp_path):
     recipe, one = run
     out, random = tmp_path / "out", Random(0)
+    after = random.randrange(1, 14)
+    script = tmp_path / "run.py"
+    first = "os.environ['TORCHELASTIC_RESTART_COUNT'] != '0'"  # the first attempt waits for ever
+    script.write_text(pause(after, first) + "import sys\nfrom osdn.cli.main import main\n"
+                      "if __name__ == '__main__':\n    sys.exit(main())\n")  # fmt: skip
     line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=2",
-            "--standalone", "--monitor-interval=0.1", "-m", "osdn", "train", str(recipe),
+            "--standalone", "--monitor-interval=0.1", str(script), "train", str(recipe),
             "--out", str(out), "parallel.shard=all"]  # fmt: skip
     with (tmp_path / "err").open("wb") as err:
         agent = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=err)
     log, limit = out / "log.jsonl", time.monotonic() + HANG
-    after = random.randrange(1, 14)
     while agent.poll() is None and time.monotonic() < limit:
         if log.exists() and log.read_bytes().count(b"\n") >= after:
             break

@@ -10,13 +10,15 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from pydantic import Field
 from tqdm import tqdm
 
 from osdn.errors import UserError
 from osdn.evals.mqar.recipe import Cell, MQARRecipe
 from osdn.evals.mqar.task import MQARModel, Outcome, train
 from osdn.evals.plots import save
-from osdn.evals.results import RESULT, make_result, write_json
+from osdn.evals.results import RESULT, make_result, point, write_json
+from osdn.system.outside import Malformed, Outside, parse_plain
 from osdn.system.processes import end_with_parent
 from osdn.train.setup import make_device
 
@@ -48,20 +50,39 @@ def compare(recipe: MQARRecipe, out: Path) -> dict[str, Any]:
     return result
 
 
+class Described(Outside):
+    """A cell's file."""
+
+    cell: dict[str, Any]
+    accuracy: float
+    by_pair: list[float] = Field(default_factory=list)
+    diverged: bool
+    state_size: int
+
+
+def read_outcome(path: Path) -> dict[str, Any]:
+    """What a trained cell left.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        outcome: dict[str, Any] = parse_plain(path.read_bytes(), Described, str(path))
+    except (OSError, Malformed) as error:
+        reason = error.reason if isinstance(error, Malformed) else error.strerror
+        raise UserError(f"{path}: damaged; delete it to train it again ({reason})") from error
+    return outcome
+
+
 def _finished(recipe: MQARRecipe, directory: Path) -> Outcomes:
     outcomes = {}
     for cell in recipe.cells():
         path = directory / cell.file
         if not path.exists():
             continue
-        try:
-            outcome = json.loads(path.read_text())
-            # All that the summary will read, so that a damaged file is named here.
-            described, *_ = (outcome[x] for x in ("cell", "accuracy", "diverged", "state_size"))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{path}: damaged; delete it to train it again") from error
+        outcome = read_outcome(path)
         # The whole description: a cell of other options must not be taken for this one.
-        if described != json.loads(json.dumps(recipe.describe(cell))):
+        if outcome["cell"] != json.loads(json.dumps(recipe.describe(cell))):
             raise UserError(
                 f"{path}: trained with another recipe; choose another --out, or delete {directory}"
             )
@@ -161,11 +182,8 @@ def summarise(recipe: MQARRecipe, outcomes: Outcomes) -> dict[str, Any]:
                 scores.append(_spread(mixer, values) | {"group": group})
                 # The curve shows every learning rate, so that a grid that ends too early is seen.
                 series[mixer] = [
-                    [lr, *(s[key] for key in ("value", "low", "high"))]
-                    for lr, s in (
-                        (lr, _spread("", [one["accuracy"] for one in found]))
-                        for lr, found in points.items()
-                    )
+                    point(lr, _spread("", [one["accuracy"] for one in found]))
+                    for lr, found in points.items()
                 ]
             axes = {"x": "learning rate", "y": "share of right answers", "log_x": True}
             curves.append({"title": f"MQAR, {group}", **axes, "series": series})
