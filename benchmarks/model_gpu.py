@@ -1,6 +1,6 @@
 """A training step of the 374 M model on one GPU: speed, memory, and where both go.
 
-    python benchmarks/model_gpu.py [--parts step,memory,profile] [--models osdn,llama] [--B 8 --T 4096]
+    python benchmarks/model_gpu.py [--parts step,memory,profile] [--models osdn,llama] [--full]
 
 step     tokens a second and peak memory of forward, loss and backward; with --full of the whole
          step as `osdn train` makes it: float32 weights under autocast, clipping, AdamW. Medians of
@@ -128,9 +128,10 @@ def step(name: str, model: Any, ids: Tensor, run: Callable[[], Tensor]) -> None:
     spread = (sorted(device)[7] - sorted(device)[2]) / ms
     parameters = sum(p.numel() for p in model.parameters())
     print(
-        f"{name}: {ms:.1f} ms (spread {spread:.3f}), {ids.numel() / ms * 1e3:,.0f} tokens/s, host "
-        f"{median(host):.1f} ms; peak {peak / 1e9:.1f} GB, {(peak - before) / 1e9:.1f} beside the "
-        f"weights; {parameters / 1e6:.0f} M parameters, loss {loss.item():.3f}, first {first:.0f} s",
+        f"{name}, {parameters / 1e6:.0f} M: {ms:.1f} ms (spread {spread:.3f}), "
+        f"{ids.numel() / ms * 1e3:,.0f} tokens/s, host {median(host):.1f} ms; peak "
+        f"{peak / 1e9:.1f} GB, {(peak - before) / 1e9:.1f} beside what was there; "
+        f"loss {loss.item():.3f}, first step {first:.0f} s",
         flush=True,
     )
     with warnings.catch_warnings(record=True) as found:
@@ -138,7 +139,8 @@ def step(name: str, model: Any, ids: Tensor, run: Callable[[], Tensor]) -> None:
         torch.cuda.set_sync_debug_mode("warn")
         run()
         torch.cuda.set_sync_debug_mode("default")
-    places = Counter(f"{x.filename}:{x.lineno}" for x in found if "called a synchron" in str(x.message))
+    waits = [x for x in found if "called a synchronizing" in str(x.message)]
+    places = Counter(f"{x.filename}:{x.lineno}" for x in waits)
     print(f"{name}: synchronizations in a step: {dict(places) or 'none'}", flush=True)
 
 

@@ -27,8 +27,8 @@ from osdn.ops.validation import check_box_holds_one, check_rule, check_sizes
 Forgetting = Literal["none", "data"]
 StateDecay = Literal["none", "data"]
 
-# Columns of a joint product are a multiple of this, 128 bytes in bfloat16: for the matrix units, and
-# because torch.compile would otherwise copy it into rows that are (its comprehensive_padding).
+# Columns of a joint product are a multiple of this, 128 bytes in bfloat16: the matrix units want
+# it, and torch.compile gives wide tensors such rows and would copy others for our operator.
 ALIGNED = 64
 # d then forgets over about 1 / (1 − γ) = 1,000 tokens.
 APF_BIAS = 6.9  # γ = sigmoid(6.9) ≈ 0.999 at the start

@@ -84,7 +84,7 @@ class MuonWithAdamW:
 
 
 def block_matrices(model: nn.Module) -> set[nn.Parameter]:
-    """The weights of the blocks' linear layers, less those of the gates, which have a row a head."""
+    """The weights of the blocks' linear layers, but for the gates', which have one row a head."""
     if not isinstance(model, OSDNForCausalLM):
         raise TypeError(f"model: expected an OSDNForCausalLM for Muon, got {type(model).__name__}")
     heads = model.config.num_heads

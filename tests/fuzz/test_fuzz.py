@@ -33,6 +33,7 @@ def test_a_good_file_is_read(name, fixture, tmp_path):
     assert attempt(fixture.targets()[name], fixture.good, tmp_path / "copy", [], True) == "read"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_damaged_file_is_read_or_refused_in_one_line(name, fixture, tmp_path):
     target = fixture.targets()[name]

@@ -56,6 +56,21 @@ def test_the_finished_model_loads_and_has_the_bits_per_byte_of_the_log(finished,
     assert nats / math.log(2) / size == pytest.approx(finished.bits_per_byte, rel=1e-4)
 
 
+def test_the_finished_model_has_a_card_and_a_users_card_outlives_a_second_export(
+    finished, texts, tmp_path
+):
+    shutil.copytree(finished.out, tmp_path, dirs_exist_ok=True)
+    card = tmp_path / "model" / "README.md"
+    assert f"12 steps, {12 * 48 * 4:,} tokens" in card.read_text()
+    assert f"{finished.bits_per_byte:.4f} bits per byte of 600 bytes" in card.read_text()
+    for own in (None, "# Mine\n"):
+        if own:
+            card.write_text(own)
+        shutil.rmtree(tmp_path / "checkpoints" / "step_12")  # the last two steps come again
+        train(recipe(texts), tmp_path)
+        assert card.read_text() == own or (own is None and "12 steps" in card.read_text())
+
+
 def test_the_same_recipe_gives_the_same_curve_and_another_seed_another(finished, texts, tmp_path):
     assert curve(train(recipe(texts), tmp_path / "same").out) == curve(finished.out)
     other = train(recipe(texts, seed=1), tmp_path / "other")

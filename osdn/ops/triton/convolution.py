@@ -14,6 +14,7 @@ Packed, ages [T] int32 says how many tokens of its own sequence stand before a t
 token t reads t − j where ages[t] ≥ j. Grid: B · blocks of RUNS · LENGTH tokens · heads.
 """
 
+# ruff: noqa: RUF005  Triton has no (*tuple, x)
 import torch
 import triton
 import triton.language as tl
