@@ -123,7 +123,7 @@ class PagedOSDN(MambaBase, OSDN):
         Requests whose pages are EMPTY_PAGE are none; their output has no meaning.
         """
         cu_seqlens = torch.arange(len(read) + 1, device=read.device)
-        q, k, v = self._convolve(hidden_states, cu_seqlens, self._histories(read), write)
+        q, k, v = self._convolve_pages(hidden_states, cu_seqlens, self._histories(read), write)
         beta, log_gamma = self.gates(hidden_states)
         S, d = self.kv_cache[:2]
         o, _, _ = online_scaled_delta_step(
@@ -145,7 +145,7 @@ class PagedOSDN(MambaBase, OSDN):
         befores: list[Tensor | None] = [None] * 3
         if pages is not None and has_past is not None:
             befores = [torch.where(has_past[:, None, None], x, 0.0) for x in self._histories(pages)]
-        q, k, v = self._convolve(hidden_states, cu_seqlens, befores, pages)
+        q, k, v = self._convolve_pages(hidden_states, cu_seqlens, befores, pages)
         beta, log_gamma = self.gates(hidden_states)
         state, precond = None, self.start_precond()
         if pages is not None and has_past is not None:
@@ -169,7 +169,7 @@ class PagedOSDN(MambaBase, OSDN):
         qk, v = (history[pages.long()] for history in self.kv_cache[2:])
         return [*qk.chunk(2, dim=1), v]
 
-    def _convolve(
+    def _convolve_pages(
         self,
         hidden_states: Tensor,
         cu_seqlens: Tensor,
