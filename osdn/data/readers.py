@@ -98,7 +98,7 @@ def read_jsonl(path: SourceFile, offset: Offset, field: str) -> Found:
             after = offset + len(raw)
             if not raw.isspace():  # blank lines are none
                 try:
-                    record = parse_json(raw, Any, "")  # type: ignore[arg-type]
+                    record: Any = parse_json(raw, Any, "")  # type: ignore[arg-type]
                 except Malformed as error:
                     decode(raw, path, offset)  # names the byte, if one is not UTF-8
                     raise UserError(
