@@ -59,8 +59,8 @@ def _words(kinds: set[Any]) -> str:
     return "true or false" if bool in kinds else "a number"
 
 
-# Fields that came after the first checkpoints and records, with what all runs did before. A resolved
-# recipe names them only where they have another value, so that those keep their identity.
+# Fields that came after the first checkpoints and records, with what all runs did before. A
+# resolved recipe names them only where they have another value, so that those keep their identity.
 LATER_FIELDS = {
     "model.state_decay": "none",
     "train.optimizer.name": "adamw",
@@ -69,7 +69,7 @@ LATER_FIELDS = {
 
 
 def drop_later_fields(resolved: dict[str, Any]) -> None:
-    """Delete LATER_FIELDS where they have the value that all runs had before there was the field."""
+    """Delete each of LATER_FIELDS where it has the value of all runs from before the field."""
     for key, before in LATER_FIELDS.items():
         *sections, name = key.split(".")
         fields = resolved
