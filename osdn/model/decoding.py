@@ -111,8 +111,6 @@ def parameters_of(model: Any) -> list[nn.Parameter] | str:
             return "attention layers, whose cache grows"
         if block.attn.backend not in ("auto", BACKENDS[first.device.type]):
             return f"a layer with backend {block.attn.backend!r}"
-        if block.attn.a_proj is not None:  # goes when the layers' steps read log_alpha
-            return "layers with state decay"
         if max(block.attn.head_dim, block.attn.head_v_dim) > TRITON_LARGEST_HEAD:
             return f"heads larger than {TRITON_LARGEST_HEAD}"
     waiting: list[tuple[str, nn.Module]] = [("", model)]
