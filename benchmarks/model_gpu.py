@@ -1,6 +1,6 @@
 """A training step of the 374 M model on one GPU: speed, memory, and where both go.
 
-    python benchmarks/model_gpu.py [--parts step,memory,profile] [--models osdn,llama] [--B 8 --T 4096]
+    python benchmarks/model_gpu.py [--parts step,memory,profile] [--models osdn,llama] [--full]
 
 step     tokens a second and peak memory of forward, loss and backward; with --full of the whole
          step as `osdn train` makes it: float32 weights under autocast, clipping, AdamW. Medians of
@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from osdn import OSDNConfig, OSDNForCausalLM
 from osdn.model.loss import linear_cross_entropy, next_token_labels
+from osdn.train.blocks import prepare_blocks
 
 SIZES = {"hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 2816,
          "vocab_size": 32000}  # fmt: skip
@@ -51,11 +52,12 @@ def main() -> None:
     parser.add_argument("--models", default="osdn,llama")
     parser.add_argument("--B", type=int, default=8)
     parser.add_argument("--T", type=int, default=4096)
+    parser.add_argument("--checkpointing", default="none", help="as train.activation_checkpointing")
     parser.add_argument("--full", action="store_true", help="with autocast and the optimiser")
     args = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, B{args.B} T{args.T}")
     for name in args.models.split(","):
-        model = BUILD[name](torch.float32 if args.full else torch.bfloat16)
+        model = BUILD[name](torch.float32 if args.full else torch.bfloat16, args.checkpointing)
         ids = torch.randint(SIZES["vocab_size"], (args.B, args.T), device="cuda")
         run = step_of(model, ids, full=args.full)
         for part in args.parts.split(","):
@@ -66,16 +68,16 @@ def main() -> None:
         torch.cuda.empty_cache()
 
 
-def build_osdn(dtype: torch.dtype) -> Any:
+def build_osdn(dtype: torch.dtype, checkpointing: Any) -> Any:
     torch.manual_seed(0)
     with torch.device("cuda"):
         model: Any = OSDNForCausalLM(OSDNConfig(num_heads=8, **SIZES)).to(dtype).train()
-    for block in model.model.layers:
-        block.forward = torch.compile(block.forward)
+    prepare_blocks(model, checkpointing=checkpointing, compile=True)
     return model
 
 
-def build_llama(dtype: torch.dtype) -> Any:
+def build_llama(dtype: torch.dtype, checkpointing: str) -> Any:
+    """All activations are kept, whatever is asked for."""
     torch.manual_seed(0)
     config = LlamaConfig(num_attention_heads=8, num_key_value_heads=8, use_cache=False,
                          tie_word_embeddings=False, **SIZES)  # fmt: skip
@@ -128,9 +130,10 @@ def step(name: str, model: Any, ids: Tensor, run: Callable[[], Tensor]) -> None:
     spread = (sorted(device)[7] - sorted(device)[2]) / ms
     parameters = sum(p.numel() for p in model.parameters())
     print(
-        f"{name}: {ms:.1f} ms (spread {spread:.3f}), {ids.numel() / ms * 1e3:,.0f} tokens/s, host "
-        f"{median(host):.1f} ms; peak {peak / 1e9:.1f} GB, {(peak - before) / 1e9:.1f} beside the "
-        f"weights; {parameters / 1e6:.0f} M parameters, loss {loss.item():.3f}, first {first:.0f} s",
+        f"{name}, {parameters / 1e6:.0f} M: {ms:.1f} ms (spread {spread:.3f}), "
+        f"{ids.numel() / ms * 1e3:,.0f} tokens/s, host {median(host):.1f} ms; peak "
+        f"{peak / 1e9:.1f} GB, {(peak - before) / 1e9:.1f} beside what was there; "
+        f"loss {loss.item():.3f}, first step {first:.0f} s",
         flush=True,
     )
     with warnings.catch_warnings(record=True) as found:
@@ -138,7 +141,8 @@ def step(name: str, model: Any, ids: Tensor, run: Callable[[], Tensor]) -> None:
         torch.cuda.set_sync_debug_mode("warn")
         run()
         torch.cuda.set_sync_debug_mode("default")
-    places = Counter(f"{x.filename}:{x.lineno}" for x in found if "called a synchron" in str(x.message))
+    waits = [x for x in found if "called a synchronizing" in str(x.message)]
+    places = Counter(f"{x.filename}:{x.lineno}" for x in waits)
     print(f"{name}: synchronizations in a step: {dict(places) or 'none'}", flush=True)
 
 

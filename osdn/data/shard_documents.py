@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from osdn.data.documents import EMPTY_EPOCHS, WHOLE, ShardPlace, Share, checked
-from osdn.data.shards import ShardCorpus, held_out_keys
+from osdn.data.token_corpus import TokenCorpus, held_out_keys
 from osdn.errors import UserError
 
 
@@ -22,7 +22,7 @@ class ShardDocuments:
     """
 
     def __init__(
-        self, corpus: ShardCorpus, *, fraction: float, seed: int, share: Share = WHOLE
+        self, corpus: TokenCorpus[Any], *, fraction: float, seed: int, share: Share = WHOLE
     ) -> None:
         self.corpus, self.fraction, self.seed, self.share = corpus, fraction, seed, share
         self.state: dict[str, Any] = {"epoch": 0, "shard": 0, "done": 0}
@@ -81,12 +81,12 @@ class ShardDocuments:
                 for i in order[mine::every][state["done"] :]:
                     state["done"] += 1
                     found = True  # also where a resumed epoch has given some before
-                    yield tokens[ends[i] - sizes[i] : ends[i]]
+                    yield self.corpus.document(tokens[ends[i] - sizes[i] : ends[i]])
                 state.update(shard=state["shard"] + 1, done=0)
             empty = 0 if found else empty + 1
             if empty == EMPTY_EPOCHS:
                 raise UserError(
-                    f"data.corpus: no training document in {self.corpus.directory} for part "
+                    f"data.corpus: no training document in {self.corpus.source} for part "
                     f"{self.share.part + 1} of {self.share.of}; hold out less (data.validation), "
                     "lower data.lanes, or tokenize more text"
                 )

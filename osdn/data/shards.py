@@ -13,9 +13,7 @@ All numbers are little-endian.
 
 from collections.abc import Iterator
 from hashlib import blake2b
-from math import ceil
 from pathlib import Path
-from random import Random
 from typing import Any, Literal
 
 import numpy as np
@@ -23,8 +21,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from osdn.data.documents import WHOLE, Document, Share
-from osdn.data.tokenizers import vocabulary_size
+from osdn.data.token_corpus import ENTRY, TokenCorpus
 from osdn.errors import UserError
 from osdn.system.files import sha256
 from osdn.system.outside import Malformed, Outside, read_json, shown
@@ -32,8 +29,6 @@ from osdn.system.retry import persevere
 
 MANIFEST, JOB = "manifest.json", "shards_job.json"
 KIND = "osdn-shards-1"
-# 16 bytes a document, little-endian everywhere
-ENTRY = np.dtype([("key", "<u8"), ("tokens", "<u4"), ("bytes", "<u4")])
 REPAIR = "copy it again, or give the osdn tokenize command again, which makes it anew"
 # accents, digits, spaces, code, CJK, an emoji: where tokenizers with equal words differ
 PROBE = "  Über 12,345 größen — naïve café\n\tdef f(x): return x**2  # 日本語 🙂 don't"
@@ -107,7 +102,7 @@ def open_shards(directory: Path) -> "ShardCorpus":
     return ShardCorpus(directory)
 
 
-class ShardCorpus:
+class ShardCorpus(TokenCorpus[Shard]):
     """The shards of a directory; every file's size is compared with the manifest at once.
 
     Raises:
@@ -115,10 +110,8 @@ class ShardCorpus:
     """
 
     def __init__(self, directory: Path) -> None:
+        super().__init__(str(directory))
         self.directory = directory
-        self.size: int | None = None
-        self.vocabulary: int | None = None  # known once a tokenizer was compared
-        self._checked: set[str] = set()  # shards whose tokens were compared with it
         path = directory / MANIFEST
         try:
             # The kind first: a later version's manifest must be told as that, not as damage.
@@ -176,17 +169,7 @@ class ShardCorpus:
                 f"data.tokenizer={made.name}, or run osdn tokenize with this one into another "
                 "directory"
             )
-        self.vocabulary = vocabulary_size(tokenizer)
-
-    def read(
-        self, *, order: str | None = None, position: Any = None, share: Share = WHOLE
-    ) -> Iterator[tuple[Document, Any]]:
-        """Refuse, in one line, where text is needed."""
-        raise UserError(f"{self.directory} holds tokens, and text is needed here; name the text")
-
-    def done(self, position: Any) -> int:
-        """As read."""
-        raise UserError(f"{self.directory} holds tokens, and text is needed here; name the text")
+        super().check_tokenizer(tokenizer)
 
     def open(self, shard: Shard) -> tuple[NDArray[Any], NDArray[Any]]:
         """(tokens, mapped into memory; the index, an array of ENTRY)."""
@@ -208,50 +191,9 @@ class ShardCorpus:
         # Offsets come from this column, so what it says is added up before it is used.
         if entries["tokens"].min() < 2:  # each has a begin and an end token
             raise _damaged(index, "has a document without tokens")
-        # An id past the embedding would be an IndexError in training, or a device assert.
-        if self.vocabulary is not None and shard.name not in self._checked:
-            largest = int(mapped.max())
-            if largest >= self.vocabulary:
-                raise _damaged(
-                    tokens, f"has the token {largest:,}, and the tokenizer has {self.vocabulary:,}"
-                )
-            self._checked.add(shard.name)
+        if reason := self.outside_vocabulary(shard.name, mapped):
+            raise _damaged(tokens, reason)
         return mapped, entries
-
-    def held_out(self, *, fraction: float, limit: int) -> tuple[list[NDArray[Any]], int]:
-        """Held-out documents from shards in a fixed random order, up to `limit` bytes of text.
-
-        The last one is whole. Returns their tokens and the bytes of their texts.
-
-        Raises:
-            UserError: no document is held out.
-        """
-        documents: list[NDArray[Any]] = []
-        size = 0
-        # A fixed order: every run of every seed validates on the same documents.
-        shards = list(self.shards)
-        Random("validation").shuffle(shards)
-        for shard in shards:
-            tokens, index = self.open(shard)
-            ends = np.cumsum(index["tokens"], dtype=np.int64)
-            for i in np.flatnonzero(held_out_keys(index["key"], fraction)):
-                documents.append(tokens[ends[i] - index["tokens"][i] : ends[i]])
-                size += int(index["bytes"][i])
-                if size >= limit:
-                    return documents, size
-        if not documents:
-            raise UserError(
-                f"data.validation: no document of {self.directory} falls in the held-out "
-                f"{fraction:.2%}; raise the fraction, name a corpus of its own, or set 0"
-            )
-        return documents, size
-
-
-def held_out_keys(keys: NDArray[Any], fraction: float) -> NDArray[np.bool_]:
-    """Which documents osdn.data.split.is_held_out holds out, exactly."""
-    # The same comparison in integers: a float64 cannot tell neighbouring keys apart.
-    limit = ceil(fraction * 2**64)
-    return np.ones(len(keys), bool) if limit >= 2**64 else keys < np.uint64(limit)
 
 
 def _damaged(path: Path, reason: str) -> UserError:

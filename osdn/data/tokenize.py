@@ -24,7 +24,8 @@ from transformers import PreTrainedTokenizerBase
 
 from osdn.data.documents import Corpus, Document
 from osdn.data.repair import ShardNote, finished_shard
-from osdn.data.shards import ENTRY, JOB, KIND, MANIFEST, Shard, tokenizer_fingerprint
+from osdn.data.shards import JOB, KIND, MANIFEST, Shard, tokenizer_fingerprint
+from osdn.data.token_corpus import ENTRY
 from osdn.data.tokenizers import encode_document, vocabulary_size
 from osdn.errors import UserError
 from osdn.system.files import TEMPORARY, flush, write_json

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, model_validator
 
 from osdn.data import encode_document
-from osdn.data.shards import ShardCorpus
+from osdn.data.token_corpus import TokenCorpus
 from osdn.evals.evaluation import option
 from osdn.evals.models import LanguageModel
 from osdn.evals.perplexity import TextEvaluation, negative_log_likelihood
@@ -237,7 +237,7 @@ class Repeats(TextEvaluation):
         """
         # Shards whole: a pair over a document's border is as rare as any.
         corpus = self.corpus(self.reference)
-        if isinstance(corpus, ShardCorpus):
+        if isinstance(corpus, TokenCorpus):
             corpus.check_tokenizer(model.tokenizer)
             for shard in corpus.shards:
                 yield corpus.open(shard)[0]

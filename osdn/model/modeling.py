@@ -4,9 +4,12 @@ Importing this module registers the classes with AutoModel and AutoModelForCausa
 Parameter names are those of flash-linear-attention's DeltaNet.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -31,6 +34,7 @@ from transformers.utils.generic import can_return_tuple
 from osdn.layers.osdn import FORMER_GATE, GATE, OSDN, ForgettingGate
 from osdn.model.block import OSDNBlock
 from osdn.model.cache import CACHE, OSDNCache, one_cache
+from osdn.model.card import write_card
 from osdn.model.configuration import OSDNConfig
 from osdn.model.decoding import last_logits
 from osdn.model.inputs import (
@@ -73,6 +77,18 @@ class OSDNPreTrainedModel(PreTrainedModel):
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Nothing: see OSDNConfig.save_pretrained for what stands beside a checkpoint."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """As transformers does, with a model card beside it; a card of the user's own stays."""
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            write_card(Path(save_directory), self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -233,6 +249,17 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
             kwargs.pop(name, None)
         prepare: Any = GenerationMixin.prepare_inputs_for_generation
         return prepare(self, input_ids, *args, **kwargs)
+
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        """What transformers' generate_batch starts with: it knows no memory of constant size.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "generate_batch: transformers' continuous batching has no linear attention; use "
+            "generate, or vLLM for requests that come and go (pip install 'osdn[vllm]')"
+        )
 
     def _prepare_position_ids_for_generation(self, *_: Any) -> None:
         """None: the layers count tokens themselves, and positions would be checked at each step."""
@@ -411,3 +438,7 @@ AutoModelForSequenceClassification.register(OSDNConfig, OSDNForSequenceClassific
 AutoModelForTokenClassification.register(OSDNConfig, OSDNForTokenClassification)
 # transformers' Trainer shifts the labels that it smooths for the classes named here alone.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[OSDNConfig.model_type] = OSDNForCausalLM.__name__
+# transformers' server looks for config.architectures among the names of the package transformers
+# (cli/serving/model_manager.py of 5.24), after it has imported the file beside the checkpoint. The
+# package is there twice, as its processing_utils loads it anew: so the name goes to their class.
+setattr(type(transformers), OSDNForCausalLM.__name__, OSDNForCausalLM)

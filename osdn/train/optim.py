@@ -10,7 +10,6 @@ from torch.distributed.tensor import DTensor
 from osdn.train.muon import Muon, MuonWithAdamW, block_matrices
 from osdn.train.recipe import Optimizer, Schedule
 
-
 TrainOptimizer = torch.optim.AdamW | MuonWithAdamW
 
 

@@ -71,8 +71,10 @@ class Data(Section):
     """Which text, and how it is cut into tokens.
 
     corpus: "stdlib" (the Python standard library's own source), "hf:NAME" (a Hugging Face
-        dataset, streamed), a directory that `osdn tokenize` made, or one or several paths, globs
-        or directories of text, .jsonl and .parquet files.
+        dataset, streamed), a directory that `osdn tokenize` made, Megatron's .bin and .idx files,
+        or one or several paths, URLs (s3://, hf://), globs or directories of text, .jsonl and
+        .parquet files, of which the first two may end in .gz or .zst; or a mapping of such names
+        to weights, each corpus's share of the training tokens.
     text_field: the column of .jsonl, .parquet and hub records that holds the text.
     separator: in text files, the string between documents; null: each file is a document.
     subset, split: of a hub dataset.
@@ -87,7 +89,11 @@ class Data(Section):
         change nothing but the speed.
     """
 
-    corpus: str | Annotated[list[str], Field(min_length=1)] = "stdlib"
+    corpus: (
+        str
+        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[dict[str, Annotated[float, Field(gt=0, strict=True)]], Field(min_length=1)]
+    ) = "stdlib"
     text_field: str = "text"
     separator: str | None = Field(default=None, min_length=1)
     subset: str | None = None
@@ -324,10 +330,14 @@ def _no_field(name: Any, known: Sequence[str]) -> str:
 def _first(error: ValidationError, kind: type[Section]) -> str:
     """The first of a validation's errors as "section.key: what is wrong"; misspelt keys go first,
 
-    since they make the right one missing.
+    since they make the right one missing. Where a field may be of several kinds, each kind has its
+    error; that of the value's own kind says more than "should be a string".
     """
+    kinds = ("string_type", "list_type", "dict_type")
     # min is stable: among equals the first.
-    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+    first = min(
+        error.errors(), key=lambda one: (one["type"] != "extra_forbidden", one["type"] in kinds)
+    )
     section: Any = kind
     path: list[str] = []
     for name in first["loc"]:

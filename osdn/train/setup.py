@@ -4,19 +4,22 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import blake2b
 from math import gcd
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from osdn.data import (
+    Mixture,
     RankRows,
     Row,
     RowSource,
     WorkerRows,
-    open_corpus,
+    open_corpora,
     open_rows,
     validation_rows,
     vocabulary_size,
@@ -24,6 +27,7 @@ from osdn.data import (
 from osdn.data.documents import Corpus
 from osdn.data.shards import tokenizer_fingerprint
 from osdn.errors import UserError
+from osdn.model.card import CARD, Training, is_ours, write_card
 from osdn.model.configuration import OSDNConfig
 from osdn.model.loading import let_read, without_bars
 from osdn.model.modeling import OSDNForCausalLM
@@ -136,15 +140,15 @@ def passes(recipe: Recipe, processes: int) -> int:
     return batch // (rows * processes)
 
 
-def open_data(data: Data) -> tuple[Corpus, Corpus]:
+def open_data(data: Data) -> tuple[Corpus | Mixture, Corpus | Mixture]:
     """The corpus of the training and that of the validation: the same where a share is held out.
 
     Raises:
         UserError: see open_corpus; it names the field.
     """
 
-    def named(names: str | list[str], split: str) -> Corpus:
-        return open_corpus(
+    def named(names: str | list[str] | dict[str, float], split: str) -> Corpus | Mixture:
+        return open_corpora(
             names,
             text_field=data.text_field,
             separator=data.separator,
@@ -171,12 +175,28 @@ def _naming_validation(data: Data) -> Iterator[None]:
         raise UserError(str(error).replace("data.corpus", "data.validation", 1)) from error
 
 
+class RunData(NamedTuple):
+    """A process's training rows, and the validation.
+
+    rows: of training.  validation: rows.  validation_bytes: UTF-8 bytes of their text.
+    read: what check_read compares, fingerprints of what the rows' own state does not know.
+    corpus: digest of the training data, as the model card gives it.
+    """
+
+    rows: RankRows | WorkerRows
+    validation: list[Row]
+    validation_bytes: int
+    read: dict[str, str]
+    corpus: str
+
+
 def make_rows(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, rank: int = 0, world: int = 1
-) -> tuple[RankRows | WorkerRows, list[Row], int, dict[str, str]]:
-    """The training rows of a process; the validation rows, and the bytes of text they hold.
+) -> RunData:
+    """What a process of a run reads.
 
-    The last is what check_read compares: fingerprints of what the rows' own state does not know.
+    Raises:
+        UserError: see open_corpora; it names the field.
     """
     data, length = recipe.data, recipe.train.seq_len
     corpus, other = open_data(data)
@@ -205,7 +225,8 @@ def make_rows(
     read = {"data.tokenizer": tokenizer_fingerprint(tokenizer)}
     if isinstance(data.validation, str):
         read["data.validation"] = other.fingerprint
-    return rows, validation, size, read
+    digest = blake2b(corpus.fingerprint.encode(), digest_size=16).hexdigest()
+    return RunData(rows, validation, size, read, digest)
 
 
 def check_read(saved: dict[str, str], now: dict[str, str]) -> None:
@@ -230,14 +251,19 @@ def check_read(saved: dict[str, str], now: dict[str, str]) -> None:
             )
 
 
-def export(out: Path, sharded: Sharded, tokenizer: PreTrainedTokenizerBase) -> None:
+def export(
+    out: Path, sharded: Sharded, tokenizer: PreTrainedTokenizerBase, training: Training
+) -> None:
     """Write out/model, which AutoModelForCausalLM and AutoTokenizer load; whole or not at all.
 
-    The parameters are gathered one by one to the CPU of rank 0, which alone writes.
+    Its card tells of the training; a card that the user wrote there is kept. The parameters are
+    gathered one by one to the CPU of rank 0, which alone writes.
     """
     # Collective, so all processes go through it, though one of them writes.
     whole = dict(sharded.whole_parameters())
-    sharded.parallel.from_main(lambda: _write_model(out, sharded.model.config, whole, tokenizer))
+    sharded.parallel.from_main(
+        lambda: _write_model(out, sharded.model.config, whole, tokenizer, training)
+    )
 
 
 def _write_model(
@@ -245,6 +271,7 @@ def _write_model(
     config: OSDNConfig,
     parameters: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
+    training: Training,
 ) -> None:
     # assign=True: the gathered tensors become the parameters, without a second copy.
     model = empty_model(config)
@@ -258,6 +285,10 @@ def _write_model(
             model.save_pretrained(unfinished)
             let_read(unfinished)
             tokenizer.save_pretrained(unfinished)
+        if is_ours(target / CARD):
+            write_card(unfinished, model, training)
+        else:
+            shutil.copy2(target / CARD, unfinished / CARD)
         # On the disk before the name: after a power cut the name must not hold empty files.
         for path in (*unfinished.iterdir(), unfinished):
             sync(path)

@@ -115,7 +115,7 @@ class Stepper:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         # The fused optimizer's own way to leave out a step, which torch.amp.GradScaler uses.
-        self.optimizer.found_inf = (~numbers.isfinite().all()).float()  # type: ignore[attr-defined]
+        self.optimizer.found_inf = (~numbers.isfinite().all()).float()  # type: ignore[union-attr]
         self.optimizer.step()
         self.optimizer.zero_grad()
         # Nothing was waited for: the caller reads it a step later.

@@ -8,6 +8,7 @@ from typing import Any
 
 from osdn.data import load_tokenizer
 from osdn.errors import UserError
+from osdn.model.card import Training
 from osdn.model.configuration import OSDNConfig
 from osdn.model.flops import flops_per_token
 from osdn.system.locks import DirectoryLock
@@ -57,6 +58,7 @@ class Trainer:
         self.parallel, self.lock = parallel, lock
         self.tell: Callable[[str], None] = tell if parallel.main else _silent
         self.step = self.nonfinite = self.in_a_row = 0
+        self.bits: float | None = None  # per byte of the held-out text, of the last validation
         self.log: RunLog | None = None
         self.launched: LaunchedStep | None = None  # step number `step`, not accounted for yet
         self.since = Moment(parallel.device)  # when the time of that step began
@@ -90,8 +92,8 @@ class Trainer:
         # Cheapest first: numbers, then the tokenizer, then the text.
         self.passes = passes(recipe, size)
         self.tokenizer = load_tokenizer(recipe.data.tokenizer)
-        made = make_rows(recipe, self.tokenizer, rank=rank, world=size)
-        self.rows, self.validation, self.validation_bytes, self.read = made
+        self.data = make_rows(recipe, self.tokenizer, rank=rank, world=size)
+        self.rows, self.read = self.data.rows, self.data.read
         if found is not None:
             # Before the position is taken over: in another text it means another place.
             check_read(found.state.read, self.read)
@@ -142,7 +144,7 @@ class Trainer:
             while True:
                 # A validation comes before the step after it, so that a resumed run makes it again.
                 due = self.step % options.validate_every == 0 and self.step > 0
-                if self.validation and (due or self.step >= options.steps):
+                if self.data.validation and (due or self.step >= options.steps):
                     self._settle()
                     self._validate(signals)
                 # Signals are acted on here only: between steps, by all processes together.
@@ -163,7 +165,18 @@ class Trainer:
         self.checkpoints.finish()
         # A directory that was replaced meanwhile is another run's.
         self.parallel.from_main(self.lock.check)
-        export(self.out, self.sharded, self.tokenizer)
+        export(self.out, self.sharded, self.tokenizer, self._training())
+
+    def _training(self) -> Training:
+        """What the model card tells."""
+        return Training(
+            recipe=self.recipe.resolved(),
+            steps=self.step,
+            tokens=self.step * self.options.seq_len * self.options.batch_rows,
+            corpus=self.data.corpus,
+            bits_per_byte=self.bits,
+            held_out_bytes=self.data.validation_bytes,
+        )
 
     def _asked(self, signals: Signals) -> bool:
         """Whether a signal came to any process; all processes must ask together."""
@@ -252,14 +265,15 @@ class Trainer:
         self.heartbeat.beat(self.step, "validating")
         bits = bits_per_byte(
             self.sharded,
-            self.validation,
-            self.validation_bytes,
+            self.data.validation,
+            self.data.validation_bytes,
             self.parallel,
             at_once=self.options.rows,
             cut_off=lambda: self._asked(signals),
         )
         if bits is None:
             return
+        self.bits = bits
         if self.log is not None:
             self.log.write(
                 "validation",

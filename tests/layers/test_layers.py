@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from osdn import OSDN, OSDNConfig, online_scaled_delta_rule
 from osdn.layers import attention
+from osdn.layers import osdn as mixers
 from osdn.layers.attention import Attention
 from osdn.layers.convolution import ShortConvolution
 from tests.numerics import assert_close
@@ -177,6 +178,30 @@ def test_gradients_reach_every_parameter(kind):
     layer(hidden())[0].square().sum().backward()
     for name, parameter in layer.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("options", [*VARIANTS, {"forgetting": "data", "state_decay": "data"}])
+@pytest.mark.parametrize("watched", ["q_proj", "v_conv1d"])
+def test_joined_projections_give_what_separate_ones_give(options, watched, monkeypatch):
+    """Outputs and all gradients; a hook on one of them is called, so they are separate again."""
+    layer, x, found = build(**options).double().train(), hidden(1).double(), []
+    joint, separate = [], []
+    run = mixers.short_convolutions
+    monkeypatch.setattr(
+        mixers, "short_convolutions", lambda *a, **b: joint.append(1) or run(*a, **b)
+    )
+    offsets = torch.tensor([0, 7, x.shape[1]])
+    for count in (1, 0):
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y, _, _ = layer(leaf, cu_seqlens=offsets)
+        y.square().sum().backward()
+        assert (len(joint), len(separate)) == (1, 1 - count)
+        found.append({"y": y.detach(), "dx": leaf.grad})
+        found[-1] |= {name: p.grad.clone() for name, p in layer.named_parameters()}
+        layer.get_submodule(watched).register_forward_hook(lambda *_: separate.append(1))
+    for name, value in found[1].items():
+        assert_close(found[0][name], value, 1e-12, name)
 
 
 def test_packed_flash_attention_is_called_as_the_mask_means(monkeypatch):
