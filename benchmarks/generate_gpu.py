@@ -1,7 +1,9 @@
 """Generation by the 374 M model on one GPU: the captured step beside the layers and a Llama.
 
-python benchmarks/generate_gpu.py [--parts check,time,prefill,profile,llama] [--seconds 300]
+python benchmarks/generate_gpu.py [--parts first,check,time,prefill,profile,llama] [--seconds 300]
 
+first    seconds of the first and the second `generate` of a process, prompt of 1,024 tokens; with
+         TRITON_CACHE_DIR set to an empty directory that includes all compilation.
 check    tokens of the step and of the layers (disable_compile=True) in float32: 50 left-padded
          prompts greedily, sampling, beams; in bfloat16 the error of both against float32.
 time     ms a token by `generate`, greedy, by batch size and context; the graph's replay alone.
@@ -34,7 +36,7 @@ started = time.perf_counter()
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default="check,time,prefill,profile,llama")
+    parser.add_argument("--parts", default="first,check,time,prefill,profile,llama")
     parser.add_argument("--seconds", type=float, default=300)
     args = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
@@ -63,6 +65,16 @@ def prompt(batch: int, length: int, seed: int = 1) -> torch.Tensor:
 def generate(model: Any, ids: torch.Tensor, new: int, **options: Any) -> torch.Tensor:
     options = {"do_sample": False, "attention_mask": torch.ones_like(ids)} | options
     return model.generate(ids, max_new_tokens=new, min_new_tokens=new, **options)
+
+
+def first() -> None:
+    model, ids = build(), prompt(1, 1024)
+    for which in ("first", "second"):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        generate(model, ids, 2)
+        torch.cuda.synchronize()
+        print(f"{which} generate of two tokens: {time.perf_counter() - began:.2f} s", flush=True)
 
 
 def check() -> None:
@@ -115,9 +127,9 @@ def forced(model: Any, captured: bool, batch: int = 1) -> torch.Tensor:
 def times() -> None:
     model = build()
     print("ms a token by generate                 step   replay   layers  first use, s")
-    for batch, context in ((1, 1024), (8, 1024), (32, 1024), (128, 1024), (1, 32768)):
+    shapes = ((1, 1024), (8, 1024), (32, 1024), (128, 1024), (1, 32768), (1, 262144))
+    for batch, context in shapes:
         ids = prompt(batch, context)
-        generate(model, ids, 2, disable_compile=True)  # compiles the kernels of a prompt
         began = time.perf_counter()
         generate(model, ids, 2)
         first = time.perf_counter() - began
@@ -218,7 +230,14 @@ def llama() -> None:
               f"first call {first:.0f} s", flush=True)  # fmt: skip
 
 
-PARTS = {"check": check, "time": times, "prefill": prefill, "profile": profile, "llama": llama}
+PARTS = {
+    "first": first,
+    "check": check,
+    "time": times,
+    "prefill": prefill,
+    "profile": profile,
+    "llama": llama,
+}
 
 if __name__ == "__main__":
     main()

@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from osdn import OSDNConfig, OSDNForCausalLM
 from osdn.model.loss import linear_cross_entropy, next_token_labels
+from osdn.train.blocks import prepare_blocks
 
 SIZES = {"hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 2816,
          "vocab_size": 32000}  # fmt: skip
@@ -51,11 +52,12 @@ def main() -> None:
     parser.add_argument("--models", default="osdn,llama")
     parser.add_argument("--B", type=int, default=8)
     parser.add_argument("--T", type=int, default=4096)
+    parser.add_argument("--checkpointing", default="none", help="as train.activation_checkpointing")
     parser.add_argument("--full", action="store_true", help="with autocast and the optimiser")
     args = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, B{args.B} T{args.T}")
     for name in args.models.split(","):
-        model = BUILD[name](torch.float32 if args.full else torch.bfloat16)
+        model = BUILD[name](torch.float32 if args.full else torch.bfloat16, args.checkpointing)
         ids = torch.randint(SIZES["vocab_size"], (args.B, args.T), device="cuda")
         run = step_of(model, ids, full=args.full)
         for part in args.parts.split(","):
@@ -66,16 +68,16 @@ def main() -> None:
         torch.cuda.empty_cache()
 
 
-def build_osdn(dtype: torch.dtype) -> Any:
+def build_osdn(dtype: torch.dtype, checkpointing: Any) -> Any:
     torch.manual_seed(0)
     with torch.device("cuda"):
         model: Any = OSDNForCausalLM(OSDNConfig(num_heads=8, **SIZES)).to(dtype).train()
-    for block in model.model.layers:
-        block.forward = torch.compile(block.forward)
+    prepare_blocks(model, checkpointing=checkpointing, compile=True)
     return model
 
 
-def build_llama(dtype: torch.dtype) -> Any:
+def build_llama(dtype: torch.dtype, checkpointing: str) -> Any:
+    """All activations are kept, whatever is asked for."""
     torch.manual_seed(0)
     config = LlamaConfig(num_attention_heads=8, num_key_value_heads=8, use_cache=False,
                          tie_word_embeddings=False, **SIZES)  # fmt: skip

@@ -36,8 +36,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 class Case(NamedTuple):
-    """One comparison: sizes, options, what is odd about the inputs, a factor on the floor, and
-    whether walks are cut into segments at this length, which is otherwise done from 16,384 on.
+    """One comparison: sizes, options, what is odd about the inputs, a factor on the floor, whether
+    walks are cut into segments at this length, which is otherwise done from 16,384 on, and whether
+    the memory decays.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Case(NamedTuple):
     odd: str = ""
     slack: float = 1.0
     cut: bool = False
+    alpha: bool = False
 
 
 # Tight enough that d leaves them, which the kernels then repair.
@@ -79,6 +81,13 @@ CASES = [
     Case("one key again and again", 1, 192, 2, 64, 64, {}, odd="repeated", slack=3.0),
     Case("beta 1 and 2", 1, 192, 2, 64, 64, {"beta_aware": True}, odd="strong"),
     Case("empty tokens, d at the box", 1, 192, 2, 64, 64, BOX, odd="empty"),
+    Case("decay", 2, 300, 2, 128, 128, {"beta_aware": True}, alpha=True),
+    Case("decay, K, V 256", 1, 200, 2, 256, 256, {}, alpha=True),
+    Case("decay, delta rule", 1, 1000, 2, 40, 100, {"eta": 0.0}, gamma=False, alpha=True),
+    Case("decay, hard resets", 1, 700, 2, 64, 128, {}, odd="resets", alpha=True),
+    Case("decay, in segments", 1, 4160, 1, 64, 64, {}, cut=True, alpha=True),
+    Case("decay, packed", 1, 400, 2, 64, 64, {}, cu_seqlens=(0, 1, 64, 129, 400), alpha=True),
+    Case("decay, box", 1, 257, 2, 64, 128, BOX | {"beta_aware": True}, alpha=True),
 ]
 
 
@@ -104,6 +113,7 @@ TINY = [  # what Triton's interpreter does in a minute
     Case("T 17", 1, 17, 1, 16, 16, {"beta_aware": True}),
     Case("packed", 1, 66, 1, 24, 16, {}, cu_seqlens=(0, 1, 66)),
     Case("box", 1, 17, 1, 16, 24, BOX),
+    Case("decay", 1, 66, 1, 16, 24, {}, odd="resets", alpha=True),
 ]
 
 
@@ -135,12 +145,16 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[st
         k = k.masked_fill(empty[..., None], 0.0)
         beta, log_gamma = beta.masked_fill(empty, 0.0), log_gamma.masked_fill(empty, 0.0)
         d = d.clamp(case.options["precond_min"], case.options["precond_max"])
+    log_alpha = logsigmoid(normal(B, T, H) + 3)
+    if case.odd == "resets":  # in one head, within chunks and where they begin
+        log_alpha[:, 20::44, 0], log_alpha[:, 31::97, 0] = -1e4, -inf
     inputs = {
         "q": normalize(normal(B, T, H, K), dim=-1).to(dtype),
         "k": k.to(dtype),
         "v": normal(B, T, H, V).to(dtype),
         "beta": beta,
         "log_gamma": log_gamma if case.gamma else None,
+        "log_alpha": log_alpha if case.alpha else None,
         "initial_state": 0.3 * normal(N, H, K, V),
         "initial_precond": d,
     }
@@ -170,9 +184,8 @@ def everything(
 
     # The last token once more, as decoding would take it, from the initial states.
     N = given["initial_state"].shape[0]
-    tokens = {
-        n: given[n].detach()[:, -1] for n in ("q", "k", "v", "beta", "log_gamma") if n in given
-    }
+    names = ("q", "k", "v", "beta", "log_gamma", "log_alpha")
+    tokens = {n: given[n].detach()[:, -1] for n in names if n in given}
     tokens = {n: x.expand(N, *x.shape[1:]) for n, x in tokens.items()}
     state, precond = (given[f"initial_{n}"].detach().clone() for n in ("state", "precond"))
     step = online_scaled_delta_step(**tokens, state=state, precond=precond, **options)

@@ -95,16 +95,19 @@ def read_jsonl(path: SourceFile, offset: Offset, field: str) -> Found:
                     f"data.corpus: {path}, {where}: expected a line of at most {LONGEST:,} bytes; "
                     "divide its text into several records"
                 )
-            line = decode(raw, path, offset)
             after = offset + len(raw)
-            if line.strip():  # blank lines are none
+            if not raw.isspace():  # blank lines are none
                 try:
-                    record = parse_json(line, Any, "")  # type: ignore[arg-type]
+                    record: Any = parse_json(raw, Any, "")  # type: ignore[arg-type]
                 except Malformed as error:
+                    decode(raw, path, offset)  # names the byte, if one is not UTF-8
                     raise UserError(
                         f"data.corpus: {path}, {where}: {error.reason}; correct or delete the line"
                     ) from error
-                for piece, end, more in pieces(_field(record, field, path, where), inside):
+                text = _field(record, field, path, where)
+                # A line may have hundreds of megabytes: only its text stays while it is encoded.
+                raw, record = b"", None
+                for piece, end, more in pieces(text, inside):
                     yield piece, where, (offset, end) if more else after, more
             offset, inside = after, 0
 

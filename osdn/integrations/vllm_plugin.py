@@ -12,6 +12,7 @@ def register() -> None:
     """
     from transformers import AutoConfig
     from vllm import ModelRegistry
+    from vllm.logger import init_logger
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
     from vllm.platforms import current_platform
 
@@ -22,8 +23,13 @@ def register() -> None:
 
         @classmethod
         def verify_and_update_config(cls, vllm_config: Any) -> None:
+            cache = vllm_config.cache_config
             if current_platform.is_cpu():
-                fix_block_size(vllm_config.cache_config)
+                fix_block_size(cache)
+            if vllm_config.speculative_config is not None and cache.enable_prefix_caching:
+                # On a CPU vLLM has no kernel that moves states when both are on.
+                init_logger("vllm.osdn").warning("speculation: prefix caching is turned off")
+                cache.enable_prefix_caching = False
 
     AutoConfig.register(OSDNConfig.model_type, OSDNConfig, exist_ok=True)
     ModelRegistry.register_model("OSDNForCausalLM", "osdn.integrations.vllm:OSDNForCausalLM")

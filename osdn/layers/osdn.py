@@ -409,9 +409,10 @@ class OSDN(nn.Module):
         made = [one.unflatten(-1, (self.num_heads, -1)) for one in made]  # [B, T, H, K] or V
         gap = convolutions[0].kernel_size[0] - 1
         history = [last_inputs(one, gap) for one in x.split([*sizes[:3], logits.shape[-1]], -1)[:3]]
-        b, *others = logits[..., : sum(sizes[3:])].split(sizes[3:], -1)  # [B, T, H] each
-        gamma = None if self.gamma_proj is None else self.gamma_proj.biased(others.pop(0))
-        return made, history, self._gates(b, gamma, others[0] if others else None)
+        gates = logits.split(self.num_heads, -1)  # [B, T, H] each
+        gamma = None if self.gamma_proj is None else self.gamma_proj.biased(gates[1])
+        a = None if self.a_proj is None else gates[len(sizes) - 4]  # the last
+        return made, history, self._gates(gates[0], gamma, a)
 
 
 def _rename_former(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -25,7 +25,7 @@ from osdn.layers.mlp import SwiGLU
 from osdn.layers.osdn import OSDN, ForgettingGate
 from osdn.model.block import OSDNBlock
 from osdn.model.cache import OSDNCache
-from osdn.model.prefill import padded, prompt_mask
+from osdn.model.prefill import MOST_TOKENS, SHORTEST, padded, prompt_mask
 from osdn.model.step import DecodingStep, captures, tensors_of
 from osdn.ops.interface import HAS_NUMBA, HAS_TRITON, TRITON_LARGEST_HEAD
 
@@ -61,9 +61,12 @@ def last_logits(
     ):
         return None
     B, T = input_ids.shape
-    # A long prompt keeps a GPU busy by itself and gains nothing.
     size = 1 if T == 1 else padded(B, T)
-    if size is None or (T > 1 and not captures(input_ids.device)):
+    if T > 1 and not captures(input_ids.device):
+        return None
+    if size is None:  # a long prompt keeps a GPU busy by itself and gains nothing
+        with _lock:
+            _compile_ahead(model, cache, B)
         return None
     mask = prompt_mask(input_ids, attention_mask) if T > 1 else attention_mask
     if isinstance(mask, bool):
@@ -155,10 +158,7 @@ def _step(model: Any, cache: OSDNCache, input_ids: Tensor) -> DecodingStep | Non
     with torch.inference_mode(False), torch.no_grad():
         steps.pop(batch, None)
         if step is None:
-            while len(steps) >= MOST_STEPS:
-                del steps[next(iter(steps))]
-            logger.info(f"generate captures its step for a batch of {batch}")
-            step = DecodingStep(model, parameters, batch)
+            step = _made(model, parameters, batch, padded(batch, T) or SHORTEST)
         steps[batch] = step  # last: the most recently used
         if T == 1 and [(x.shape, x.dtype, x.device) for x in tensors_of(cache)] != [
             (x.shape, x.dtype, x.device) for x in step.views
@@ -167,6 +167,27 @@ def _step(model: Any, cache: OSDNCache, input_ids: Tensor) -> DecodingStep | Non
             return None
         step.adopt(cache)
     return step
+
+
+def _made(model: Any, parameters: list[nn.Parameter], batch: int, length: int) -> DecodingStep:
+    """A new step, whose kernels and those of a prompt of `length` tokens are compiled."""
+    steps = captured_steps[model]
+    while len(steps) >= MOST_STEPS:
+        del steps[next(iter(steps))]
+    logger.info(f"generate compiles and captures its step for a batch of {batch}")
+    step = DecodingStep(model, parameters, batch)
+    if step.kernels:
+        step.compile(model, length)
+    return step
+
+
+def _compile_ahead(model: Any, cache: OSDNCache, batch: int) -> None:
+    """Before the layers take a model's first prompt, which would compile one after the other."""
+    steps = captured_steps.setdefault(model, {})
+    if steps or not _is_empty(cache) or isinstance(parameters := parameters_of(model), str):
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        steps[batch] = _made(model, parameters, batch, max(SHORTEST, MOST_TOKENS // batch))
 
 
 def _is_empty(cache: OSDNCache) -> bool:

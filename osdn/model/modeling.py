@@ -250,6 +250,17 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         prepare: Any = GenerationMixin.prepare_inputs_for_generation
         return prepare(self, input_ids, *args, **kwargs)
 
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        """What transformers' generate_batch starts with: it knows no memory of constant size.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "generate_batch: transformers' continuous batching has no linear attention; use "
+            "generate, or vLLM for requests that come and go (pip install 'osdn[vllm]')"
+        )
+
     def _prepare_position_ids_for_generation(self, *_: Any) -> None:
         """None: the layers count tokens themselves, and positions would be checked at each step."""
 

@@ -7,6 +7,7 @@ the states in a step's buffers. The first time, the same padded launches run one
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,22 +58,24 @@ class Prompt:
             self.ids.copy_(reordered(self.ids, order))
             self.mask.copy_(reordered(self.mask, order))
 
-        def launch() -> None:
-            # [B, length, D], [B, length, 1]
-            h, padding = model.model.embeddings(self.ids), ~self.mask[..., None]
-            for i, block in enumerate(model.model.layers):
-                h, found = forward(block, h, self.mask, padding)
-                for state, x in zip(states[4 * i : 4 * i + 4], found):
-                    # Into the step's buffers: decoding goes on from there.
-                    state.copy_(x)
-            # [B, D] [D, vocabulary]
-            torch.mm(model.model.norm(h[:, -1]), model.lm_head.weight.t(), out=logits)
-
         # A capture costs as much as several runs. A length that is used once is not worth it.
+        launch = partial(self.launch, model, states, logits)
         self.uses += 1
         if self.uses == 2:
             self.replay = capture(launch, self.ids.device)
         (self.replay or launch)()
+
+    def launch(self, model: Any, states: list[Tensor], logits: Tensor) -> None:
+        """The forward of what self.ids and self.mask hold."""
+        # [B, length, D], [B, length, 1]
+        h, padding = model.model.embeddings(self.ids), ~self.mask[..., None]
+        for i, block in enumerate(model.model.layers):
+            h, found = forward(block, h, self.mask, padding)
+            for state, x in zip(states[4 * i : 4 * i + 4], found):
+                # Into the step's buffers: decoding goes on from there.
+                state.copy_(x)
+        # [B, D] [D, vocabulary]
+        torch.mm(model.model.norm(h[:, -1]), model.lm_head.weight.t(), out=logits)
 
 
 def forward(

@@ -168,6 +168,21 @@ class DecodingStep:
             prompt.run(model, input_ids, mask, self.views, self.logits, capture)
         return self.logits[:, None].clone()
 
+    def compile(self, model: Any, length: int) -> None:
+        """Compile the kernels of a token and of a prompt of `length` tokens, all at once.
+
+        The buffers hold nothing yet; what they hold afterwards is of no use.
+        """
+        from osdn.ops.triton.ahead import compile_together
+
+        prompt = Prompt(self.batch, length, self.device)
+
+        def launch() -> None:
+            prompt.launch(model, self.views, self.logits)
+            self.launch()
+
+        compile_together(launch)
+
     def _captured(self) -> Callable[[], None]:
         """The launches as a graph; they run once before, so the states are put back after."""
         with torch.inference_mode(False), torch.no_grad():

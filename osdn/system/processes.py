@@ -3,11 +3,14 @@
 import multiprocessing
 import os
 import signal
-from multiprocessing.context import BaseContext
 from threading import Thread
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # Windows has no ForkServerContext
+    from multiprocessing.context import ForkServerContext, SpawnContext
 
 
-def process_context() -> BaseContext:
+def process_context() -> "ForkServerContext | SpawnContext":
     """Processes forked from a server that has no threads and no CUDA context, where there is one.
 
     The server imports this package once for all of them. Where there is none (Windows), they are

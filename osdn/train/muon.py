@@ -27,8 +27,7 @@ class Muon(torch.optim.Muon):
     found_inf: Tensor | None = None  # 1 where the step must be left out, as PyTorch's fused AdamW's
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        assert closure is None
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             options = {name: value for name, value in group.items() if name != "params"}
             for parameter in group["params"]:
@@ -51,7 +50,8 @@ def _replace(old: Tensor, whole: Tensor, found_inf: Tensor | None) -> None:
     if isinstance(old, DTensor):
         everywhere = [Replicate()] * old.device_mesh.ndim
         shared = DTensor.from_local(whole, old.device_mesh, everywhere, run_check=False)
-        old, mine = old.to_local(), shared.redistribute(placements=old.placements).to_local()
+        mine = shared.redistribute(placements=old.placements).to_local()
+        old = old.to_local()
     old.copy_(mine if found_inf is None else torch.where(found_inf != 0, old, mine))
 
 
@@ -89,4 +89,5 @@ def block_matrices(model: nn.Module) -> set[nn.Parameter]:
         raise TypeError(f"model: expected an OSDNForCausalLM for Muon, got {type(model).__name__}")
     heads = model.config.num_heads
     layers = [module for module in model.model.layers.modules() if isinstance(module, nn.Linear)]
-    return {layer.weight for layer in layers if layer.out_features > heads}
+    found = [layer.weight for layer in layers if layer.out_features > heads]
+    return {weight for weight in found if isinstance(weight, nn.Parameter)}

@@ -134,18 +134,18 @@ def test_a_process_that_is_killed_leaves_none_behind(tmp_path, victim):
     recipe.write_text(json.dumps(ENDLESS))
     words = [sys.executable, "-m", "osdn", "mqar", str(recipe), "--out", str(out)]
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as grid:
-        # Of four cells the first and the third end. The second was taken before the third, and
-        # never ends: so one worker has it, and the other has made the third. Both are at work.
-        wait_for(lambda: grid.poll() is not None or len(list(out.glob(f"{CELLS}/*.json"))) == 2)
-        workers = [
-            pid
-            for pid in children(grid.pid)
-            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
-        assert len(workers) == 2
-        os.kill(grid.pid if victim == "grid" else workers[0], signal.SIGKILL)
-        wait_for(lambda: not any(map(alive, workers)))
-        said = grid.stderr.read()
+        try:
+            # Of four cells the first and the third end. The second was taken before the third, and
+            # never ends: so one worker has it, and the other has made the third. Both are at work.
+            wait_for(lambda: grid.poll() is not None or len(list(out.glob(f"{CELLS}/*.json"))) == 2)
+            # They are children of the server that they are forked from.
+            workers = [pid for server in children(grid.pid) for pid in children(server)]
+            assert len(workers) == 2
+            os.kill(grid.pid if victim == "grid" else workers[0], signal.SIGKILL)
+            wait_for(lambda: not any(map(alive, workers)))
+            said = grid.stderr.read()
+        finally:
+            grid.kill()
     if victim == "worker":
         assert grid.returncode == 1 and "a worker process was killed" in said
         assert "Traceback" not in said

@@ -307,3 +307,33 @@ def test_what_cannot_be_upgraded_or_loaded_is_named(tmp_path):
         [sys.executable, "-c", code, str(tmp_path / "upgraded")], capture_output=True, text=True
     )
     assert result.returncode != 0 and "osdn_qwen3_5_text" in result.stderr  # not half of it
+
+
+WITH_FLA = """
+import sys, torch
+from osdn.integrations.transformers import accelerate
+from osdn.integrations.transformers.functions import SIGNATURES, known_modules
+from tests.integrations.test_transformers import tiny
+
+if __name__ == "__main__":
+    model, ids = tiny("qwen3_5"), torch.arange(3, 93)[None]
+    with torch.no_grad():
+        with accelerate():
+            found = model(ids).logits
+            tokens = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        for module in known_modules():
+            for name in SIGNATURES:  # transformers' PyTorch functions
+                setattr(module, name, getattr(module, name).__wrapped__)
+        assert (found - model(ids).logits).abs().max() < 1e-4
+        assert torch.equal(tokens, model.generate(ids, max_new_tokens=4, min_new_tokens=4,
+                                                  do_sample=False))
+    print("fla" in sys.modules)
+"""
+
+
+def test_where_fla_is_installed_the_model_runs_on_a_cpu():
+    """In a process of its own, whose transformers takes FLA's functions where it finds them."""
+    pytest.importorskip("fla", reason="needs flash-linear-attention")
+    result = subprocess.run([sys.executable, "-c", WITH_FLA], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.split() == ["True"]

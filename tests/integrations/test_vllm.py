@@ -26,10 +26,22 @@ MODELS = {
     "delta_net": {"mixer": "delta_net", "use_output_gate": True},
     "hybrid": {"mixer": ["osdn", "attention", "delta_net", "attention"], "head_v_dim": 64},
     "os_gdn": {"state_decay": "data", "use_output_gate": True, "head_v_dim": 64},
+    # A state of more bytes than 128 tokens of attention: vLLM makes the blocks longer.
+    "hybrid of long blocks": {
+        "mixer": ["osdn", "attention"] * 2,
+        "num_heads": 1,
+        "head_v_dim": 256,
+    },
+    # Few words, so that drafts are right now and then.
+    "eight words": {"vocab_size": 8},
 }
+PIECES = {"max_num_batched_tokens": 64}
+NGRAM = {
+    "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3
+}  # fmt: skip
 REFUSED = [
     {"tensor_parallel_size": 2},
-    {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}},
+    {"speculative_config": {"method": "suffix", "num_speculative_tokens": 3}},
 ]
 ENGINES = [
     ("osdn", {}),
@@ -39,10 +51,12 @@ ENGINES = [
     ("hybrid", {}),
     ("os_gdn", {}),
     # Prompts in pieces, and 26 requests in 16 places: each place is used again.
-    ("apf", {"max_num_batched_tokens": 64, "max_num_seqs": 16}),
-    ("hybrid", {"max_num_batched_tokens": 64, "max_num_seqs": 16}),
-    # Prompts in pieces that a kept prefix may begin: turned off, since it gave other tokens.
-    ("apf", {"max_num_batched_tokens": 64, "enable_prefix_caching": True}),
+    ("apf", {**PIECES, "max_num_seqs": 16, "enable_prefix_caching": False}),
+    ("hybrid", {**PIECES, "max_num_seqs": 16}),
+    # Prompts in pieces that end between blocks and where a kept prefix may begin.
+    ("apf", PIECES),
+    ("apf", {**PIECES, "block_size": 32}),
+    ("hybrid of long blocks", PIECES),
     ("apf", {"enforce_eager": False}),
     ("hybrid", {"enforce_eager": False}),
 ]
@@ -60,8 +74,9 @@ if __name__ == "__main__":
     made = []
     for _ in range(given["rounds"]):
         made += [list(x.outputs[0].token_ids) for x in engine.generate(prompts, sampling)]
+    counts = {x.name: x.value for x in engine.get_metrics() if hasattr(x, "value")}
     with open(given["to"], "w") as file:
-        json.dump(made, file)
+        json.dump({"tokens": made, "counts": counts}, file)
 """
 
 
@@ -71,16 +86,16 @@ class EngineFailed(Exception):
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """Of each model, its directory and the tokens that `generate` makes of each prompt alone."""
-    random = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(1, 300, (n,), generator=random).tolist() for n in LENGTHS]
+    """Of each model: its directory, prompts, and the tokens that `generate` makes of each alone."""
     found = {}
     for name, options in MODELS.items():
         torch.manual_seed(0)
-        config = OSDNConfig(
-            hidden_size=64, num_heads=2, num_hidden_layers=4, vocab_size=300,
-            max_position_embeddings=1024, **options,
-        )  # fmt: skip
+        sizes = {"hidden_size": 64, "num_heads": 2, "num_hidden_layers": 4, "vocab_size": 300}
+        config = OSDNConfig(max_position_embeddings=1024, **(sizes | options))
+        random = torch.Generator().manual_seed(1)
+        prompts = [
+            torch.randint(1, config.vocab_size, (n,), generator=random).tolist() for n in LENGTHS
+        ]
         model = OSDNForCausalLM(config).eval()
         for parameter in model.parameters():  # so that tokens depend on what came long before
             if parameter.ndim > 1:
@@ -93,15 +108,19 @@ def checkpoints(tmp_path_factory):
             model.generate(torch.tensor([p]), max_new_tokens=NEW, do_sample=False)[0, len(p) :]
             for p in prompts
         ]
-        found[name] = path, [x.tolist() for x in made]
-    return prompts, found
+        found[name] = path, prompts, [x.tolist() for x in made]
+    return found
 
 
-def serve(path: Path, prompts: list[list[int]], rounds: int = 1, **options) -> list[list[int]]:
-    """The tokens that an engine makes of all prompts at once, in a process that then ends."""
+def serve(path: Path, prompts: list[list[int]], rounds: int = 1, **options) -> dict:
+    """What an engine makes of all prompts at once, in a process that then ends.
+
+    tokens: of each prompt, round after round.  counts: the engine's own, by name.
+    """
     engine = {
         "model": str(path), "skip_tokenizer_init": True, "dtype": "float32",
         "max_model_len": 1024, "enforce_eager": True, "kv_cache_memory_bytes": 2**28,
+        "disable_log_stats": False,
     }  # fmt: skip
     script, to = path / "engine.py", path / "tokens.json"
     to.unlink(missing_ok=True)
@@ -124,14 +143,29 @@ def serve(path: Path, prompts: list[list[int]], rounds: int = 1, **options) -> l
 @pytest.mark.parametrize(("name", "options"), ENGINES)
 def test_tokens_are_those_of_generate(name, options, checkpoints):
     """13 prompts of 1 to 300 tokens, each twice at once, and all of them again."""
-    prompts, models = checkpoints
-    path, expected = models[name]
-    assert serve(path, prompts * 2, rounds=2, **options) == expected * 4
+    path, prompts, expected = checkpoints[name]
+    made = serve(path, prompts * 2, rounds=2, **options)
+    assert made["tokens"] == expected * 4
+    if options.get("enable_prefix_caching", True):  # the blocks of the longer prompts
+        assert made["counts"]["vllm:prefix_cache_hits"] > 0
+
+
+@pytest.mark.parametrize("name", ["apf", "eight words", "hybrid"])
+def test_speculation_changes_no_token(name, checkpoints):
+    """Drafts of up to three tokens, most of them wrong: all states are those of right tokens."""
+    path, prompts, expected = checkpoints[name]
+    made = serve(path, prompts * 2, rounds=2, **PIECES, speculative_config=NGRAM)
+    assert made["tokens"] == expected * 4
+    drafted, right = (
+        made["counts"][f"vllm:spec_decode_num_{x}"] for x in ("draft_tokens", "accepted_tokens")
+    )
+    assert drafted > right
+    assert right > 0 or name != "eight words"
 
 
 @pytest.mark.parametrize("options", REFUSED, ids=lambda options: next(iter(options)))
 def test_what_is_not_served_is_refused(options, checkpoints):
-    prompts, models = checkpoints
+    path, prompts, _ = checkpoints["apf"]
     (name,) = options
     with pytest.raises(EngineFailed, match=f"ValueError: {name}: OSDN models are served"):
-        serve(models["apf"][0], prompts[:1], **options)
+        serve(path, prompts[:1], **options)

@@ -146,6 +146,16 @@ def test_every_name_of_llama_is_taken():
     assert set(inspect.signature(LlamaForCausalLM.forward).parameters) - {"kwargs"} <= ours
 
 
+@pytest.mark.parametrize("mixer", ["osdn", ["osdn", "attention"]], ids=["pure", "hybrid"])
+def test_continuous_batching_of_transformers_is_refused(mixer):
+    """It would return empty lists."""
+    model = build(mixer=mixer)
+    with pytest.raises(ValueError, match=r"generate_batch: .* use generate, or vLLM"):
+        model.generate_batch([[1, 2, 3]], max_new_tokens=2)
+    with pytest.raises(ValueError, match="generate_batch: "):
+        model.init_continuous_batching()
+
+
 def test_generation_stops_at_strings():
     from osdn.data import byte_tokenizer
 

@@ -1,7 +1,6 @@
 """Train the grid of an MQAR recipe, keep every finished cell, compare the mixers."""
 
 import json
-import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -19,7 +18,7 @@ from osdn.evals.mqar.task import MQARModel, Outcome, train
 from osdn.evals.plots import save
 from osdn.evals.results import RESULT, make_result, point, write_json
 from osdn.system.outside import Malformed, Outside, parse_plain
-from osdn.system.processes import end_with_parent
+from osdn.system.processes import end_with_parent, process_context
 from osdn.train.setup import make_device
 
 CELLS = "cells"
@@ -96,10 +95,9 @@ def _train_all(recipe: MQARRecipe, cells: list[Cell]) -> Iterator[tuple[Cell, di
         for cell in cells:
             yield cell, train_cell(recipe, cell)
         return
-    # spawn: a forked process has the parent's OpenMP and CUDA state, without its threads.
-    context = multiprocessing.get_context("spawn")
+    # A fork of this process would have its OpenMP and CUDA state, without their threads.
     with ProcessPoolExecutor(
-        recipe.train.processes, mp_context=context, initializer=_begin_worker
+        recipe.train.processes, mp_context=process_context(), initializer=_begin_worker
     ) as pool:
         try:
             pending = {pool.submit(train_cell, recipe, cell): cell for cell in cells}

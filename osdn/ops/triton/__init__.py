@@ -11,6 +11,7 @@ from torch import Tensor
 
 from osdn.ops.operands import Operands, Options, Token
 from osdn.ops.triton.chunks import CHUNK, Chunks, chunk_bound, cut, on_device, span_bound
+from osdn.ops.triton.gates import Decay
 from osdn.ops.triton.memory_backward import gradients, memory_reverse
 from osdn.ops.triton.memory_forward import memory, transitions_like
 from osdn.ops.triton.precond_backward import chunk_scan_reverse
@@ -30,7 +31,8 @@ def forward(
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     with on_device(q):
         chunks = cut(q.shape[0], q.shape[1], cu_seqlens)
-        x, starts, w, A, clipped, sums = _intermediates(operands)
+        x, starts, w, A, clipped, *pair = _intermediates(operands)
+        memory_decay = Decay(*pair)
         e, kept = _residuals(k, v, cu_seqlens) if save else (None, None)
         gates = (k, beta, log_gamma)
         if cu_seqlens is not None:
@@ -42,18 +44,19 @@ def forward(
             inverse, M = _solve_like(k, cu_seqlens, constant=True)
         else:
             precond, inverse, M = chunk_scan(*gates, initial_precond, x, starts, chunks, options)
-        made = (*gates, log_alpha, x, starts, w, A, sums, clipped, chunks, options)
+        made = (*gates, log_alpha, x, starts, w, A, memory_decay, clipped, chunks, options)
         write_keys(*made, repair=False)
         if options.precond_min is not None:  # both return at once where no token left the box
             token_scan(*gates, w, x, starts, precond, clipped, chunks, options)
             write_keys(*made, repair=True)
-        decay = None if log_alpha is None else sums
+        given = None if log_alpha is None else memory_decay
         o, state, transitions = memory(
-            q, k, w, v, A, decay, initial_state, e, kept, chunks, options
+            q, k, w, v, A, given, initial_state, e, kept, chunks, options
         )
     if e is None or kept is None:
         return o, state, precond, []
-    return o, state, precond, [x, starts, w, A, clipped, sums, e, kept, inverse, M, transitions]
+    saved = [x, starts, w, A, clipped, *memory_decay, e, kept, inverse, M, transitions]
+    return o, state, precond, saved
 
 
 def saved_like(operands: Operands, options: Options, save: bool) -> list[Tensor]:
@@ -85,17 +88,19 @@ def _solve_like(k: Tensor, cu_seqlens: Tensor | None, constant: bool) -> tuple[T
 def _intermediates(operands: Operands) -> list[Tensor]:
     """Empty x [B, T, H], d [chunks, H, K], w [B, T, H, K], A [B, T, H, CHUNK],
     clipped [N, H] int32: with a box, the number of the first chunk where d left it, or the bound;
-    sums [B, T, H, 2] of log_alpha, of no size without it.
+    the two tensors of `Decay`, of no size without log_alpha.
     """
     k, beta, precond, cu_seqlens = operands.k, operands.beta, operands.initial_precond, operands[-1]
     B, T, H, K = k.shape
+    decaying = 0 if operands.log_alpha is None else T
     return [
         beta.new_empty(beta.shape),
         beta.new_empty(chunk_bound(B, T, cu_seqlens), H, K),
         k.new_empty(k.shape),
         k.new_empty(B, T, H, CHUNK),
         precond.new_empty(precond.shape[:2], dtype=torch.int32),
-        beta.new_empty(B, 0 if operands.log_alpha is None else T, H, 2),
+        k.new_empty(B, decaying, H, CHUNK),
+        beta.new_empty(B, decaying, H, 2),
     ]
 
 
@@ -109,16 +114,18 @@ def backward(
 ) -> list[Tensor]:
     """The gradients of operands.differentiable(), in its order."""
     q, k, _, beta, log_gamma, log_alpha, _, _, cu_seqlens = operands
-    x, starts, w, A, clipped, sums, e, kept, inverse, M, transitions = saved
+    x, starts, w, A, clipped, *pair, e, kept, inverse, M, transitions = saved
+    decay = None if log_alpha is None else Decay(*pair)
     q, k, do = q.contiguous(), k.contiguous(), do.contiguous()
     dfinal_state, dfinal_precond = dfinal_state.contiguous(), dfinal_precond.contiguous()
     with on_device(q):
         chunks = cut(q.shape[0], q.shape[1], cu_seqlens)
-        decay = None if log_alpha is None else sums
         dv, dw, dstate, parts = memory_reverse(
-            q, k, w, A, decay, e, do, kept, dfinal_state, transitions, chunks, options
+            q, k, w, A, decay, e, do, dfinal_state, transitions, chunks, options
         )
-        dq, dk, dlog_alpha = gradients(q, k, w, decay, e, do, dv, kept, parts, chunks, options)
+        dq, dk, dlog_alpha = gradients(
+            q, k, w, log_alpha, decay, e, do, dv, kept, parts, chunks, options
+        )
         gates = (k, beta, log_gamma)
         dbeta = torch.empty_like(beta)
         dlog_gamma = None if log_gamma is None else torch.empty_like(beta)

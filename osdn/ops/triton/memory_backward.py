@@ -39,30 +39,31 @@ from osdn.ops.triton.chunks import (
     load_transposed,
     locate_chunk,
     locate_sequence,
+    span_bound,
     split,
     store_tile,
     store_transposed,
     tile,
 )
 from osdn.ops.triton.config import launch, precision
-from osdn.ops.triton.gates import across, decay, decay_from_start, down, load_gate, load_sums
+from osdn.ops.triton.gates import Decay, load_end, load_gate, load_start, load_whole
 from osdn.ops.triton.segments import link
 
 
-@triton.jit(do_not_specialize=["T", "segment", "rows", "total"])
+@triton.jit(do_not_specialize=["T", "segment", "rows"])
 def memory_reverse_kernel(
-    q, k, w, A, sums, e, do, kept, dfinal, dv, dw, ended, anchors, dinitial,
-    cu_seqlens, offsets, span_offsets, scale, T, segment, rows, total,
+    q, k, w, A, between, ends, e, do, dfinal, dv, dw, ended, dkept, dinitial,
+    cu_seqlens, offsets, span_offsets, scale, T, segment, rows,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SPAN: tl.constexpr,
     IS_VARLEN: tl.constexpr, SAVE: tl.constexpr, HAS_ALPHA: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """dinitial [N, H, K, V]; if SAVE dv [B, T, H, V] and dw [blocks of V, B, T, H, K], what each
-    block of V adds to dw. HAS_ALPHA: also what it adds to ended [B, T, H], ⟨w, e dSᵀ⟩ times b, and
-    to anchors [spans, H], ⟨S, dS⟩ at the start of every span.
+    block of V adds to dw. HAS_ALPHA: also ended [blocks of V, B, T, H], ⟨w, e dSᵀ⟩ times b, and
+    dkept [spans, H, V, K], dSᵀ at the start of every span, in w's dtype.
 
     Without SAVE, dfinal counts as zero. Grid: N · H · blocks of V; N counts segments where there
-    are any. rows: B T. total: the number of spans.
+    are any. rows: B T.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % NV
@@ -78,7 +79,8 @@ def memory_reverse_kernel(
     k += row * K
     w += row * K
     A += row * BT
-    sums += row * 2
+    between += row * BT
+    ends += row * 2
     e += row * V
     do += row * V
     dv += row * V
@@ -89,9 +91,7 @@ def memory_reverse_kernel(
     if HAS_ALPHA and SAVE:
         spans = tl.cdiv(segment, SPAN)
         _, _, first = locate_sequence(i_n, cu_seqlens, span_offsets, T, spans, BT * SPAN, IS_VARLEN)
-        first += tl.cdiv(NT, SPAN) - 1  # now the last
-        kept += (first * H + i_h) * K * V
-        anchors += (i_v.to(tl.int64) * total + first) * H + i_h
+        dkept += ((first + tl.cdiv(NT, SPAN) - 1) * H + i_h) * K * V  # of the last one
 
     # b_dS is dSᵀ [BV, BK]
     if SAVE:
@@ -107,15 +107,15 @@ def memory_reverse_kernel(
         b_A = load_tile(A, o_t, left, H * BT, o_t, BT)  # [BT, BT]
         b_P = tl.dot(b_q, tl.trans(b_w), input_precision=PREC)  # q wᵀ [BT, BT]
         if HAS_ALPHA:
-            at, end = load_sums(sums, o_t, left, BT, H)
-            b_P *= decay(down(at), across(at))
+            b_D = load_tile(between, o_t, left, H * BT, o_t, BT)  # [BT, BT]
+            b_P *= b_D
         b_P = tl.where(o_t[:, None] >= o_t[None, :], b_P, 0.0).to(type)
 
         # zᵀ, then dvᵀ, then dSᵀ: each product waits for the one before it.
         dS = b_dS.to(type)
         if HAS_ALPHA:
             b_z = tl.dot(dS, tl.trans(b_w), input_precision=PREC)  # [BV, BT]
-            b_z *= decay(end, at)[None, :]
+            b_z *= load_end(ends, o_t, left, H)[None, :]
             b_z = tl.dot(tl.trans(b_do), b_P, b_z, input_precision=PREC)  # [BV, BT]
         else:
             b_z = tl.dot(tl.trans(b_do), b_P, input_precision=PREC)  # [BV, BT]
@@ -124,11 +124,11 @@ def memory_reverse_kernel(
         if SAVE:
             store_transposed(dv, b_dv * scale, o_v, V, H * V, o_t, left)
         if HAS_ALPHA:
-            start = decay_from_start(at)[None, :]
-            b_dS *= decay_from_start(end)
-            b_x = (tl.trans(b_do) * start).to(type)  # [BV, BT]
-            b_dS = tl.dot(b_x, b_q, b_dS, input_precision=PREC)  # [BV, BK]
-            b_x = (-b_dv * start).to(type)  # [BV, BT]
+            b_start = load_start(ends, o_t, left, H)  # [BT]
+            b_dS *= load_whole(ends, left, BT, H)
+            b_x = (b_q * b_start[:, None]).to(type)  # [BT, BK]
+            b_dS = tl.dot(tl.trans(b_do), b_x, b_dS, input_precision=PREC)  # [BV, BK]
+            b_x = (-b_dv * b_start[None, :]).to(type)  # [BV, BT]
             b_dS = tl.dot(b_x, b_k, b_dS, input_precision=PREC)  # [BV, BK]
             b_dv = b_dv.to(type)
         else:
@@ -142,29 +142,28 @@ def memory_reverse_kernel(
             b_dw = tl.dot(b_e, dS, input_precision=PREC)  # [BT, BK]
             b_R = tl.dot(b_e, tl.trans(b_do), input_precision=PREC)  # [BT, BT]
             if HAS_ALPHA:
-                b_dw *= decay(end, at)[:, None]
+                b_dw *= load_end(ends, o_t, left, H)[:, None]
                 b_w_dw = tl.sum(b_w * b_dw, 1) * scale  # [BT, BK] over K
                 tl.store(ended + o_t * H, b_w_dw, mask=o_t < left)
-                b_R *= decay(across(at), down(at))
+                b_R *= tl.trans(b_D)
             b_R = tl.where(o_t[:, None] <= o_t[None, :], b_R, 0.0).to(type)
             b_dw = tl.dot(b_R, b_q, b_dw, input_precision=PREC)
             b_U = tl.dot(b_e, b_dv, input_precision=PREC)  # [BT, BT]
             if HAS_ALPHA:
-                b_U *= decay(across(at), down(at))
+                b_U *= tl.trans(b_D)
             b_U = tl.where(o_t[:, None] < o_t[None, :], -b_U, 0.0).to(type)
             b_dw = tl.dot(b_U, b_k, b_dw, input_precision=PREC)
             store_tile(dw, b_dw * scale, o_t, left, H * K, o_k, K)
             if HAS_ALPHA:  # noqa: SIM102 (decided when it is compiled)
                 if i_t % SPAN == 0:
-                    b_S = load_tile(kept, o_v, V, K, o_k, K)  # Sᵀ [BV, BK]
-                    tl.store(anchors, tl.sum(tl.sum(b_S * b_dS, 1), 0) * scale)
-                    kept -= H * K * V
-                    anchors -= H
+                    store_tile(dkept, b_dS * scale, o_v, V, K, o_k, K)
+                    dkept -= H * K * V
         q -= BT * H * K
         k -= BT * H * K
         w -= BT * H * K
         A -= BT * H * BT
-        sums -= BT * H * 2
+        between -= BT * H * BT
+        ends -= BT * H * 2
         e -= BT * H * V
         do -= BT * H * V
         dv -= BT * H * V
@@ -174,13 +173,14 @@ def memory_reverse_kernel(
 
 
 @triton.jit
-def _read(p, E, S, b_w, p_key, at, o_t, left, o_k, DIAGONAL: tl.constexpr, HAS_ALPHA: tl.constexpr,
-          H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-          PREC: tl.constexpr):  # fmt: skip
+def _read(p, E, S, b_w, p_key, b_D, b_start, o_t, left, o_k,
+          DIAGONAL: tl.constexpr, HAS_ALPHA: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+          V: tl.constexpr, BV: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
     """x Sᵀ + tril(x eᵀ) w [BT, BK] for x [BT, V] at p; the diagonal counts if DIAGONAL.
 
-    HAS_ALPHA: its two terms times a and G. With the key that reads, q or k at p_key, also both
-    factors' parts of the gradient of log α: tril(x eᵀ) ⊙ G ⊙ (key wᵀ) [BT, BT], ⟨key, a x Sᵀ⟩ [BT].
+    HAS_ALPHA: its two terms times a and G. With the key that reads, q or k at p_key, also start and
+    turn [BT] of `_dlog_alpha`: ⟨key, a x Sᵀ⟩, and of M = tril(x eᵀ, −1) ⊙ G ⊙ (key wᵀ) the sum of
+    each row less that of each column.
     """
     b_x = load_tile(p, o_t, left, H * V, tl.arange(0, BV), V)  # [BT, BV]
     b_R = tl.dot(b_x, tl.trans(E[0]), input_precision=PREC)  # [BT, BT]
@@ -193,35 +193,36 @@ def _read(p, E, S, b_w, p_key, at, o_t, left, o_k, DIAGONAL: tl.constexpr, HAS_A
         b_R = tl.where(o_t[:, None] >= o_t[None, :], b_R, 0.0)
     else:
         b_R = tl.where(o_t[:, None] > o_t[None, :], b_R, 0.0)
-    between, start = 0.0, 0.0
+    start, turn = 0.0, 0.0
     if HAS_ALPHA:
         b_key = load_tile(p_key, o_t, left, H * K, o_k, K)  # [BT, BK]
-        b_R *= decay(down(at), across(at))
-        b_y *= decay_from_start(at)[:, None]
-        between = b_R * tl.dot(b_key, tl.trans(b_w), input_precision=PREC)  # [BT, BT]
+        b_R *= b_D
+        b_y *= b_start[:, None]
         start = tl.sum(b_key * b_y, 1)  # [BT, BK] over K
+        b_M = b_R * tl.dot(b_key, tl.trans(b_w), input_precision=PREC)  # [BT, BT]
+        b_M = tl.where(o_t[:, None] > o_t[None, :], b_M, 0.0)
+        turn = tl.sum(b_M, 1) - tl.sum(b_M, 0)  # [BT]
     b_y = tl.dot(b_R.to(b_w.dtype), b_w, b_y, input_precision=PREC)  # [BT, BK]
-    return b_y, between, start
+    return b_y, start, turn
 
 
 @triton.jit
-def _dlog_alpha(between, start, ended, whole, o_t, PREC: tl.constexpr):
+def _dlog_alpha(turn, start, ended, whole, log_alpha):
     """The gradient of a chunk's log α [BT], from each decay times its own gradient.
 
     A decay holds α_t as a factor if it begins before t and ends at t or later: exp(G_i − G_j) with
-    j < t ≤ i (between [BT, BT]), exp(G_i) with t ≤ i (start [BT]), exp(G_C − G_j) with j < t
-    (ended [BT]), and exp(G_C) (whole). No other term is in the sum, so that a hard reset's gradient
-    is exactly 0 and nothing large cancels, as in osdn.ops.chunkwise.retention.
+    j < t ≤ i, times its gradient M_ij; exp(G_i) with t ≤ i (start [BT]); exp(G_C − G_j) with j < t
+    (ended [BT]); and exp(G_C) (whole). The first of these sums is that of turn over i ≥ t, since
+    what M holds between two tokens from t on is in a row and in a column. Only numbers of one chunk
+    cancel there, in float32; after a hard reset, whose own gradient is exactly 0, nothing does.
     """
-    later = tl.where(o_t[None, :] >= o_t[:, None], 1.0, 0.0)
-    b_M = tl.dot(later, between, input_precision=PREC)  # Σ_{i≥t} between_ij [BT, BT]
-    before = o_t[None, :] < o_t[:, None]
-    return whole + tl.sum(tl.where(before, b_M + ended[None, :], start[None, :]), 1)
+    b_g = tl.cumsum(turn + start, 0, reverse=True) + (tl.cumsum(ended, 0) - ended) + whole
+    return tl.where(tl.exp(log_alpha) == 0.0, 0.0, b_g)
 
 
 @triton.jit(do_not_specialize=["T", "rows"])
 def gradients_kernel(
-    q, k, w, sums, e, do, dv, kept, ended, anchors, dq, dk, dlog_alpha,
+    q, k, w, log_alpha, between, ends, e, do, dv, kept, ended, dkept, dq, dk, dlog_alpha,
     cu_seqlens, span_indices, scale, T, rows,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SPAN: tl.constexpr,
@@ -230,9 +231,9 @@ def gradients_kernel(
     """dq and dk (phase 2's part) [B, T, H, K]; if HAS_ALPHA dlog_alpha [blocks of K, B, T, H], what
     each block of K adds. Grid: spans · H · blocks of K. rows: B T.
 
-    ended and anchors as `memory_reverse_kernel` left them, in all. With S and dS the memory at a
-    chunk's start and its gradient there, ⟨S, dS⟩ less Σ start is exp(G_C) times its gradient, and
-    that and Σ ended is ⟨S, dS⟩ at the next chunk's start. So it goes through a span, from anchors.
+    ended [B, T, H] and dkept from `memory_reverse`. With S and dS the memory at a chunk's start and
+    its gradient, ⟨S, dS⟩ less Σ start is exp(G_C) times the gradient of that; with Σ ended added it
+    is ⟨S, dS⟩ at the next chunk's start. So it is found through a span, from S and dS kept.
     """
     NK: tl.constexpr = (K + BK - 1) // BK
     i_k = tl.program_id(0) % NK
@@ -252,19 +253,22 @@ def gradients_kernel(
     dv += row * V
     q += row * K
     k += row * K
-    sums += row * 2
+    between += row * BT
+    ends += row * 2
+    log_alpha += row
     ended += row
     dlog_alpha += i_k.to(tl.int64) * rows * H + row
-    at = 0.0
-    b_SdS = 0.0
-    if HAS_ALPHA:  # the first block of K counts what is not of one block
-        b_SdS = tl.where(i_k == 0, tl.load(anchors + i_s.to(tl.int64) * H + i_h), 0.0)
     kept += (i_s.to(tl.int64) * H + i_h) * K * V
+    dkept += (i_s.to(tl.int64) * H + i_h) * K * V
+    b_SdS = 0.0  # of this block of K
 
     S = ()  # Sᵀ in blocks [BV, BK]
     for i in tl.static_range((V + BV - 1) // BV):
         o_v = i * BV + tl.arange(0, BV)
-        b_S = load_tile(kept, o_v, V, K, o_k, K).to(tl.float32)
+        b_S = load_tile(kept, o_v, V, K, o_k, K).to(tl.float32)  # [BV, BK]
+        if HAS_ALPHA:
+            b_dS = load_tile(dkept, o_v, V, K, o_k, K)  # [BV, BK]
+            b_SdS += tl.sum(tl.sum(b_S * b_dS, 1), 0)
         S = S + (b_S,)  # type: ignore[assignment]  # noqa: RUF005 (Triton knows no stars)
     left = tl.minimum(left, BT * SPAN)
     for i_t in range(tl.cdiv(left, BT)):
@@ -274,34 +278,41 @@ def gradients_kernel(
         for i in tl.static_range(len(S)):
             b_e = load_tile(e, o_t, rest, H * V, i * BV + tl.arange(0, BV), V)  # [BT, BV]
             E = E + (b_e,)  # type: ignore[assignment]  # noqa: RUF005
+        b_D, b_start = 0.0, 0.0
         if HAS_ALPHA:
-            at, end = load_sums(sums, o_t, rest, BT, H)
-        b_dq, M_q, s_q = _read(do, E, S, b_w, q, at, o_t, rest, o_k, True, HAS_ALPHA,
+            b_D = load_tile(between, o_t, rest, H * BT, o_t, BT)  # [BT, BT]
+            b_start = load_start(ends, o_t, rest, H)  # [BT]
+            whole = load_whole(ends, rest, BT, H)
+        b_dq, s_q, t_q = _read(do, E, S, b_w, q, b_D, b_start, o_t, rest, o_k, True, HAS_ALPHA,
                                H, K, V, BV, PREC)  # fmt: skip
         store_tile(dq, b_dq * scale, o_t, rest, H * K, o_k, K)
-        b_dk, M_k, s_k = _read(dv, E, S, b_w, k, at, o_t, rest, o_k, False, HAS_ALPHA,
+        b_dk, s_k, t_k = _read(dv, E, S, b_w, k, b_D, b_start, o_t, rest, o_k, False, HAS_ALPHA,
                                H, K, V, BV, PREC)  # fmt: skip
         store_tile(dk, -b_dk, o_t, rest, H * K, o_k, K)
         if HAS_ALPHA:
-            b_end = load_gate(ended, o_t, tl.where(i_k == 0, rest, 0), H)
-            b_start = scale * s_q - s_k
-            b_SdS = tl.where(decay_from_start(end) > 0, b_SdS - tl.sum(b_start, 0), 0.0)
-            b_dg = _dlog_alpha(scale * M_q - M_k, b_start, b_end, b_SdS, o_t, PREC)
+            b_end = load_gate(ended, o_t, tl.where(i_k == 0, rest, 0), H)  # one block counts it
+            b_read = scale * s_q - s_k  # [BT]
+            b_SdS = tl.where(whole > 0, b_SdS - tl.sum(b_read, 0), 0.0)
+            b_dg = _dlog_alpha(
+                scale * t_q - t_k, b_read, b_end, b_SdS, load_gate(log_alpha, o_t, rest, H)
+            )
             tl.store(dlog_alpha + o_t * H, b_dg, mask=o_t < rest)
             b_SdS += tl.sum(b_end, 0)
-            b_w = (b_w * decay(end, at)[:, None]).to(b_w.dtype)
+            b_w = (b_w * load_end(ends, o_t, rest, H)[:, None]).to(b_w.dtype)
         after = ()
         for i in tl.static_range(len(S)):
             b_S = S[i]  # [BV, BK]
             if HAS_ALPHA:
-                b_S *= decay_from_start(end)
+                b_S *= whole
             b_S = tl.dot(tl.trans(E[i]), b_w, b_S, input_precision=PREC)  # [BV, BK]
             after = after + (b_S,)  # type: ignore[assignment]  # noqa: RUF005
         S = after
 
         q += BT * H * K
         k += BT * H * K
-        sums += BT * H * 2
+        between += BT * H * BT
+        ends += BT * H * 2
+        log_alpha += BT * H
         ended += BT * H
         dlog_alpha += BT * H
         w += BT * H * K
@@ -317,38 +328,40 @@ def memory_reverse(
     k: Tensor,
     w: Tensor,
     A: Tensor,
-    sums: Tensor | None,
+    decay: Decay | None,
     e: Tensor,
     do: Tensor,
-    kept: Tensor,
     dfinal_state: Tensor,
     M: Tensor,
     chunks: Chunks,
     rule: Options,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """(dv, dw, dinitial_state, [ended, anchors] with a state decay); M as `memory` gave it.
+    """(dv, dw, dinitial_state, [ended, dkept] with a state decay); M as `memory` gave it.
 
-    ended [B, T, H] and anchors [spans, H] as `gradients_kernel` takes them.
+    ended [B, T, H] and dkept [spans, H, V, K] as `gradients_kernel` takes them.
     """
     (B, T, H, K), V = q.shape, do.shape[-1]
     blocks = triton.cdiv(V, launch("memory_reverse", q, K, V)["BV"])
     dv, dw = torch.empty_like(do), q.new_empty(blocks, *q.shape)
     parts = []
-    if sums is not None:
-        parts = [sums.new_empty(blocks, B, T, H), sums.new_empty(blocks, len(kept), H)]
+    if decay is not None:
+        parts = [
+            decay.ends.new_empty(blocks, B, T, H),
+            w.new_empty(span_bound(B, T, chunks.cu_seqlens), H, V, K),
+        ]
     if rule.scale == 0:  # nothing was read; the walk divides by scale
         do, rule = torch.zeros_like(do), rule._replace(scale=1.0)
     if not len(M):
         dinitial = torch.empty_like(dfinal_state)
-        _walk(q, k, w, A, sums, e, do, kept, dfinal_state, dv, dw, parts, dinitial, chunks, rule)
+        _walk(q, k, w, A, decay, e, do, dfinal_state, dv, dw, parts, dinitial, chunks, rule)
     else:
         segments = split(chunks, len(M) // chunks.sequences)
         R = torch.empty(*M.shape[:-1], V, dtype=torch.float32, device=q.device)
-        _walk(q, k, w, A, sums, e, do, kept, R, None, None, parts, R, segments, rule)
+        _walk(q, k, w, A, decay, e, do, R, None, None, parts, R, segments, rule)
         ends, dinitial = link(M, R, dfinal_state, reverse=True)
-        _walk(q, k, w, A, sums, e, do, kept, ends, dv, dw, parts, R, segments, rule)
+        _walk(q, k, w, A, decay, e, do, ends, dv, dw, parts, R, segments, rule)
     # One block wherever V is at most 128 and numbers have 16 bits.
-    dw, *parts = (x[0] if blocks == 1 else x.sum(0) for x in (dw, *parts))
+    dw, *parts[:1] = (x[0] if blocks == 1 else x.sum(0) for x in (dw, *parts[:1]))
     return dv, dw, dinitial, parts
 
 
@@ -357,10 +370,9 @@ def _walk(
     k: Tensor,
     w: Tensor,
     A: Tensor,
-    sums: Tensor | None,
+    decay: Decay | None,
     e: Tensor,
     do: Tensor,
-    kept: Tensor,
     dfinal: Tensor,
     dv: Tensor | None,
     dw: Tensor | None,
@@ -372,13 +384,13 @@ def _walk(
     """Launch the reverse kernel; without dv and dw only dinitial is written, from zero."""
     (B, T, H, K), V = q.shape, do.shape[-1]
     config = launch("memory_reverse", q, K, V)
-    ended, anchors = parts or (dinitial, dinitial)
+    ended, dkept = parts or (dinitial, dinitial)
     memory_reverse_kernel[(chunks.sequences * H * triton.cdiv(V, config["BV"]),)](
-        q, k, w, A, A if sums is None else sums, e, do, kept, dfinal,
-        do if dv is None else dv, q if dw is None else dw, ended, anchors, dinitial,
+        q, k, w, A, *(decay or (A, A)), e, do, dfinal,
+        do if dv is None else dv, q if dw is None else dw, ended, dkept, dinitial,
         chunks.cu_seqlens, chunks.offsets, chunks.spans.offsets, rule.scale, T, chunks.segment,
-        B * T, len(kept), H=H, K=K, V=V, BT=CHUNK, BK=tile(K), SPAN=cutting.SPAN,
-        IS_VARLEN=chunks.offsets is not None, SAVE=dv is not None, HAS_ALPHA=sums is not None,
+        B * T, H=H, K=K, V=V, BT=CHUNK, BK=tile(K), SPAN=cutting.SPAN,
+        IS_VARLEN=chunks.offsets is not None, SAVE=dv is not None, HAS_ALPHA=decay is not None,
         PREC=precision(q), **config,
     )  # fmt: skip
 
@@ -387,7 +399,8 @@ def gradients(
     q: Tensor,
     k: Tensor,
     w: Tensor,
-    sums: Tensor | None,
+    log_alpha: Tensor | None,
+    decay: Decay | None,
     e: Tensor,
     do: Tensor,
     dv: Tensor,
@@ -403,15 +416,15 @@ def gradients(
     config = launch("gradients", w, K, V)
     blocks = triton.cdiv(K, config["BK"])
     dq, dk, dlog_alpha = torch.empty_like(w), torch.empty_like(w), None
-    if sums is not None:
-        dlog_alpha = sums.new_empty(blocks, B, T, H)
-    ended, anchors = parts or (w, w)
+    if log_alpha is not None:
+        dlog_alpha = log_alpha.new_empty(blocks, B, T, H)
+    ended, dkept = parts or (w, w)
     gradients_kernel[(chunks.spans.bound * H * blocks,)](
-        q, k, w, w if sums is None else sums, e, do, dv, kept, ended, anchors,
-        dq, dk, dk if dlog_alpha is None else dlog_alpha,
+        q, k, w, w if log_alpha is None else log_alpha, *(decay or (w, w)),
+        e, do, dv, kept, ended, dkept, dq, dk, dk if dlog_alpha is None else dlog_alpha,
         chunks.cu_seqlens, chunks.spans.indices, rule.scale, T, B * T,
         H=H, K=K, V=V, BT=CHUNK, SPAN=cutting.SPAN, IS_VARLEN=chunks.indices is not None,
-        HAS_ALPHA=sums is not None, PREC=precision(w), **config,
+        HAS_ALPHA=decay is not None, PREC=precision(w), **config,
     )  # fmt: skip
     if dlog_alpha is not None:
         dlog_alpha = dlog_alpha[0] if blocks == 1 else dlog_alpha.sum(0)

@@ -44,13 +44,13 @@ from osdn.ops.triton.chunks import (
     tile,
 )
 from osdn.ops.triton.config import launch, precision
-from osdn.ops.triton.gates import across, decay, decay_from_start, down, load_sums
+from osdn.ops.triton.gates import Decay, load_end, load_start, load_whole
 from osdn.ops.triton.segments import link
 
 
 @triton.jit(do_not_specialize=["T", "segment"])
 def memory_kernel(
-    q, k, w, v, A, sums, initial, o, e, kept, final,
+    q, k, w, v, A, between, ends, initial, o, e, kept, final,
     cu_seqlens, offsets, span_offsets, scale, T, segment,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SPAN: tl.constexpr,
@@ -77,7 +77,8 @@ def memory_kernel(
     k += row * K
     w += row * K
     A += row * BT
-    sums += row * 2
+    between += row * BT
+    ends += row * 2
     v += row * V
     o += row * V
     e += row * V
@@ -109,8 +110,7 @@ def memory_kernel(
         S = b_S.to(type)
         b_u = tl.dot(S, tl.trans(b_k), input_precision=PREC)  # Sᵀ kᵀ [BV, BT]
         if HAS_ALPHA:
-            at, end = load_sums(sums, o_t, left, BT, H)
-            b_u *= decay_from_start(at)[None, :]
+            b_u *= load_start(ends, o_t, left, H)[None, :]
         if VALUES:
             b_v = load_transposed(v, o_v, V, H * V, o_t, left)  # vᵀ [BV, BT]
             b_u = b_v.to(tl.float32) - b_u
@@ -119,8 +119,8 @@ def memory_kernel(
         b_e = tl.dot(b_u.to(type), tl.trans(b_A), input_precision=PREC)  # eᵀ [BV, BT]
         b_x = b_e  # what is left of e at the chunk's end
         if HAS_ALPHA:
-            b_x *= decay(end, at)[None, :]
-            b_S *= decay_from_start(end)
+            b_x *= load_end(ends, o_t, left, H)[None, :]
+            b_S *= load_whole(ends, left, BT, H)
         b_e = b_e.to(type)
 
         # The reads: off that path.
@@ -128,11 +128,11 @@ def memory_kernel(
             b_q = load_tile(q, o_t, left, H * K, o_k, K)  # [BT, BK]
             b_P = tl.dot(b_w, tl.trans(b_q), input_precision=PREC)  # (q wᵀ)ᵀ [BT, BT]
             if HAS_ALPHA:
-                b_P *= decay(across(at), down(at))
+                b_P *= load_transposed(between, o_t, BT, H * BT, o_t, left)  # [BT, BT]
             b_P = tl.where(causal, b_P, 0.0).to(type)
             b_o = tl.dot(S, tl.trans(b_q), input_precision=PREC)  # [BV, BT]
             if HAS_ALPHA:
-                b_o *= decay_from_start(at)[None, :]
+                b_o *= load_start(ends, o_t, left, H)[None, :]
             b_o = tl.dot(b_e, b_P, b_o, input_precision=PREC)
         b_S = tl.dot(b_x.to(type), b_w, b_S, input_precision=PREC)  # [BV, BK]
         if READ:
@@ -144,7 +144,8 @@ def memory_kernel(
         k += BT * H * K
         w += BT * H * K
         A += BT * H * BT
-        sums += BT * H * 2
+        between += BT * H * BT
+        ends += BT * H * 2
         v += BT * H * V
         o += BT * H * V
         e += BT * H * V
@@ -157,7 +158,7 @@ def memory(
     w: Tensor,
     v: Tensor,
     A: Tensor,
-    sums: Tensor | None,
+    decay: Decay | None,
     initial_state: Tensor,
     e: Tensor | None,
     kept: Tensor | None,
@@ -172,15 +173,15 @@ def memory(
     o, M = torch.empty_like(v), transitions_like(q, v, chunks.cu_seqlens)
     if not len(M):
         final = torch.empty_like(initial_state)
-        _walk(q, k, w, v, A, sums, initial_state, o, e, kept, final, chunks, rule)
+        _walk(q, k, w, v, A, decay, initial_state, o, e, kept, final, chunks, rule)
         return o, final, M
     H, K, V = initial_state.shape[1:]
     U = torch.empty(len(M), H, K, V, dtype=torch.float32, device=q.device)
     segments = split(chunks, len(M) // chunks.sequences)
-    _walk(None, k, w, None, A, sums, M, None, None, None, M, segments, rule)
-    _walk(None, k, w, v, A, sums, U, None, None, None, U, segments, rule)
+    _walk(None, k, w, None, A, decay, M, None, None, None, M, segments, rule)
+    _walk(None, k, w, v, A, decay, U, None, None, None, U, segments, rule)
     starts, final = link(M, U, initial_state, reverse=False)
-    _walk(q, k, w, v, A, sums, starts, o, e, kept, U, segments, rule)
+    _walk(q, k, w, v, A, decay, starts, o, e, kept, U, segments, rule)
     return o, final, M
 
 
@@ -198,7 +199,7 @@ def _walk(
     w: Tensor,
     v: Tensor | None,
     A: Tensor,
-    sums: Tensor | None,
+    decay: Decay | None,
     initial: Tensor,
     o: Tensor | None,
     e: Tensor | None,
@@ -212,11 +213,11 @@ def _walk(
     config = launch("memory", w, K, V)
     memory_kernel[(chunks.sequences * H * triton.cdiv(V, config["BV"]),)](
         w if q is None else q, k, w, w if v is None else v, A,
-        A if sums is None else sums, initial, w if o is None else o, w if e is None else e,
-        w if kept is None else kept, final,
+        *(decay or (A, A)), initial, w if o is None else o,
+        w if e is None else e, w if kept is None else kept, final,
         chunks.cu_seqlens, chunks.offsets, chunks.spans.offsets, rule.scale, T, chunks.segment,
         H=H, K=K, V=V, BT=CHUNK, BK=tile(K), SPAN=cutting.SPAN,
         IS_VARLEN=chunks.offsets is not None,
         VALUES=v is not None, READ=o is not None, SAVE=e is not None,
-        HAS_ALPHA=sums is not None, PREC=precision(w), **config,
+        HAS_ALPHA=decay is not None, PREC=precision(w), **config,
     )  # fmt: skip

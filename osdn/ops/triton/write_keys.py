@@ -31,13 +31,14 @@ from osdn.ops.triton.chunks import (
 )
 from osdn.ops.triton.config import launch, precision
 from osdn.ops.triton.gates import (
+    Decay,
     across,
     decay,
     decay_from_start,
     down,
     load_gate,
     load_retention,
-    store_sums,
+    store_ends,
 )
 from osdn.ops.triton.solve import SCRATCH, invert, mul, store_blocks
 
@@ -46,7 +47,7 @@ from osdn.ops.triton.solve import SCRATCH, invert, mul, store_blocks
 def _load_rule(beta, log_gamma, x, o_t, left, eta, H: tl.constexpr,
                HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, PATH: tl.constexpr):  # fmt: skip
     """Of 16 tokens: β, η b x, pre, post, and post at the end, from the sub-block's start."""
-    b_beta = load_gate(beta, o_t, left, H)
+    b_beta = load_gate(beta, o_t, left, H)  # [16]
     b_y = b_beta
     pre, post, end = (b_beta, b_beta), (b_beta, b_beta), (0.0, 0.0)
     if PATH:
@@ -66,24 +67,24 @@ def _write_key(p_k, p_w, o_t, left, o_k, c, out, box, gates, K: tl.constexpr, H:
     out becomes 1 where a d after one of these rows is outside the box (or NaN).
     """
     b_beta, b_y, pre, post, end = gates
-    k = load_tile(p_k, o_t, left, H * K, o_k, K)
+    k = load_tile(p_k, o_t, left, H * K, o_k, K)  # [16, BK]
     if STORED:
-        w = load_tile(p_w, o_t, left, H * K, o_k, K)
+        w = load_tile(p_w, o_t, left, H * K, o_k, K)  # [16, BK]
     else:
         kf = k.to(tl.float32)
         d = tl.zeros(kf.shape, tl.float32) + c[None, :]
         if PATH:
             o_s = tl.arange(0, 16)
             lower = o_s[:, None] > o_s[None, :]
-            z = b_y[:, None] * kf * kf
+            z = b_y[:, None] * kf * kf  # η b x s [16, BK]
             if HAS_GAMMA:
                 W = tl.where(lower, decay(down(pre), across(post)), 0.0)
                 d *= decay_from_start(pre)[:, None]
                 c = decay_from_start(end) * c + tl.sum(decay(end, post)[:, None] * z, 0)
             else:
                 W = tl.where(lower, 1.0, 0.0)
-                c += tl.sum(z, 0)
-            d += mul(W, z, PREC)
+                c += tl.sum(z, 0)  # [16, BK] over the tokens
+            d += mul(W, z, PREC)  # [16, 16] [16, BK]
             if BOXED:
                 d_min, d_max = box
                 inside = (d >= d_min) & (d <= d_max) | (o_s[:, None] == 0)
@@ -95,29 +96,23 @@ def _write_key(p_k, p_w, o_t, left, o_k, c, out, box, gates, K: tl.constexpr, H:
 
 
 @triton.jit
-def _gate_memory(log_alpha, sums, o_s, left, H: tl.constexpr):
-    """G of four runs of 16 tokens, each as (n, f), which are also written to sums."""
-    _, G0, end = load_retention(log_alpha, o_s, left, (0.0, 0.0), H, True)
-    _, G1, end = load_retention(log_alpha, o_s + 16, left, end, H, True)
-    _, G2, end = load_retention(log_alpha, o_s + 32, left, end, H, True)
-    _, G3, end = load_retention(log_alpha, o_s + 48, left, end, H, True)
-    store_sums(sums, G0, o_s, left, H)
-    store_sums(sums, G1, o_s + 16, left, H)
-    store_sums(sums, G2, o_s + 32, left, H)
-    store_sums(sums, G3, o_s + 48, left, H)
-    return G0, G1, G2, G3
+def _lower(D):
+    """Zero above the diagonal of [16, 16]."""
+    o_s = tl.arange(0, 16)
+    return tl.where(o_s[:, None] >= o_s[None, :], D, 0.0)
 
 
 @triton.jit(do_not_specialize=["T"])
 def write_keys_kernel(
-    k, beta, log_gamma, log_alpha, x, starts, w, A, sums, scratch, clipped,
+    k, beta, log_gamma, log_alpha, x, starts, w, A, between, ends, scratch, clipped,
     cu_seqlens, indices, eta, d_min, d_max, T,
     H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     HAS_GAMMA: tl.constexpr, HAS_ALPHA: tl.constexpr, BETA_AWARE: tl.constexpr,
     IS_VARLEN: tl.constexpr, PATH: tl.constexpr, STORED: tl.constexpr, BOXED: tl.constexpr,
     PREC: tl.constexpr, SOLVE: tl.constexpr,
 ):  # fmt: skip
-    """w [B, T, H, K], A [B, T, H, BT], in k's dtype; sums [B, T, H, 2]. Grid: chunks · H.
+    """w [B, T, H, K], A [B, T, H, BT], in k's dtype; HAS_ALPHA: between and ends of `Decay`.
+    Grid: chunks · H.
 
     starts [chunks, H, K]: d at each chunk's start; PATH: d moves within it. BOXED: lowers
     clipped [N, H] to the number of the first chunk where it leaves the box; STORED: w is there,
@@ -146,6 +141,7 @@ def write_keys_kernel(
     g2 = _load_rule(beta, log_gamma, x, o_2, left, eta, H, HAS_GAMMA, BETA_AWARE, PATH)
     g3 = _load_rule(beta, log_gamma, x, o_3, left, eta, H, HAS_GAMMA, BETA_AWARE, PATH)
 
+    # k wᵀ, its ten blocks on and below the diagonal, a block of features at a time.
     L00 = tl.zeros([16, 16], tl.float32)
     L10, L11, L20, L21, L22 = L00, L00, L00, L00, L00
     L30, L31, L32, L33 = L00, L00, L00, L00
@@ -153,7 +149,7 @@ def write_keys_kernel(
     box = (d_min, d_max)
     for i_k in range(tl.cdiv(K, BK)):
         o_k = i_k * BK + tl.arange(0, BK)
-        c = tl.load(starts + o_k, mask=o_k < K, other=0.0)
+        c = tl.load(starts + o_k, mask=o_k < K, other=0.0)  # [BK]
         k0, w0, c, out = _write_key(k, w, o_0, left, o_k, c, out, box, g0, K, H,
                                       HAS_GAMMA, PATH, STORED, BOXED, PREC)  # fmt: skip
         k1, w1, c, out = _write_key(k, w, o_1, left, o_k, c, out, box, g1, K, H,
@@ -162,7 +158,7 @@ def write_keys_kernel(
                                       HAS_GAMMA, PATH, STORED, BOXED, PREC)  # fmt: skip
         k3, w3, c, out = _write_key(k, w, o_3, left, o_k, c, out, box, g3, K, H,
                                       HAS_GAMMA, PATH, STORED, BOXED, PREC)  # fmt: skip
-        L00 += mul(k0, tl.trans(w0), PREC)
+        L00 += mul(k0, tl.trans(w0), PREC)  # k wᵀ: [16, BK] [BK, 16], as the next nine
         L10 += mul(k1, tl.trans(w0), PREC)
         L11 += mul(k1, tl.trans(w1), PREC)
         L20 += mul(k2, tl.trans(w0), PREC)
@@ -176,17 +172,31 @@ def write_keys_kernel(
     if BOXED and not STORED:
         tl.atomic_min(clipped, i_c, mask=tl.max(tl.max(out, 1), 0) > 0)
     if HAS_ALPHA:
-        G0, G1, G2, G3 = _gate_memory(log_alpha + row, sums + row * 2, o_0, left, H)
-        L00 *= decay(down(G0), across(G0))
-        L10 *= decay(down(G1), across(G0))
-        L11 *= decay(down(G1), across(G1))
-        L20 *= decay(down(G2), across(G0))
-        L21 *= decay(down(G2), across(G1))
-        L22 *= decay(down(G2), across(G2))
-        L30 *= decay(down(G3), across(G0))
-        L31 *= decay(down(G3), across(G1))
-        L32 *= decay(down(G3), across(G2))
-        L33 *= decay(down(G3), across(G3))
+        # The decay within the chunk: written for phase 2, and k wᵀ times it.
+        log_alpha += row
+        _, G0, end = load_retention(log_alpha, o_0, left, (0.0, 0.0), H, True)
+        _, G1, end = load_retention(log_alpha, o_1, left, end, H, True)
+        _, G2, end = load_retention(log_alpha, o_2, left, end, H, True)
+        _, G3, end = load_retention(log_alpha, o_3, left, end, H, True)
+        ends += row * 2
+        store_ends(ends, o_0, left, G0, end, H)
+        store_ends(ends, o_1, left, G1, end, H)
+        store_ends(ends, o_2, left, G2, end, H)
+        store_ends(ends, o_3, left, G3, end, H)
+        D00 = _lower(decay(down(G0), across(G0)))  # [16, 16], as those below
+        D10 = decay(down(G1), across(G0))
+        D11 = _lower(decay(down(G1), across(G1)))
+        D20 = decay(down(G2), across(G0))
+        D21 = decay(down(G2), across(G1))
+        D22 = _lower(decay(down(G2), across(G2)))
+        D30 = decay(down(G3), across(G0))
+        D31 = decay(down(G3), across(G1))
+        D32 = decay(down(G3), across(G2))
+        D33 = _lower(decay(down(G3), across(G3)))
+        L00, L10, L11, L20, L21 = L00 * D00, L10 * D10, L11 * D11, L20 * D20, L21 * D21
+        L22, L30, L31, L32, L33 = L22 * D22, L30 * D30, L31 * D31, L32 * D32, L33 * D33
+        D = (D00, D10, D11, D20, D21, D22, D30, D31, D32, D33)
+        store_blocks(between + row * BT, H * BT, left, D)
     X = invert(L00, L10, L11, L20, L21, L22, L30, L31, L32, L33,
                scratch + tl.program_id(0).to(tl.int64) * 1024, SOLVE)  # fmt: skip
     store_blocks(A + row * BT, H * BT, left, X)
@@ -201,14 +211,14 @@ def write_keys(
     starts: Tensor,
     w: Tensor,
     A: Tensor,
-    sums: Tensor,
+    memory_decay: Decay,
     clipped: Tensor,
     chunks: Chunks,
     rule: Options,
     *,
     repair: bool,
 ) -> None:
-    """Fill w and A, with log_alpha sums, and with a box clipped.
+    """Fill w and A, with log_alpha memory_decay, and with a box clipped.
 
     With repair, only A, from chunk `clipped` on.
     """
@@ -218,7 +228,7 @@ def write_keys(
         clipped.fill_(chunks.bound)
     write_keys_kernel[(chunks.bound * H,)](
         k, beta, beta if log_gamma is None else log_gamma,
-        beta if log_alpha is None else log_alpha, x, starts, w, A, sums,
+        beta if log_alpha is None else log_alpha, x, starts, w, A, *memory_decay,
         A.new_empty(chunks.bound * H * SCRATCH, dtype=torch.float32), clipped,
         chunks.cu_seqlens, chunks.indices, rule.eta,
         rule.precond_min if boxed else 0.0, rule.precond_max if boxed else 0.0, T,
