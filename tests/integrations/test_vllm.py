@@ -148,11 +148,16 @@ def test_tokens_are_those_of_generate(name, options, checkpoints):
         assert made["counts"]["vllm:prefix_cache_hits"] > 0
 
 
-@pytest.mark.parametrize("name", ["apf", "eight words", "hybrid"])
-def test_speculation_changes_no_token(name, checkpoints):
-    """Drafts of up to three tokens, most of them wrong: all states are those of right tokens."""
+@pytest.mark.parametrize(
+    ("name", "options"), [("apf", {}), ("eight words", {}), ("eight words", PIECES), ("hybrid", {})]
+)
+def test_speculation_changes_no_token(name, options, checkpoints):
+    """Drafts of up to three tokens, most of them wrong: all states are those of right tokens.
+
+    Without pieces, a new prompt of one token comes while others decode, and vLLM adds drafts to it.
+    """
     path, prompts, expected = checkpoints[name]
-    made = serve(path, prompts * 2, rounds=2, **PIECES, speculative_config=NGRAM)
+    made = serve(path, prompts * 2, rounds=2, **options, speculative_config=NGRAM)
     assert made["tokens"] == expected * 4
     drafted, right = (
         made["counts"][f"vllm:spec_decode_num_{x}"] for x in ("draft_tokens", "accepted_tokens")
