@@ -6,7 +6,7 @@ READY := $(VENV)/ready
 # One thread per library and passive waiting: two test processes share two cores.
 QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
-.PHONY: demo test slow smoke vllm lint study docs clean
+.PHONY: demo test slow smoke vllm kills fuzz lint study docs clean
 
 demo: $(READY)
 	@$(BIN)/osdn demo $(ARGS)
@@ -22,13 +22,13 @@ runs/corpus/manifest.json:
 test: $(READY)
 	$(QUIET) $(BIN)/pytest -n 2 -m 'not slow and not smoke' $(ARGS)
 
-# PEFT, TRL, accelerate, lm_eval and torchao, in an environment of their own.
+# PEFT, TRL, accelerate, lm_eval, torchao and the servers, in an environment of their own.
 smoke: $(VENV)-smoke/ready
-	$(QUIET) $(VENV)-smoke/bin/python -m pytest -m smoke tests/smoke $(ARGS)
+	$(QUIET) $(VENV)-smoke/bin/python -m pytest tests/smoke tests/cli/test_serve.py $(ARGS)
 
 $(VENV)-smoke/ready: pyproject.toml constraints-smoke.txt
 	$(PYTHON) -m venv $(VENV)-smoke
-	$(VENV)-smoke/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-smoke.txt -e '.[cpu,eval]' pytest hypothesis peft trl torchao
+	$(VENV)-smoke/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-smoke.txt -e '.[cpu,eval,serve]' pytest hypothesis peft trl torchao openai
 	touch $@
 
 # vLLM's engine with our models, on a CPU, in an environment of its own. The packages removed again are
@@ -46,11 +46,20 @@ $(VENV)-vllm/ready: pyproject.toml constraints-vllm.txt
 slow: $(READY)
 	$(QUIET) $(BIN)/pytest -n 2 -m slow $(ARGS)
 
+# Runs killed at chosen and random moments, resumed and compared: half an hour on two cores.
+kills: $(READY)
+	$(QUIET) $(BIN)/python tools/kills.py $(ARGS)
+
+# Damaged and hostile files for ten minutes; `make test` does one.
+fuzz: $(READY)
+	$(QUIET) $(BIN)/python -m tests.fuzz $(ARGS)
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/imports.py
+	$(BIN)/python tools/private.py
 
 # Pages from the code first, then the site in runs/site; a warning or a broken link is an error.
 docs: $(READY) $(VENV)/docs

@@ -1,11 +1,11 @@
 """Compile every kernel for a GPU that is not here: does it compile, and what does it take?
 
-    python benchmarks/compile_kernels.py [--capability 90]
+    python benchmarks/compile_kernels.py [--capability 90] [--dtype bfloat16] [--only memory scan]
 
 Needs Triton and no GPU: a stand-in for Triton's driver names the target, each launch compiles and
-stops there, and the registers and spills are read off the machine code. The interpreter, which runs
-the kernels on a CPU, checks no types; this does, and runs nothing. K = V = 128, bfloat16, with and
-without retention and a box, and one step. Compare two commits before a change goes to a GPU.
+stops there, and registers, spills and shared memory are read off the machine code. The interpreter,
+which runs the kernels on a CPU, checks no types; this does, and runs nothing. K = V = 128. Compare
+two commits before a change goes to a GPU.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,13 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from osdn.ops import triton as kernels
+from osdn.ops.layer_step import Constants
 from osdn.ops.operands import Operands, Options, Token
+from osdn.ops.triton import chunks, convolution, layer_step, products
 
-BOX = {"beta_aware": True, "precond_min": 0.0, "precond_max": 2.0}
-Row = tuple[str, str, str]
+FREE = Options(1.0, False, None, None, 0.1)
+BOX = Options(1.0, True, 0.0, 2.0, 0.1)
+Row = tuple[str, str, str, str]
 
 
 class Absent:
@@ -64,44 +67,108 @@ def resources(cubin: bytes) -> tuple[str, str]:
     return registers[1] if registers else "?", stack[1] if stack else "?"
 
 
-def compile_all(capability: int) -> Iterator[tuple[str, list[Row]]]:
-    """(case, [(kernel, registers, bytes of stack)]) of every kind of call."""
+def rule(dtype: torch.dtype, options: Options, T: int = 200, **gates: bool) -> None:
+    """Both walks of a call over whole sequences, and one step; gates: log_gamma, log_alpha."""
+    B, H, K = 1, 2, 128
+    q, k, v = (torch.randn(B, T, H, K, dtype=dtype) for _ in range(3))
+    beta, S, d = torch.rand(B, T, H), torch.zeros(B, H, K, K), torch.ones(B, H, K)
+    gamma, alpha = (beta if gates.get(name) else None for name in ("log_gamma", "log_alpha"))
+    given = Operands(q, k, v, beta, gamma, alpha, S, d, None)
+    o, _, _, saved = kernels.forward(given, options, True)
+    kernels.backward(torch.ones_like(o), S, d, given, saved, options)
+    one = [None if x is None else x[:, 0].contiguous() for x in given[:6]]
+    kernels.step(Token(*one, S, d, None, None), options)
+
+
+def long_rule(dtype: torch.dtype) -> None:
+    """The rule over one sequence that is cut into segments, in both phases."""
+    before, chunks.LONG = chunks.LONG, 16
+    rule(dtype, FREE, T=2048 + 64, log_gamma=True, log_alpha=True)
+    chunks.LONG = before
+
+
+def convolutions(dtype: torch.dtype) -> None:
+    """The short convolution of a layer, with and without the norm of each head."""
+    x, weight = torch.randn(1, 300, 256, dtype=dtype), torch.randn(256, 4, dtype=dtype)
+    for head in (128, None):
+        convolution.backward(convolution.forward(x, weight, None, head), x, weight, None, head)
+
+
+def decoding(dtype: torch.dtype, rows: int) -> None:
+    """A layer's step and the products around it."""
+    D, H, K = 256, 2, 128
+    stream = products.stream_like(torch.randn(rows, D, dtype=dtype))
+    gain, weight = torch.ones(D, dtype=dtype), torch.randn(D, D, dtype=dtype)
+    out, ids = torch.empty(rows, D, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
+    products.embed(ids, weight, gain, stream)
+    products.project(stream, gain, [weight], out, 1e-5)
+    products.gated_product(stream, gain, weight, weight, out, 1e-5)
+    products.add_product(out, weight, gain, stream)
+    layer_step.layer_step(
+        torch.randn(rows, H * (4 * K + 2), dtype=dtype), torch.ones(rows, dtype=torch.bool),
+        (torch.zeros(rows, 2 * H * K, 3, dtype=dtype), torch.zeros(rows, H * K, 3, dtype=dtype)),
+        (weight[:, None, :4].contiguous(),) * 3, torch.zeros(H, dtype=dtype),
+        torch.ones(K, dtype=dtype), torch.zeros(rows, H, K, K), torch.ones(rows, H, K), out,
+        Constants(H, K, K, 1.0, True, None, None, 0.1, 1e-5, False, True),
+    )  # fmt: skip
+
+
+CASES: dict[str, Callable[[torch.dtype], None]] = {
+    "rule": lambda dtype: rule(dtype, FREE),
+    "retention": lambda dtype: rule(dtype, FREE, log_gamma=True),
+    "retention, box": lambda dtype: rule(dtype, BOX, log_gamma=True),
+    "decay": lambda dtype: rule(dtype, FREE, log_alpha=True),
+    "delta rule": lambda dtype: rule(dtype, FREE._replace(eta=0.0)),
+    "retention and decay in segments": long_rule,
+    "convolution": convolutions,
+    "decoding, one row": lambda dtype: decoding(dtype, 1),
+    "decoding, 8 rows": lambda dtype: decoding(dtype, 8),
+}
+
+
+def compile_all(
+    capability: int, dtype: torch.dtype, only: list[str]
+) -> Iterator[tuple[str, list[Row]]]:
+    """(case, [(kernel, registers, bytes of stack, bytes of shared memory)]) of every kind of call.
+
+    only: parts of kernels' names; the others are left out.
+    """
     rows: list[Row] = []
     original = JITFunction.run
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool = False, **options: Any) -> Any:
+        if only and not any(name in self.fn.__name__ for name in only):
+            return None
         kernel = original(self, *args, grid=grid, warmup=True, **options)
-        rows.append((self.fn.__name__, *resources(kernel.asm["cubin"])))
+        shared = str(kernel.metadata.shared)
+        rows.append((self.fn.__name__, *resources(kernel.asm["cubin"]), shared))
         return kernel
 
     JITFunction.run = run
     driver.set_active(Absent(capability))
-    kernels.on_device = lambda x: nullcontext()  # type: ignore[assignment]
-    B, T, H, K = 1, 200, 2, 128
-    q, k, v = (torch.randn(B, T, H, K, dtype=torch.bfloat16) for _ in range(3))
-    beta, S, d = torch.rand(B, T, H), torch.zeros(B, H, K, K), torch.ones(B, H, K)
-    for gamma in (None, -torch.rand(B, T, H)):
-        for box in ({"beta_aware": False, "precond_min": None, "precond_max": None}, BOX):
-            options = Options(eta=1.0, scale=0.1, **box)
-            given = Operands(q, k, v, beta, gamma, None, S, d, None)
-            o, _, _, saved = kernels.forward(given, options, True)
-            kernels.backward(torch.ones_like(o), S, d, given, saved, options)
-            one = [None if x is None else x[:, 0].contiguous() for x in given[:6]]
-            kernels.step(Token(*one, S, d, None, None), options)
-            names = ("no retention" if gamma is None else "retention", "box" if box is BOX else "")
-            yield ", ".join(filter(None, names)), list(dict.fromkeys(rows))
-            rows.clear()
+    for module in (kernels, convolution, layer_step, products):
+        module.on_device = lambda x: nullcontext()  # type: ignore[attr-defined]
+    for name, case in CASES.items():
+        case(dtype)
+        yield name, list(dict.fromkeys(rows))
+        rows.clear()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--capability", type=int, default=90, help="80, 89, 90, 100 (default 90)")
+    parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float16, float32")
+    parser.add_argument("--only", nargs="+", default=[], help="parts of kernels' names")
     args = parser.parse_args()
     print(f"Triton {triton.__version__}, sm_{args.capability}")
-    for case, rows in compile_all(args.capability):
+    for case, rows in compile_all(args.capability, getattr(torch, args.dtype), args.only):
         print(case)
-        for name, registers, spills in rows:
-            print(f"  {name:28s} {registers:>4s} registers {spills:>5s} bytes of stack")
+        for name, registers, spills, shared in rows:
+            print(
+                f"  {name:28s} {registers:>4s} registers {spills:>5s} bytes of stack "
+                f"{shared:>7s} shared",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

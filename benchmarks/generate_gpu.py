@@ -1,7 +1,9 @@
 """Generation by the 374 M model on one GPU: the captured step beside the layers and a Llama.
 
-python benchmarks/generate_gpu.py [--parts check,time,prefill,profile,llama] [--seconds 300]
+python benchmarks/generate_gpu.py [--parts first,check,time,prefill,profile,llama] [--seconds 300]
 
+first    seconds of the first and the second `generate` of a process, prompt of 1,024 tokens; with
+         TRITON_CACHE_DIR set to an empty directory that includes all compilation.
 check    tokens of the step and of the layers (disable_compile=True) in float32: 50 left-padded
          prompts greedily, sampling, beams; in bfloat16 the error of both against float32.
 time     ms a token by `generate`, greedy, by batch size and context; the graph's replay alone.
@@ -25,6 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from osdn import OSDNConfig, OSDNForCausalLM
 from osdn.model import decoding
+from osdn.ops.numerics import relative_error
 
 SIZES = {"hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 2816,
          "vocab_size": 32000}  # fmt: skip
@@ -33,7 +36,7 @@ started = time.perf_counter()
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default="check,time,prefill,profile,llama")
+    parser.add_argument("--parts", default="first,check,time,prefill,profile,llama")
     parser.add_argument("--seconds", type=float, default=300)
     args = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
@@ -64,6 +67,16 @@ def generate(model: Any, ids: torch.Tensor, new: int, **options: Any) -> torch.T
     return model.generate(ids, max_new_tokens=new, min_new_tokens=new, **options)
 
 
+def first() -> None:
+    model, ids = build(), prompt(1, 1024)
+    for which in ("first", "second"):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        generate(model, ids, 2)
+        torch.cuda.synchronize()
+        print(f"{which} generate of two tokens: {time.perf_counter() - began:.2f} s", flush=True)
+
+
 def check() -> None:
     model = build(torch.float32)
     ids, lengths = prompt(50, 60), torch.randint(5, 61, (50, 1)).cuda()
@@ -87,12 +100,12 @@ def check() -> None:
             print((found[0] == found[1]).all(1).float().mean().item(), "of the rows agree")
     exact = forced(model, captured=True)
     layers = forced(model, captured=False)
-    print(f"float32, logits of 32 tokens: step over layers {error(exact, layers):.2e}")
+    print(f"float32, logits of 32 tokens: step over layers {relative_error(exact, layers):.2e}")
     for dtype in (torch.bfloat16, torch.float16):
         model = build(dtype)
         for batch in (1, 8, 24, 70):  # every kind of tile
             off = [
-                error(forced(model, captured, batch)[:8], layers.expand(-1, batch, -1)[:8])
+                relative_error(forced(model, captured, batch)[:8], layers.expand(-1, batch, -1)[:8])
                 for captured in (True, False)
             ]
             print(f"{dtype}, batch {batch}: error of the step {off[0]:.4f}, layers {off[1]:.4f}")
@@ -111,16 +124,12 @@ def forced(model: Any, captured: bool, batch: int = 1) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def error(x: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((x - exact).norm() / exact.norm()).item()
-
-
 def times() -> None:
     model = build()
     print("ms a token by generate                 step   replay   layers  first use, s")
-    for batch, context in ((1, 1024), (8, 1024), (32, 1024), (128, 1024), (1, 32768)):
+    shapes = ((1, 1024), (8, 1024), (32, 1024), (128, 1024), (1, 32768), (1, 262144))
+    for batch, context in shapes:
         ids = prompt(batch, context)
-        generate(model, ids, 2, disable_compile=True)  # compiles the kernels of a prompt
         began = time.perf_counter()
         generate(model, ids, 2)
         first = time.perf_counter() - began
@@ -221,7 +230,14 @@ def llama() -> None:
               f"first call {first:.0f} s", flush=True)  # fmt: skip
 
 
-PARTS = {"check": check, "time": times, "prefill": prefill, "profile": profile, "llama": llama}
+PARTS = {
+    "first": first,
+    "check": check,
+    "time": times,
+    "prefill": prefill,
+    "profile": profile,
+    "llama": llama,
+}
 
 if __name__ == "__main__":
     main()

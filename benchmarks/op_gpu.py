@@ -19,6 +19,7 @@ from torch.nn.functional import logsigmoid, normalize
 from triton.runtime.jit import JITFunction
 
 from osdn.ops import triton as kernels
+from osdn.ops.numerics import relative_error
 from osdn.ops.operands import Operands, Options, Token
 from osdn.ops.triton import (
     chunk_scan,
@@ -79,13 +80,14 @@ def stages(B, T, H):
     x, starts, w, A, clipped, e, kept = saved[:7]
     gates = (k, beta, gamma)
     _, solve, M = chunk_scan(*gates, d0, x, starts, chunks, OPTIONS)
-    write_keys(*gates, x, starts, w, A, clipped, chunks, OPTIONS, repair=False)
-    *_, maps = memory(q, k, w, v, A, S0, e, kept, chunks, OPTIONS)
-    dv, dw, _ = memory_reverse(q, k, w, A, e, do, S0, maps, chunks, OPTIONS)
+    write_keys(*gates, None, x, starts, w, A, clipped, chunks, OPTIONS, repair=False)
+    *_, maps = memory(q, k, w, v, A, None, S0, e, kept, chunks, OPTIONS)
+    dv, dw, *_ = memory_reverse(q, k, w, A, None, e, do, S0, maps, chunks, OPTIONS)
     dbeta, dgamma = torch.empty_like(beta), torch.empty_like(beta)
-    _, dk = gradients(w, e, do, dv, kept, chunks, OPTIONS)
+    _, dk, _ = gradients(q, k, w, None, None, e, do, dv, kept, [], chunks, OPTIONS)
     state0 = torch.randn(64, H, K, K, device="cuda")
     precond0 = torch.ones(64, H, K, device="cuda")
+    written = (q, k, w)
     row = [t.view(-1, H, t.shape[-1])[:64].contiguous() for t in (q, k, v)]
 
     def solved(A):
@@ -95,7 +97,7 @@ def stages(B, T, H):
         return (solved(chunk_inverse(*gates, chunks, OPTIONS)[0]),)
 
     def keys():
-        write_keys(*gates, x, starts, w, A, clipped, chunks, OPTIONS, repair=False)
+        write_keys(*gates, None, x, starts, w, A, clipped, chunks, OPTIONS, repair=False)
         return w, solved(A)
 
     def scan():
@@ -131,9 +133,13 @@ def stages(B, T, H):
         "transfer": lambda: (transfers(*gates, solve, None, chunks, OPTIONS),),
         "token_scan": tokens,
         "write_keys": keys,
-        "memory": lambda: memory(q, k, w, v, A, S0, e, kept, chunks, OPTIONS)[:2],
-        "memory_reverse": lambda: memory_reverse(q, k, w, A, e, do, S0, maps, chunks, OPTIONS),
-        "gradients": lambda: gradients(w, e, do, dv, kept, chunks, OPTIONS),
+        "memory": lambda: memory(*written, v, A, None, S0, e, kept, chunks, OPTIONS)[:2],
+        "memory_reverse": lambda: memory_reverse(
+            *written, A, None, e, do, S0, maps, chunks, OPTIONS
+        )[:3],
+        "gradients": lambda: gradients(
+            *written, None, None, e, do, dv, kept, [], chunks, OPTIONS
+        )[:2],
         "couple": reverse,
         "scan_reverse": reverse,
         "precond_gradients": reverse,
@@ -157,8 +163,7 @@ def milliseconds(call, stage, calls=5):
 
 def error(actual, expected):
     """The largest relative error over a stage's outputs."""
-    pairs = zip(actual, expected)
-    errors = [((a.double() - b.double()).norm() / b.double().norm()).item() for a, b in pairs]
+    errors = [relative_error(a, b) for a, b in zip(actual, expected)]
     return max(x if x == x else float("inf") for x in errors)
 
 

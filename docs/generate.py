@@ -4,6 +4,7 @@
     docs/reference/recipe.md        every field of a recipe, from the pydantic models
     docs/reference/study-tables.md  every table of the study, from study/records
     docs/explanation/findings.md    the tables between its markers, from study/records
+    docs/reference/versions.md      the tables between its markers, from the pinned versions
     docs/log/index.md               the table between its markers, from the logs' first lines
     docs/tutorial/*.ipynb           the tutorials as notebooks, from their pages
 
@@ -25,7 +26,9 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+from versions import version_tables  # noqa: E402
 
 from osdn.cli.main import COMMANDS  # noqa: E402
 from osdn.evals.mqar.recipe import MQARRecipe  # noqa: E402
@@ -342,10 +345,12 @@ def pages() -> dict[Path, Callable[[], str]]:
     """Path -> what writes its text."""
     docs = ROOT / "docs"
     findings, logs = docs / "explanation" / "findings.md", docs / "log" / "index.md"
+    versions = docs / "reference" / "versions.md"
     made: dict[Path, Callable[[], str]] = {
         docs / "reference" / "cli.md": cli_page,
         docs / "reference" / "recipe.md": recipe_page,
         docs / "reference" / "study-tables.md": tables_page,
+        versions: lambda: insert(versions.read_text("utf-8"), version_tables(ROOT)),
         logs: lambda: insert(logs.read_text("utf-8"), {"log": log_table(docs / "log")}),
         findings: lambda: insert(findings.read_text(encoding="utf-8"), findings_tables()),
     }

@@ -5,7 +5,6 @@ beginning train it once where they share a disk (the second waits), and a run th
 on from its newest checkpoint, or with the evaluations that it has not made.
 """
 
-import fcntl
 import json
 import time
 from collections.abc import Iterable, Iterator
@@ -16,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from transformers import AutoModelForCausalLM
 
 import osdn.model.modeling  # noqa: F401  registers the model class
 from osdn.data import load_tokenizer
 from osdn.data.shards import tokenizer_fingerprint
 from osdn.errors import UserError
-from osdn.evals.results import RESULT
+from osdn.evals.results import RESULT, read_result
 from osdn.evals.tasks import evaluate
 from osdn.system.locks import DirectoryLock
 from osdn.train.checkpoint import reading as checkpoint
@@ -34,7 +34,7 @@ from osdn.train.trainer import Trainer
 from study.plan import Measure, Run, run_name
 from study.records import Record
 
-ONLY_OSDN = ("attn.initial_precond", "attn.a_proj.weight", "attn.a_proj.bias")
+ONLY_OSDN = ("attn.initial_precond", "attn.gamma_proj.weight", "attn.gamma_proj.bias")
 
 
 class StartedTrainer(Trainer):
@@ -107,8 +107,7 @@ def make_recipe(phase: dict[str, Any], device: str) -> Recipe:
 def alone(directory: Path) -> Iterator[None]:
     """Wait until no other process of this machine trains there; the lock ends with its process."""
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with FileLock(str(directory / ".lock")):
         yield
 
 
@@ -207,9 +206,7 @@ def perform(spec: dict[str, Any], *, device: str, work: Path) -> dict[str, Any]:
         measure = Measure.model_validate(spec["evaluations"][name])
         where, batch = results / name, measure.batch
         evaluate(str(start), measure.evaluation(), where, batch=batch, device=device)
-    found = {
-        name: json.loads((results / name / RESULT).read_text()) for name in spec["evaluations"]
-    }
+    found = {name: read_result(results / name) for name in spec["evaluations"]}
     for one in found.values():
         del one["provenance"]
     last = [loss for _, loss in result.loss[-50:] if loss is not None]

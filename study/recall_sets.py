@@ -22,25 +22,25 @@ GUESSABLE = 0.02  # share of a field's training values that its most frequent on
 NOISE = ("MD5sum", "SHA1", "SHA256", "Description-md5", "Classifier", "Provides-Extra")
 
 
-class Document(NamedTuple):
-    """A real document: its text, the source it comes from, and its one-line fields."""
+class PackageRecord(NamedTuple):
+    """What a package says of itself: the text, its source package, and its one-line fields."""
 
     text: str
     source: str
     fields: dict[str, str]
 
 
-def debian(lines: Iterable[str]) -> Iterator[Document]:
+def debian(lines: Iterable[str]) -> Iterator[PackageRecord]:
     """The records of a Debian package index, checksums left out."""
     for lines_of_one in _paragraphs(lines):
         fields = _fields(lines_of_one)
         package = fields.get("Package")
         if package:
             source = fields.get("Source", package).partition(" ")[0]
-            yield Document(_text(lines_of_one), source, fields)
+            yield PackageRecord(_text(lines_of_one), source, fields)
 
 
-def distributions(paths: list[str] | None = None) -> Iterator[Document]:
+def distributions(paths: list[str] | None = None) -> Iterator[PackageRecord]:
     """The METADATA of the Python distributions on sys.path, or in the given directories."""
     found = metadata.distributions(path=paths) if paths else metadata.distributions()
     for distribution in found:
@@ -49,7 +49,7 @@ def distributions(paths: list[str] | None = None) -> Iterator[Document]:
             head = next(_paragraphs(text.splitlines()), [])
             fields = _fields(head)
             if "Name" in fields:
-                yield Document(_text(head), fields["Name"].lower().replace("_", "-"), fields)
+                yield PackageRecord(_text(head), fields["Name"].lower().replace("_", "-"), fields)
 
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[list[str]]:
@@ -93,7 +93,7 @@ def _fields(lines: list[str]) -> dict[str, str]:
     return {name: value for name, value in values.items() if seen[name] == 1}
 
 
-def build(documents: Iterable[Document], *, test_share: float, limit: int) -> dict[str, Any]:
+def build(documents: Iterable[PackageRecord], *, test_share: float, limit: int) -> dict[str, Any]:
     """Split by source, find the fields whose values cannot be guessed, ask one in each document.
 
     A field is asked for if its most frequent training value covers at most 2% of the training
@@ -107,8 +107,8 @@ def build(documents: Iterable[Document], *, test_share: float, limit: int) -> di
     Raises:
         UserError: nothing left to ask.
     """
-    train: list[Document] = []
-    test: list[Document] = []
+    train: list[PackageRecord] = []
+    test: list[PackageRecord] = []
     seen: set[str] = set()
     for document in documents:
         if document.text not in seen:

@@ -9,14 +9,28 @@ from typing import Any
 
 from osdn.errors import UserError
 from osdn.evals.results import write_json
+from osdn.system.outside import LARGEST, Malformed, parse_plain
 from study.plan import Run, Study, run_name
+from study.schemas import AnyRecord
 
 RECORDS = "records"
 Record = dict[str, Any]
 
 
+def parse_record(text: str | bytes, source: str) -> Record:
+    """A record as plain values.
+
+    Raises:
+        UserError: not a record, or its name is not its hash.
+    """
+    record: Record = parse_plain(text, AnyRecord, source)
+    if (name := run_name(record["kind"], record["spec"])) != record["name"]:
+        raise UserError(f"{source}: run {record['name']} is not what its name says, but {name}")
+    return record
+
+
 class Records:
-    """The finished runs in OUT/records, each {"name", "kind", "spec", "outcome", "seconds", ...}.
+    """The finished runs in OUT/records, one file each.
 
     Raises:
         UserError: a damaged record.
@@ -27,11 +41,11 @@ class Records:
         self.found: dict[str, Record] = {}
         for path in sorted(self.directory.glob("*.json")):
             try:
-                record = json.loads(path.read_text())
-                name = run_name(record["kind"], record["spec"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path}: damaged; delete it to run it again") from error
-            if name != path.stem:
+                record = parse_record(path.read_bytes(), str(path))
+            except (OSError, Malformed) as error:
+                reason = error.reason if isinstance(error, Malformed) else error.strerror
+                raise UserError(f"{path}: damaged; delete it to run it again ({reason})") from error
+            if (name := record["name"]) != path.stem:
                 raise UserError(f"{path}: holds the run {name}; delete it, or name it so")
             self.found[name] = record
 
@@ -58,10 +72,6 @@ def merge(records: Records, sources: Iterable[Path]) -> tuple[int, int]:
     new = known = 0
     for source in sources:
         for record in _read(source):
-            if not isinstance(record, dict) or not {"name", "kind", "spec"} <= record.keys():
-                raise UserError(f"{source}: holds something else than records of a study")
-            if run_name(record["kind"], record["spec"]) != record["name"]:
-                raise UserError(f"{source}: run {record['name']} is not what its name says")
             if records.add(record):
                 new += 1
             else:
@@ -76,15 +86,20 @@ def _read(source: Path) -> list[Record]:
             raise UserError(f"{source}: no {RECORDS}/*.json in it")
         return found
     try:
-        data = source.read_bytes()
-        lines = (lzma.decompress(data) if source.suffix == ".xz" else data).split(b"\n")
-    except (OSError, lzma.LZMAError) as error:
+        with lzma.open(source) if source.suffix == ".xz" else source.open("rb") as file:
+            data = file.read(LARGEST + 1)
+    except (OSError, EOFError, lzma.LZMAError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{source}: cannot read: {reason}") from error
-    try:  # the last line is empty, or was cut off by a kill
-        return [json.loads(line) for line in lines[:-1]]
-    except ValueError as error:
-        raise UserError(f"{source}: not a file of packed records: {error}") from error
+    if len(data) > LARGEST:  # a compressed file may hold a thousand times its size
+        raise UserError(f"{source}: expected at most {LARGEST:,} bytes of records")
+    lines = data.split(b"\n")[:-1]  # the last line is empty, or was cut off by a kill
+    try:
+        return [parse_record(line, f"line {i}") for i, line in enumerate(lines, start=1)]
+    except UserError as error:
+        raise UserError(
+            f"{source}: holds something else than records of a study: {error}"
+        ) from error
 
 
 def append(path: Path, record: Record | None = None) -> None:

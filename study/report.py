@@ -5,7 +5,7 @@ from typing import Any
 
 from osdn.evals.plots import save
 from osdn.evals.report import as_html, as_markdown, group
-from osdn.evals.results import RESULT, make_result, write_json
+from osdn.evals.results import RESULT, make_result, point, write_json
 from osdn.system.files import write_whole
 from study.language_report import Result, headline_result, language_result, pooled_result
 from study.plan import Study, mqar_spec
@@ -110,7 +110,7 @@ def mqar_result(study: Study, name: str, grid: Cells) -> Result:
                 shares = [[[i, y] for i, y in enumerate(by_pair, start=1)] for by_pair in found]
                 # Without a band: it would reach from the runs that have not started to the best.
                 places[mixer] = [[x, y, y, y] for x, y, *_ in mean_course(shares)]
-            by_pairs.setdefault(mixer, []).append([pairs, one["value"], one["low"], one["high"]])
+            by_pairs.setdefault(mixer, []).append(point(pairs, one))
         strip = {"title": f"{name}: {title}", "x": "share of right answers", "strip": True}
         curves.append({**strip, "series": series})
         if places:

@@ -3,7 +3,6 @@
 On a machine with several GPUs the processes are dealt to them; each sees its own alone.
 """
 
-import multiprocessing
 import os
 import time
 import traceback
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from osdn.errors import UserError
-from osdn.system.processes import end_with_parent
+from osdn.system.processes import end_with_parent, process_context
 from study.plan import Run
 
 Finished = tuple[Run, dict[str, Any] | None, str, float]
@@ -72,14 +71,15 @@ def visible_gpus() -> list[str]:
 
 
 class Worker:
-    """A process of its own, with a fresh interpreter, that performs one run at a time.
+    """A process of its own, without CUDA's state, that performs one run at a time.
 
     Args:
         visible: the one CUDA device that it sees, as CUDA_VISIBLE_DEVICES names it; None: all.
     """
 
     def __init__(self, device: str, work: Path, threads: int, visible: str | None = None) -> None:
-        context = multiprocessing.get_context("spawn")
+        # Not spawned: importing torch and transformers takes seconds in every new interpreter.
+        context = process_context()
         self.connection, other = context.Pipe()
         self.visible = visible
         arguments = (other, device, work, threads, visible)

@@ -1,9 +1,11 @@
 """Time the operator, decoding and a model against their peers and this GPU's ceilings, in one run.
 
-Peers: the same kernels with the preconditioner held (eta = 0: the plain delta rule), and where
-flash-linear-attention is installed its `chunk_delta_rule`, which has no preconditioner. Candidates
-take turns, round by round, so that what else the machine does falls on all of them alike; figures
-are medians over the rounds, with the spread (third quartile less first, over the median).
+Peers: the same kernels with the preconditioner held (eta = 0: the plain and the gated delta rule),
+and where they are installed flash-linear-attention's `chunk_delta_rule` and FlashQLA's
+`chunk_gated_delta_rule` (K = V = 128, 16 bits; its plain form is a gate of g = 0), which have no
+preconditioner. FlashQLA compiles for about two minutes at each shape. Candidates take turns, round
+by round, so that what else the machine does falls on all of them alike; figures are medians over
+the rounds, with the spread (third quartile less first, over the median).
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ TABLE = tuple(
     for T in (1024, 4096, 16384, 65536, 262144)
     if B * 8 * T <= 2**22
 )
-TABLE_NAMES = ("osdn", "delta rule (eta 0)", "FLA chunk_delta_rule")
+TABLE_NAMES = ("osdn", "delta rule (eta 0)", "FLA chunk_delta_rule", "FlashQLA")
 BOX = {"precond_min": 0.0, "precond_max": 2.0}  # unit keys and d_1 = 1 never leave it
 TIGHT = {"precond_min": 0.9, "precond_max": 1.1}  # left at once from d_1 = 1 ± 0.3
 
@@ -94,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
 def versions() -> dict[str, str]:
     """The GPU and the libraries behind the figures."""
     found = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-    for name in ("triton", "flash-linear-attention"):
+    for name in ("triton", "flash-linear-attention", "flash-qla", "tilelang"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -162,12 +164,21 @@ def _fla_delta_rule() -> Callable[..., Any] | None:
     return chunk_delta_rule
 
 
+def _flash_qla() -> Callable[..., Any] | None:
+    try:
+        from flash_qla import chunk_gated_delta_rule
+    except ImportError:
+        return None
+    return chunk_gated_delta_rule
+
+
 def variants(shape: tuple[int, ...]) -> dict[str, tuple[Callable[..., Tensor], dict[str, Tensor]]]:
     """Each candidate of the operator: a function of its tensors, and the tensors."""
     inputs = make_inputs(*shape)
     precond = torch.ones(shape[2], shape[3], device="cuda", requires_grad=True)
     apart = (1 + 0.3 * torch.randn_like(precond.detach())).requires_grad_()
     log_gamma = logsigmoid(torch.randn(shape[:3], device="cuda") + 6.9).requires_grad_()
+    log_alpha = logsigmoid(torch.randn(shape[:3], device="cuda") + 4).requires_grad_()
 
     def ours(**options: Any) -> Callable[..., Tensor]:
         return lambda **tensors: online_scaled_delta_rule(**tensors, **options, backend="triton")[0]
@@ -177,14 +188,21 @@ def variants(shape: tuple[int, ...]) -> dict[str, tuple[Callable[..., Tensor], d
     found = {
         "osdn": (ours(), learned),
         "osdn beta-aware APF": (ours(beta_aware=True), forgetting),
+        "osdn decay APF": (ours(beta_aware=True), forgetting | {"log_alpha": log_alpha}),
         "osdn box": (ours(**BOX), learned),
         "osdn box left": (ours(**TIGHT), learned | {"initial_precond": apart}),
+        "gated delta rule (eta 0)": (ours(eta=0.0), inputs | {"log_alpha": log_alpha}),
         "delta rule (eta 0)": (ours(eta=0.0), inputs),
     }
     fla = _fla_delta_rule()
     if fla is not None:
         half = inputs | {"beta": inputs["beta"].detach().bfloat16().requires_grad_()}
         found["FLA chunk_delta_rule"] = (lambda **tensors: fla(**tensors)[0], half)
+    flash = _flash_qla()
+    if flash is not None and shape[3] == 128:
+        none = torch.zeros_like(log_alpha)
+        found["FlashQLA gated"] = (lambda **x: flash(**x)[0], inputs | {"g": log_alpha})
+        found["FlashQLA"] = (lambda **x: flash(**x, g=none)[0], inputs)
     return found
 
 
@@ -233,7 +251,7 @@ def _print_operator(shape: tuple[int, ...], rows: list[dict[str, Any]]) -> None:
             f"{row[key]:9.3f} {row[key] / peer[key]:6.2f}×"
             for key in ("forward_ms", "both_ms", "peak_MiB")
         ]
-        print(f"{row['name']:22s} forward {cells[0]}  both {cells[1]}  MiB {cells[2]}", flush=True)
+        print(f"{row['name']:24s} forward {cells[0]}  both {cells[1]}  MiB {cells[2]}", flush=True)
 
 
 def decode(

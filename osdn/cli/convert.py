@@ -1,4 +1,4 @@
-"""`osdn convert SOURCE DESTINATION`: turn a DeltaNet checkpoint into an OSDN one."""
+"""`osdn convert SOURCE DESTINATION`: turn a DeltaNet or Gated DeltaNet into an OSDN."""
 
 import argparse
 
@@ -7,7 +7,7 @@ from osdn.model.convert import convert
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Both directories and whether to add APF."""
-    parser.add_argument("source", help="directory of an FLA DeltaNet checkpoint")
+    parser.add_argument("source", help="directory of an FLA DeltaNet or GatedDeltaNet checkpoint")
     parser.add_argument("destination", help="directory to write, new or empty")
     parser.add_argument(
         "--forgetting",

@@ -13,9 +13,9 @@ from osdn.plan.memory import count_model
 from osdn.plan.predict import Plan, model_config, predict, smaller
 from osdn.train.recipe import Recipe, load_recipe
 
-FIELDS = tuple(recipes.fields(Recipe))
+FIELDS = tuple(recipes.fields(Recipe))  # for completion of key=value
 
-MOST = 4096
+MOST = 4096  # GPUs; past it the ring model of collectives says nothing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> None:
     recipe, gpu = load_recipe(recipes.find(args.recipe), args.overrides), find_gpu(args.gpu)
     if args.price is not None and not args.price >= 0:
         raise UserError(f"--price: expected at least 0, got {args.price}")
+    # One count: part by part. Several: a line each, to be compared.
     counts = parse_counts(args.gpus)
     config = model_config(recipe)
     if len(counts) == 1:
@@ -45,8 +46,10 @@ def run(args: argparse.Namespace) -> None:
         plans = [plan]
     else:
         plans = table(recipe, config, gpu, counts, args.price)
+    # After the figures, so that they are the last thing read but for the assumptions.
     for line in warnings(plans, config):
         print(f"WARNING: {line}")
+    # Always: a prediction without what it rests on is a guess.
     print("\nAssumptions:\n  " + "\n  ".join(assumptions()))
 
 
@@ -64,6 +67,7 @@ def parse_counts(text: str) -> list[int]:
 def details(plan: Plan, price: float | None) -> list[str]:
     """One plan, part by part."""
     train, memory, step = plan.recipe.train, plan.memory, plan.step
+    # What the run will be, in the words of its documentation.
     form = "one process" if plan.gpus == 1 else "DDP" if plan.shard == 1 else "FSDP2"
     form = f"HSDP, {plan.shard} each" if 1 < plan.shard < plan.gpus else form
     parts = ", ".join(
@@ -87,6 +91,7 @@ def details(plan: Plan, price: float | None) -> list[str]:
 
 def duration(seconds: float) -> str:
     """Seconds in the unit that fits: 85 µs, 3.4 ms, 12 s, 5.6 min, 7.8 h, 9.0 days."""
+    # The largest unit of which there is at least one.
     for unit, length in (("days", 86400), ("h", 3600), ("min", 60), ("s", 1), ("ms", 1e-3)):
         if seconds >= length:
             return f"{seconds / length:.3g} {unit}"
@@ -122,6 +127,7 @@ def table(
     for count in counts:
         try:
             plan = predict(recipe, gpu, count, config=config, model=model)
+        # One count that does not divide the rows must not hide the others.
         except UserError as error:
             print(f"{count:>6,} {error}")
             continue
@@ -140,6 +146,7 @@ def warnings(plans: list[Plan], config: OSDNConfig) -> list[str]:
     for plan in plans:
         if plan.fits:
             continue
+        # Only changes that leave the learning as it is.
         found = smaller(plan, config)
         if found is None:
             advice = "nothing that this recipe can change makes it fit; take more or larger GPUs"
@@ -152,9 +159,10 @@ def warnings(plans: list[Plan], config: OSDNConfig) -> list[str]:
         lines.append(f"{plan.gpus:,} GPUs: {plan.memory.total / GIB:.1f} GiB do not fit; {advice}")
     if plans:
         data, most = plans[-1].recipe.data, max(plan.gpus for plan in plans)
+        # Shards are tokenized already; sharing a lane then costs a look at an index.
         tokens = isinstance(data.corpus, str) and (Path(data.corpus) / JOB).is_file()
-        readers = most * max(1, data.workers)
-        sharing = readers // gcd(data.lanes, readers)
+        readers = most * max(1, data.workers)  # processes that tokenize
+        sharing = readers // gcd(data.lanes, readers)  # how many read each lane (osdn/data/rows.py)
         if sharing > 1 and not tokens:
             lines.append(
                 f"data.lanes={data.lanes} for {readers:,} processes that read: each text is "

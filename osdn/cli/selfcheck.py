@@ -27,15 +27,18 @@ from torch.nn.functional import logsigmoid, normalize
 
 from osdn.errors import UserError
 from osdn.ops import convolution, online_scaled_delta_rule, online_scaled_delta_step
+from osdn.ops.numerics import relative_error
 from osdn.system.processes import end_with_parent
 
+# About 40 units in the last place of float32, and 1.5 of the 16-bit ones.
 FLOORS = {torch.float32: 5e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class Case(NamedTuple):
-    """One comparison: sizes, options, what is odd about the inputs, a factor on the floor, and
-    whether walks are cut into segments at this length, which is otherwise done from 16,384 on.
+    """One comparison: sizes, options, what is odd about the inputs, a factor on the floor, whether
+    walks are cut into segments at this length, which is otherwise done from 16,384 on, and whether
+    the memory decays.
     """
 
     name: str
@@ -50,10 +53,13 @@ class Case(NamedTuple):
     odd: str = ""
     slack: float = 1.0
     cut: bool = False
+    alpha: bool = False
 
 
+# Tight enough that d leaves them, which the kernels then repair.
 BOX = {"precond_min": 0.9, "precond_max": 1.05}
 LATE = {"precond_min": 0.93, "precond_max": 1.07}
+# Every path of the kernels: borders of chunks, sizes that are no power of two, both rules, packs.
 CASES = [
     Case("one token", 2, 1, 2, 64, 64, {}),
     Case("T 63", 2, 63, 2, 64, 64, {"beta_aware": True}),
@@ -75,6 +81,13 @@ CASES = [
     Case("one key again and again", 1, 192, 2, 64, 64, {}, odd="repeated", slack=3.0),
     Case("beta 1 and 2", 1, 192, 2, 64, 64, {"beta_aware": True}, odd="strong"),
     Case("empty tokens, d at the box", 1, 192, 2, 64, 64, BOX, odd="empty"),
+    Case("decay", 2, 300, 2, 128, 128, {"beta_aware": True}, alpha=True),
+    Case("decay, K, V 256", 1, 200, 2, 256, 256, {}, alpha=True),
+    Case("decay, delta rule", 1, 1000, 2, 40, 100, {"eta": 0.0}, gamma=False, alpha=True),
+    Case("decay, hard resets", 1, 700, 2, 64, 128, {}, odd="resets", alpha=True),
+    Case("decay, in segments", 1, 4160, 1, 64, 64, {}, cut=True, alpha=True),
+    Case("decay, packed", 1, 400, 2, 64, 64, {}, cu_seqlens=(0, 1, 64, 129, 400), alpha=True),
+    Case("decay, box", 1, 257, 2, 64, 128, BOX | {"beta_aware": True}, alpha=True),
 ]
 
 
@@ -96,15 +109,17 @@ CONVOLUTIONS = [
     Convolution("convolution, no norm", 1, 700, 200, 4),
     Convolution("convolution, packed", 1, 400, 128, 3, 64, (0, 1, 3, 129, 400)),
 ]
-TINY = [
+TINY = [  # what Triton's interpreter does in a minute
     Case("T 17", 1, 17, 1, 16, 16, {"beta_aware": True}),
     Case("packed", 1, 66, 1, 24, 16, {}, cu_seqlens=(0, 1, 66)),
     Case("box", 1, 17, 1, 16, 24, BOX),
+    Case("decay", 1, 66, 1, 16, 24, {}, odd="resets", alpha=True),
 ]
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | None]:
     """Random arguments of the operator by name; q, k, v in dtype, the rest float32."""
+    # On the CPU: the same numbers on every GPU.
     g = torch.Generator().manual_seed(case.T + case.K)
     B, T, H, K, V = case.B, case.T, case.H, case.K, case.V
     N = B if case.cu_seqlens is None else len(case.cu_seqlens) - 1
@@ -114,7 +129,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[st
 
     k = normalize(normal(B, T, H, K), dim=-1)
     beta = normal(B, T, H).sigmoid()
-    d = 1 + 0.3 * normal(N, H, K)
+    d = 1 + 0.3 * normal(N, H, K)  # away from 1, where unit keys would leave it
     log_gamma = logsigmoid(normal(B, T, H) + 4)
     if case.odd == "repeated":
         k = k[:, :1].expand(B, T, H, K)
@@ -122,19 +137,24 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[st
         k[:, T // 2 :, 0] *= 1.3
         d = torch.ones_like(d)
     if case.odd == "strong":
+        # 1 and 2 in turn: the largest erase there is
         beta = 1.0 + torch.arange(T).view(1, T, 1).expand(B, T, H) % 2
         d = d.clamp(0.3, 0.9)
     if case.odd == "empty":
-        empty = torch.arange(T).view(1, T, 1) % 3 == 0
+        empty = torch.arange(T).view(1, T, 1) % 3 == 0  # every third token is padding
         k = k.masked_fill(empty[..., None], 0.0)
         beta, log_gamma = beta.masked_fill(empty, 0.0), log_gamma.masked_fill(empty, 0.0)
         d = d.clamp(case.options["precond_min"], case.options["precond_max"])
+    log_alpha = logsigmoid(normal(B, T, H) + 3)
+    if case.odd == "resets":  # in one head, within chunks and where they begin
+        log_alpha[:, 20::44, 0], log_alpha[:, 31::97, 0] = -1e4, -inf
     inputs = {
         "q": normalize(normal(B, T, H, K), dim=-1).to(dtype),
         "k": k.to(dtype),
         "v": normal(B, T, H, V).to(dtype),
         "beta": beta,
         "log_gamma": log_gamma if case.gamma else None,
+        "log_alpha": log_alpha if case.alpha else None,
         "initial_state": 0.3 * normal(N, H, K, V),
         "initial_precond": d,
     }
@@ -145,6 +165,7 @@ def everything(
     case: Case, inputs: dict[str, Tensor | None], backend: str, cu_seqlens: Tensor | None
 ) -> dict[str, Tensor]:
     """Results, gradients of one random linear function of them, and one decoded token."""
+    # Everything is differentiated, the initial states too.
     leaves = {n: None if x is None else x.detach().requires_grad_() for n, x in inputs.items()}
     given: dict[str, Any] = {n: x for n, x in leaves.items() if x is not None}
     options: dict[str, Any] = case.options | {"backend": backend}
@@ -152,6 +173,7 @@ def everything(
         **given, output_final_state=True, cu_seqlens=cu_seqlens, **options
     )
     g = torch.Generator().manual_seed(1)
+    # A random weight for each number: an error in any place reaches the gradients.
     loss = torch.zeros((), dtype=torch.float64, device=given["q"].device)
     for x in results:
         assert x is not None
@@ -160,21 +182,14 @@ def everything(
     gradients = torch.autograd.grad(loss, list(given.values()))
     named = dict(zip(("o", "S", "d"), results)) | {f"d{n}": x for n, x in zip(given, gradients)}
 
+    # The last token once more, as decoding would take it, from the initial states.
     N = given["initial_state"].shape[0]
-    tokens = {
-        n: given[n].detach()[:, -1] for n in ("q", "k", "v", "beta", "log_gamma") if n in given
-    }
+    names = ("q", "k", "v", "beta", "log_gamma", "log_alpha")
+    tokens = {n: given[n].detach()[:, -1] for n in names if n in given}
     tokens = {n: x.expand(N, *x.shape[1:]) for n, x in tokens.items()}
     state, precond = (given[f"initial_{n}"].detach().clone() for n in ("state", "precond"))
     step = online_scaled_delta_step(**tokens, state=state, precond=precond, **options)
     return named | dict(zip(("step o", "step S", "step d"), step))  # type: ignore[return-value]
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """‖actual − expected‖ / ‖expected‖ in float64; the absolute norm where expected is zero."""
-    actual, expected = actual.detach().double(), expected.detach().double()
-    norm = expected.norm().item()
-    return ((actual - expected).norm() / (norm if norm > 0 else 1.0)).item()
 
 
 class Result(NamedTuple):
@@ -242,8 +257,10 @@ def _nearest(
     floor = slack * FLOORS[DTYPES[dtype]]
     results = []
     for name, x in expected.items():
+        # Relative to what plain PyTorch gets in this dtype: the dtype's own error is no fault.
         limit = 2 * relative_error(plain[name], x) + floor
         results.append(Result(case, dtype, name, relative_error(actual[name], x), limit))
+    # A wrong one first, whatever the others' ratios are.
     return max(results, key=lambda r: (not r.right, r.error / r.limit))
 
 
@@ -258,6 +275,7 @@ def check_all() -> Iterator[Result]:
         )
     if torch.cuda.is_available():
         device = torch.device("cuda")
+        # Spawned: a forked process cannot use CUDA.
         workers = min(os.cpu_count() or 1, 16)
         with ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent) as pool:
             under_way = [pool.submit(check, case, n, device) for n in DTYPES for case in CASES]

@@ -9,7 +9,6 @@ from typing import Any
 
 from osdn.cli.generate import load
 from osdn.errors import UserError
-from osdn.model.modeling import OSDNForCausalLM
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,12 +37,9 @@ def serve(model: str, **options: Any) -> Any:
     Raises:
         UserError: what the server needs is not installed.
     """
-    import transformers
     from transformers.cli.serve import Serve
     from transformers.utils.import_utils import is_serve_available
 
     if not is_serve_available():
         raise UserError("needs transformers' server: pip install 'osdn[serve]'")
-    # The server looks for the class of config.architectures among transformers' own.
-    setattr(transformers, OSDNForCausalLM.__name__, OSDNForCausalLM)
     return Serve(force_model=model, **options)

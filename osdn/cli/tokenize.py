@@ -7,7 +7,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from osdn.data.corpora import open_corpus
-from osdn.data.shards import ShardCorpus, open_shards
+from osdn.data.shards import open_shards
+from osdn.data.token_corpus import TokenCorpus
 from osdn.data.tokenize import write_shards
 from osdn.data.tokenizers import load_tokenizer
 from osdn.errors import UserError
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
         subset=args.subset,
         split=args.split,
     )
-    if isinstance(corpus, ShardCorpus):
+    if isinstance(corpus, TokenCorpus):
         raise UserError(f"{names} holds tokens already; give the text that they were made from")
     tokenizer = load_tokenizer(args.tokenizer)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism

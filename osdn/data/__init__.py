@@ -1,7 +1,8 @@
 """Corpora, tokenizers and packing: text to fixed-length rows with document boundaries."""
 
-from osdn.data.corpora import open_corpus
+from osdn.data.corpora import open_corpora, open_corpus
 from osdn.data.documents import Document
+from osdn.data.mixture import MixedDocuments, Mixture
 from osdn.data.packing import Batch, Row, TrainingRows, collate, pack
 from osdn.data.rows import RankRows, RowSource, validation_rows
 from osdn.data.split import TrainingDocuments, held_out_texts
@@ -11,6 +12,8 @@ from osdn.data.workers import WorkerRows, open_rows
 __all__ = [
     "Batch",
     "Document",
+    "MixedDocuments",
+    "Mixture",
     "RankRows",
     "Row",
     "RowSource",
@@ -22,6 +25,7 @@ __all__ = [
     "encode_document",
     "held_out_texts",
     "load_tokenizer",
+    "open_corpora",
     "open_corpus",
     "open_rows",
     "pack",

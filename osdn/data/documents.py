@@ -41,6 +41,7 @@ class Share(NamedTuple):
 
     def among(self, files: int) -> tuple[int, int, int, int]:
         """(groups, this part's group, parts in a group, this part's number in it)."""
+        # A divisor, so that all groups have equally many parts.
         groups = max(d for d in range(1, self.of + 1) if self.of % d == 0 and d <= max(files, 1))
         return groups, self.part % groups, self.of // groups, self.part // groups
 
@@ -108,6 +109,7 @@ def content_key(text: str, where: str) -> int:
     """64 bits of a hash of the text: equal texts have equal keys, in every corpus and order."""
     try:
         data = text.encode()
+    # Here, since every text comes by: later it would fail inside a tokenizer.
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
         raise UserError(
             f"data.corpus: {where}: not Unicode text: a lone surrogate at character {error.start}"

@@ -28,6 +28,7 @@ class HubCorpus:
 
     def __init__(self, name: str, *, subset: str | None, split: str, text_field: str) -> None:
         try:
+            # An extra, and slow to import: only who names a hub dataset pays for it.
             from datasets import load_dataset
         except ImportError as error:
             raise UserError(
@@ -44,7 +45,8 @@ class HubCorpus:
             reason = str(error).strip().partition("\n")[0]
             raise UserError(f"data.corpus: cannot open '{HUB}{name}': {reason}") from error
         self.name, self.text_field = name, text_field
-        self.size: int | None = None
+        self.size: int | None = None  # a stream does not tell
+        # The number of files is part of it: shards of another revision are other shares.
         self.fingerprint = repr([name, subset, split, text_field, self.dataset.num_shards])
 
     def read(
@@ -58,11 +60,13 @@ class HubCorpus:
         first, done, count, inside, key = _place(position)
         for number, file in enumerate(files[first:], start=first):
             for record, after in self._records(file, done):
+                # `after` counts from 1, records from 0.
                 where = f"{self._file(file)}, record {after - 1}"
                 for text, end, more in pieces(self._text(record), inside):
                     key = content_key(text, where) if key is None else key
                     document, behind = Document(text, key), [number, after, None]
                     if more:
+                        # Inside a record: those before it are done, and `end` characters of it.
                         behind = [number, after - 1, None, end, key]
                     else:
                         key = None
@@ -93,6 +97,7 @@ class HubCorpus:
 
         def read() -> Iterator[tuple[dict, int]]:
             nonlocal done
+            # One file as a dataset of its own, which can be opened again without the others.
             records = iter(self.dataset.shard(self.dataset.num_shards, file))
             for record in islice(records, done, None):
                 done += 1

@@ -85,13 +85,16 @@ class _Packer:
                 self.tokens = next(self.documents, [])
                 if not len(self.tokens):
                     break
+            # `at` is where the document goes on; 0 for a new one.
             tokens, first = self.tokens, self.at
             first = min(first, len(tokens) - 1)  # a state from outside may say anything
             last = min(first + left, len(tokens))
+            # Whole rows and no padding: what does not fit goes on in the next row.
             left -= last - first
             if last == len(tokens):
                 self.tokens, self.at = [], 0
             else:
+                # The last token again: first in the next row it has no label, and none is lost.
                 self.at = last - 1
             yield tokens, first, last
 
@@ -116,11 +119,13 @@ class TrainingRows:
         self, documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int
     ) -> None:
         self.documents, self.tokenizer, self.length = documents, tokenizer, length
+        # The state of before the document: one under way is encoded again on resumption.
         self._before = documents.state_dict()
         self._packer = _Packer(self._encoded(), length)
 
     def _encoded(self) -> Iterator[Tokens]:
         while True:
+            # Before each document is taken, since a state may be asked for while it is under way.
             self._before = self.documents.state_dict()
             document: str | Tokens = next(self.documents)
             if isinstance(document, str):
@@ -139,6 +144,7 @@ class TrainingRows:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next row begins."""
+        # Within a document: back to before it, and so many tokens in.
         inside = len(self._packer.tokens) > 0
         documents = self._before if inside else self.documents.state_dict()
         return {"documents": documents, "token": self._packer.at}
@@ -158,10 +164,12 @@ def collate(rows: Sequence[Row]) -> Batch:
     tokens: list[int] = []
     starts: list[int] = []
     for row in rows:
+        # Offsets in the batch, no longer in the row.
         starts.extend(len(tokens) + start for start in row.starts)
         tokens.extend(row.tokens)
     input_ids = torch.from_numpy(np.asarray(tokens, dtype=np.int64))  # 3 times torch.tensor's speed
     labels = input_ids.clone()
+    # Nothing comes before a sequence's first token, to predict it from.
     labels[starts] = IGNORED
     cu_seqlens = torch.tensor([*starts, len(tokens)], dtype=torch.int32)
     return Batch(input_ids[None], labels[None], cu_seqlens, len(tokens) - len(starts))

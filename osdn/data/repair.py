@@ -26,6 +26,7 @@ def finished_shard(directory: Path, name: str, dtype: np.dtype[Any]) -> ShardNot
     if not path.is_file():
         return None
     try:
+        # Written last: it is there only if the two files are.
         note: ShardNote | None = read_json(path, ShardNote)
     except Malformed:
         note = None
@@ -38,5 +39,6 @@ def finished_shard(directory: Path, name: str, dtype: np.dtype[Any]) -> ShardNot
 def _whole(directory: Path, shard: Shard, dtype: np.dtype[Any]) -> bool:
     """Whether both files are what was written. Reading them takes a fraction of making them."""
     files = shard_files(directory, shard, dtype)
+    # Sizes first, which costs nothing; digests only of what could be right.
     sized = all(file.is_file() and file.stat().st_size == size for file, size in files)
     return sized and [sha256(file) for file, _ in files] == shard.sha256

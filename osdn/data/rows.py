@@ -28,10 +28,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from osdn.data.documents import Corpus, Count, Share, checked
+from osdn.data.mixture import MixedDocuments, Mixture, parts_of
 from osdn.data.packing import Documents, Row, TrainingRows, pack
 from osdn.data.shard_documents import ShardDocuments
-from osdn.data.shards import ShardCorpus
 from osdn.data.split import TrainingDocuments, held_out_texts
+from osdn.data.token_corpus import TokenCorpus
 from osdn.data.tokenizers import encode_document
 from osdn.errors import UserError
 from osdn.system.outside import Outside
@@ -41,17 +42,17 @@ from osdn.system.outside import Outside
 class RowSource:
     """What decides the global order of rows, and nothing else; it can be sent to a process.
 
-    corpus: text, or shards of tokens.
+    corpus: text, shards of tokens, or a mixture of these.
     tokenizer: of the text; shards must have been made with it.
     length: tokens in a row.
     fraction: share of documents held out.
     shuffle_bytes: UTF-8 bytes that are shuffled together, over all lanes (shards are shuffled
-        shard by shard, whatever this is).
+        shard by shard, whatever this is; of a mixture, so many of each text).
     seed: of the order.
     lanes: see the module's docstring.
     """
 
-    corpus: Corpus
+    corpus: Corpus | Mixture
     tokenizer: PreTrainedTokenizerBase
     length: int
     fraction: float
@@ -60,24 +61,33 @@ class RowSource:
     lanes: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.corpus, ShardCorpus):
-            self.corpus.check_tokenizer(self.tokenizer)
+        # At construction: another tokenizer's ids train without an error, and mean nothing.
+        for corpus in parts_of(self.corpus):
+            if isinstance(corpus, TokenCorpus):
+                corpus.check_tokenizer(self.tokenizer)
 
     def lane(self, index: int) -> TrainingRows:
         """The rows of one lane, from its start."""
-        common: dict[str, Any] = {"fraction": self.fraction, "seed": self.seed}
-        common["share"] = Share(index, self.lanes)
-        documents: Documents
-        if isinstance(self.corpus, ShardCorpus):
-            documents = ShardDocuments(self.corpus, **common)
-        else:
-            block = max(1, self.shuffle_bytes // self.lanes)
-            documents = TrainingDocuments(self.corpus, shuffle_bytes=block, **common)
+        parts = [
+            self._documents(corpus, Share(index, self.lanes)) for corpus in parts_of(self.corpus)
+        ]
+        documents = parts[0]
+        if isinstance(self.corpus, Mixture):
+            documents = MixedDocuments(self.corpus, parts, self.tokenizer)
         return TrainingRows(documents, self.tokenizer, self.length)
+
+    def _documents(self, corpus: Corpus, share: Share) -> Documents:
+        """One corpus's part of a lane."""
+        common: dict[str, Any] = {"fraction": self.fraction, "seed": self.seed, "share": share}
+        if isinstance(corpus, TokenCorpus):
+            return ShardDocuments(corpus, **common)
+        # The recipe's memory is of all lanes together.
+        block = max(1, self.shuffle_bytes // self.lanes)
+        return TrainingDocuments(corpus, shuffle_bytes=block, **common)
 
 
 def validation_rows(
-    corpus: Corpus,
+    corpus: Corpus | Mixture,
     tokenizer: PreTrainedTokenizerBase,
     *,
     length: int,
@@ -87,18 +97,29 @@ def validation_rows(
     """The held-out documents in rows of `length` tokens, and the UTF-8 bytes of their text.
 
     Args:
-        corpus: text, or shards.
+        corpus: text, shards, or a mixture: its corpora one after the other, each with its share
+            of the bytes.
         fraction: the share of documents that is held out; 1 takes all.
         limit: UTF-8 bytes of text. The last text is cut there; a shard's last document is whole.
 
     Raises:
         UserError: no document is held out, or the shards were made with another tokenizer.
     """
-    if isinstance(corpus, ShardCorpus):
+    if isinstance(corpus, Mixture):
+        rows, total = list[Row](), 0
+        for part, share in zip(corpus.corpora, corpus.shares):
+            own, size = validation_rows(
+                part, tokenizer, length=length, fraction=fraction, limit=max(4, int(limit * share))
+            )
+            rows, total = rows + own, total + size
+        return rows, total
+    if isinstance(corpus, TokenCorpus):
         corpus.check_tokenizer(tokenizer)
+        # By the keys in the shards, so that both forms of a text hold out the same documents.
         documents, size = corpus.held_out(fraction=fraction, limit=limit)
         return list(pack(iter(documents), length)), size
     texts = held_out_texts(corpus, fraction=fraction, limit=limit)
+    # lazily: pack takes what it needs
     encoded = (encode_document(tokenizer, text) for text in texts)
     return list(pack(encoded, length)), sum(len(text.encode()) for text in texts)
 
@@ -144,6 +165,7 @@ class RankRows:
                 f"got {rank}, {world}, {lanes}"
             )
         self.rank, self.world, self.lanes = rank, world, lanes
+        # Nothing is read here: lanes open their files at the first row.
         self.next = rank  # the global number of the next row
         self.owned = range(rank % gcd(lanes, world), lanes, gcd(lanes, world))
         self._lanes = {index: lane(index) for index in self.owned}
@@ -153,8 +175,9 @@ class RankRows:
         return self
 
     def __next__(self) -> Row:
-        number, index = divmod(self.next, self.lanes)
+        number, index = divmod(self.next, self.lanes)  # row `number` of lane `index`
         lane = self._lanes[index]
+        # Rows of this lane that other ranks give; passed over without copying a token.
         while self._done[index] < number:
             lane.skip()
             self._done[index] += 1
@@ -185,8 +208,10 @@ class RankRows:
             UserError: states are damaged, missing, doubled or not of one step, or the corpus or the
                 number of lanes is another.
         """
+        # A state is a file's content: it is compared before anything is believed.
         checked(list[RankPlace], list(states))
         streams = [stream for state in states for stream in state["streams"]]
+        # The first row that nobody has given. It does not depend on how many ranks gave the others.
         first = check_complete(streams, self.lanes)
         self.next = first + (self.rank - first) % self.world
         saved: dict[int, list[dict[str, Any]]] = {}
@@ -195,9 +220,11 @@ class RankRows:
                 saved.setdefault(state["lane"], []).append(state)
         for index, lane in self._lanes.items():
             number = self.next
+            # This rank's first row of the lane, from there on.
             while number % self.lanes != index:
                 number += self.world
-            wanted = number // self.lanes
+            wanted = number // self.lanes  # its number within the lane
+            # Several ranks may have been on the lane. The nearest one behind is the cheapest start.
             behind = (state for state in saved.get(index, []) if state["row"] <= wanted)
             nearest = max(behind, key=lambda state: state["row"], default=None)
             # Each rank had a row of each of its lanes at least once in `world` rows of the lane.
@@ -229,6 +256,7 @@ def check_complete(streams: Sequence[dict[str, Any]], lanes: int) -> int:
                 f"data.lanes: the checkpoint was saved with {stream['of']}, and this run asks for "
                 f"{lanes}; set it back, or start a run in a new directory"
             )
+    # After one step the ranks' next rows are as many numbers in a row.
     found = sorted(stream["next"] for stream in streams)
     if not found:
         raise UserError("states: expected those of all ranks after the same step, got none")

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from osdn.data.documents import EMPTY_EPOCHS, WHOLE, ShardPlace, Share, checked
-from osdn.data.shards import ShardCorpus, held_out_keys
+from osdn.data.token_corpus import TokenCorpus, held_out_keys
 from osdn.errors import UserError
 
 
@@ -22,7 +22,7 @@ class ShardDocuments:
     """
 
     def __init__(
-        self, corpus: ShardCorpus, *, fraction: float, seed: int, share: Share = WHOLE
+        self, corpus: TokenCorpus[Any], *, fraction: float, seed: int, share: Share = WHOLE
     ) -> None:
         self.corpus, self.fraction, self.seed, self.share = corpus, fraction, seed, share
         self.state: dict[str, Any] = {"epoch": 0, "shard": 0, "done": 0}
@@ -59,28 +59,34 @@ class ShardDocuments:
 
     def _read(self) -> Iterator[NDArray[Any]]:
         state = self.state
+        # As in FileCorpus.read, with shards for files.
         groups, group, every, mine = self.share.among(len(self.corpus.shards))
         empty = 0
         while True:
             shards = list(self.corpus.shards)
+            # A seed by text, so that any epoch's order is made without those before it.
             Random(f"{self.seed}-{state['epoch']}").shuffle(shards)
             found = state["shard"] > 0 or state["done"] > 0
             for shard in shards[group::groups][state["shard"] :]:
+                # mapped: only pages that are read take memory
                 tokens, index = self.corpus.open(shard)
+                # int64: the index's uint32 would overflow past 4 billion tokens.
                 ends = np.cumsum(index["tokens"], dtype=np.int64).tolist()
                 sizes = index["tokens"].tolist()
+                # By key and not by place: a document stays on its side, wherever it is copied to.
                 training = ~held_out_keys(index["key"], self.fraction)
                 order: list[int] = np.flatnonzero(training).tolist()
                 Random(f"{self.seed}-{state['epoch']}-{shard.name}").shuffle(order)
+                # Shuffled first, then shared out: the parts of a shard are alike.
                 for i in order[mine::every][state["done"] :]:
                     state["done"] += 1
-                    found = True
-                    yield tokens[ends[i] - sizes[i] : ends[i]]
+                    found = True  # also where a resumed epoch has given some before
+                    yield self.corpus.document(tokens[ends[i] - sizes[i] : ends[i]])
                 state.update(shard=state["shard"] + 1, done=0)
             empty = 0 if found else empty + 1
             if empty == EMPTY_EPOCHS:
                 raise UserError(
-                    f"data.corpus: no training document in {self.corpus.directory} for part "
+                    f"data.corpus: no training document in {self.corpus.source} for part "
                     f"{self.share.part + 1} of {self.share.of}; hold out less (data.validation), "
                     "lower data.lanes, or tokenize more text"
                 )

@@ -13,9 +13,7 @@ All numbers are little-endian.
 
 from collections.abc import Iterator
 from hashlib import blake2b
-from math import ceil
 from pathlib import Path
-from random import Random
 from typing import Any, Literal
 
 import numpy as np
@@ -23,8 +21,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from osdn.data.documents import WHOLE, Document, Share
-from osdn.data.tokenizers import vocabulary_size
+from osdn.data.token_corpus import ENTRY, TokenCorpus
 from osdn.errors import UserError
 from osdn.system.files import sha256
 from osdn.system.outside import Malformed, Outside, read_json, shown
@@ -32,8 +29,8 @@ from osdn.system.retry import persevere
 
 MANIFEST, JOB = "manifest.json", "shards_job.json"
 KIND = "osdn-shards-1"
-ENTRY = np.dtype([("key", "<u8"), ("tokens", "<u4"), ("bytes", "<u4")])
 REPAIR = "copy it again, or give the osdn tokenize command again, which makes it anew"
+# accents, digits, spaces, code, CJK, an emoji: where tokenizers with equal words differ
 PROBE = "  Über 12,345 größen — naïve café\n\tdef f(x): return x**2  # 日本語 🙂 don't"
 
 
@@ -75,6 +72,7 @@ class Manifest(Kind):
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """What the tokens mean: the vocabulary, its begin and end, and how a probe is cut."""
+    # The vocabulary alone is not enough: normalizers and pre-tokenizers change the cut.
     probe = tokenizer.encode(PROBE, add_special_tokens=False, verbose=False)
     ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     meaning = repr([sorted(tokenizer.get_vocab().items()), ends, probe])
@@ -104,7 +102,7 @@ def open_shards(directory: Path) -> "ShardCorpus":
     return ShardCorpus(directory)
 
 
-class ShardCorpus:
+class ShardCorpus(TokenCorpus[Shard]):
     """The shards of a directory; every file's size is compared with the manifest at once.
 
     Raises:
@@ -112,12 +110,11 @@ class ShardCorpus:
     """
 
     def __init__(self, directory: Path) -> None:
+        super().__init__(str(directory))
         self.directory = directory
-        self.size: int | None = None
-        self.vocabulary: int | None = None  # known once a tokenizer was compared
-        self._checked: set[str] = set()  # shards whose tokens were compared with it
         path = directory / MANIFEST
         try:
+            # The kind first: a later version's manifest must be told as that, not as damage.
             kind = read_json(path, Kind, REPAIR).kind
             if kind != KIND:
                 raise UserError(
@@ -131,8 +128,10 @@ class ShardCorpus:
             raise UserError(f"data.corpus: damaged manifest: {error}") from error
         self.shards = self.manifest.shards
         self.dtype = np.dtype(self.manifest.dtype)
+        # Sizes now, in a millisecond each. Digests take as long as reading it all: `check`.
         for shard in self.shards:
             self._check_sizes(shard)
+        # From the manifest's digests: the fingerprint changes with every byte of the shards.
         digests = [self.manifest.tokenizer.fingerprint, *(s.sha256 for s in self.shards)]
         self.fingerprint = blake2b(repr(digests).encode(), digest_size=16).hexdigest()
 
@@ -154,7 +153,7 @@ class ShardCorpus:
             UserError: one is not, named.
         """
         for shard in self.shards:
-            for (path, _), expected in zip(self.files(shard), shard.sha256):
+            for (path, _), expected in zip(self.files(shard), shard.sha256):  # tokens, index
                 if sha256(path) != expected:
                     raise _damaged(path, "its SHA-256 is not the manifest's")
             yield shard
@@ -162,6 +161,7 @@ class ShardCorpus:
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a tokenizer that is not the one of these tokens."""
         made = self.manifest.tokenizer
+        # By what it does, not by its name: a tokenizer that was moved is still the same.
         if tokenizer_fingerprint(tokenizer) != made.fingerprint:
             raise UserError(
                 f"data.tokenizer: {self.directory} was tokenized with {made.name!r} "
@@ -169,17 +169,7 @@ class ShardCorpus:
                 f"data.tokenizer={made.name}, or run osdn tokenize with this one into another "
                 "directory"
             )
-        self.vocabulary = vocabulary_size(tokenizer)
-
-    def read(
-        self, *, order: str | None = None, position: Any = None, share: Share = WHOLE
-    ) -> Iterator[tuple[Document, Any]]:
-        """Refuse, in one line, where text is needed."""
-        raise UserError(f"{self.directory} holds tokens, and text is needed here; name the text")
-
-    def done(self, position: Any) -> int:
-        """As read."""
-        raise UserError(f"{self.directory} holds tokens, and text is needed here; name the text")
+        super().check_tokenizer(tokenizer)
 
     def open(self, shard: Shard) -> tuple[NDArray[Any], NDArray[Any]]:
         """(tokens, mapped into memory; the index, an array of ENTRY)."""
@@ -187,6 +177,7 @@ class ShardCorpus:
 
         def read() -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
             yield (
+                # Mapped: processes of one machine share its pages, and opening it costs nothing.
                 np.memmap(tokens, self.dtype, "r", shape=(shard.tokens,)),
                 np.fromfile(index, ENTRY),
             )
@@ -197,50 +188,12 @@ class ShardCorpus:
             raise _damaged(tokens, f"cannot be mapped: {error}") from error
         if len(entries) != shard.documents or int(entries["tokens"].sum()) != shard.tokens:
             raise _damaged(index, "its documents do not add up to its tokens")
+        # Offsets come from this column, so what it says is added up before it is used.
         if entries["tokens"].min() < 2:  # each has a begin and an end token
             raise _damaged(index, "has a document without tokens")
-        # An id past the embedding would be an IndexError in training, or a device assert.
-        if self.vocabulary is not None and shard.name not in self._checked:
-            largest = int(mapped.max())
-            if largest >= self.vocabulary:
-                raise _damaged(
-                    tokens, f"has the token {largest:,}, and the tokenizer has {self.vocabulary:,}"
-                )
-            self._checked.add(shard.name)
+        if reason := self.outside_vocabulary(shard.name, mapped):
+            raise _damaged(tokens, reason)
         return mapped, entries
-
-    def held_out(self, *, fraction: float, limit: int) -> tuple[list[NDArray[Any]], int]:
-        """Held-out documents from shards in a fixed random order, up to `limit` bytes of text.
-
-        The last one is whole. Returns their tokens and the bytes of their texts.
-
-        Raises:
-            UserError: no document is held out.
-        """
-        documents: list[NDArray[Any]] = []
-        size = 0
-        shards = list(self.shards)
-        Random("validation").shuffle(shards)
-        for shard in shards:
-            tokens, index = self.open(shard)
-            ends = np.cumsum(index["tokens"], dtype=np.int64)
-            for i in np.flatnonzero(held_out_keys(index["key"], fraction)):
-                documents.append(tokens[ends[i] - index["tokens"][i] : ends[i]])
-                size += int(index["bytes"][i])
-                if size >= limit:
-                    return documents, size
-        if not documents:
-            raise UserError(
-                f"data.validation: no document of {self.directory} falls in the held-out "
-                f"{fraction:.2%}; raise the fraction, name a corpus of its own, or set 0"
-            )
-        return documents, size
-
-
-def held_out_keys(keys: NDArray[Any], fraction: float) -> NDArray[np.bool_]:
-    """Which documents osdn.data.split.is_held_out holds out, exactly."""
-    limit = ceil(fraction * 2**64)
-    return np.ones(len(keys), bool) if limit >= 2**64 else keys < np.uint64(limit)
 
 
 def _damaged(path: Path, reason: str) -> UserError:

@@ -10,6 +10,7 @@ from osdn.errors import UserError
 
 def is_held_out(document: Document, fraction: float) -> bool:
     """Whether a document is for validation: its content's hash decides, so copies stay together."""
+    # Python compares an int with a float exactly, without rounding the int.
     return document.key < fraction * 2**64
 
 
@@ -23,8 +24,10 @@ def held_out_texts(corpus: Corpus, *, fraction: float, limit: int) -> list[str]:
     """
     texts: list[str] = []
     left = limit
+    # One order for all seeds, so that runs can be compared.
     for document, _ in corpus.read(order="validation"):
         if is_held_out(document, fraction):
+            # Cut in bytes, the measure's unit; half a character at the end is dropped.
             text = document.text.encode()[:left].decode(errors="ignore")
             left -= len(text.encode())
             texts.append(text)
@@ -90,6 +93,7 @@ class TrainingDocuments:
                 "data.corpus: its files changed (names or sizes) since the checkpoint was saved; "
                 "restore them, or start a run in a new directory"
             )
+        # The old generator holds a file open.
         self._documents.close()
         self.state = state
         self._documents = self._read()
@@ -100,24 +104,30 @@ class TrainingDocuments:
 
     def _read(self) -> Generator[str, None, None]:
         state, share = self.state, self.share
+        # Parts shuffle their blocks differently. Whole corpora keep the order of earlier versions.
         suffix = f"-{share.part}" if share.of > 1 else ""
         empty = 0
-        while True:
+        while True:  # epoch by epoch
             source = self.corpus.read(
                 order=f"{self.seed}-{state['epoch']}", position=state["position"], share=share
             )
             after, found = state["position"], state["block"] > 0
             while True:
+                # Read whole, then shuffled: the block is the window of the shuffle.
                 block, after = self._block(source, after)
                 if not block:
                     break
                 found = True
                 order = f"{self.seed}-{state['epoch']}-{state['block']}{suffix}"
                 Random(order).shuffle(block)
+                # a resumed block is read again, and its first texts passed over
                 for text in block[state["done"] :]:
+                    # Before the yield: the state counts what was handed out.
                     state["done"] += 1
                     yield text
+                # Only now does the position move: until then resumption reads this block again.
                 state.update(block=state["block"] + 1, position=after, done=0)
+            # A share may have no training document in one epoch, since its files change with it.
             empty = 0 if found else empty + 1
             if empty == EMPTY_EPOCHS:
                 fewer = ", or lower data.lanes" if share.of > 1 else ""
@@ -134,9 +144,10 @@ class TrainingDocuments:
         size = 0
         for document, position in source:
             after = position
+            # Passed over after reading: only the content tells its side.
             if not is_held_out(document, self.fraction):
                 block.append(document.text)
-                size += len(document.text.encode())
+                size += len(document.text.encode())  # bytes, as data.shuffle_bytes is
                 if size >= self.shuffle_bytes:
                     break
         return block, after

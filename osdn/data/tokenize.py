@@ -24,7 +24,8 @@ from transformers import PreTrainedTokenizerBase
 
 from osdn.data.documents import Corpus, Document
 from osdn.data.repair import ShardNote, finished_shard
-from osdn.data.shards import ENTRY, JOB, KIND, MANIFEST, Shard, tokenizer_fingerprint
+from osdn.data.shards import JOB, KIND, MANIFEST, Shard, tokenizer_fingerprint
+from osdn.data.token_corpus import ENTRY
 from osdn.data.tokenizers import encode_document, vocabulary_size
 from osdn.errors import UserError
 from osdn.system.files import TEMPORARY, flush, write_json
@@ -32,6 +33,7 @@ from osdn.system.locks import DirectoryLock
 from osdn.system.outside import read_json, shown
 from osdn.system.processes import follow_parent, process_context
 
+# Large enough that sending it costs little beside encoding it.
 BATCH = 1 << 20  # UTF-8 bytes that are sent to a process at a time
 LOCK = ".tokenize.lock"
 BUSY = "another osdn tokenize writes there; wait until it has ended, or choose another --out"
@@ -70,12 +72,14 @@ def write_shards(
     Raises:
         UserError: another job is in `out`, the disk refuses, a process died, or there is no text.
     """
+    # Half the disk and memory traffic for a vocabulary that fits 16 bits.
     kind = np.dtype("<u2" if vocabulary_size(tokenizer) <= 2**16 else "<u4")
     made_by = {
         "name": name,
         "fingerprint": tokenizer_fingerprint(tokenizer),
         "size": len(tokenizer),
     }
+    # What a continuation must agree with. Processes are not in it: they change nothing.
     job = {"kind": KIND, "tokenizer": made_by, "dtype": kind.str, "shard_tokens": shard_tokens}
     lock = DirectoryLock(out, LOCK, BUSY)
     lock.take()  # two jobs would delete each other's unfinished files
@@ -84,6 +88,7 @@ def write_shards(
         with Encoder(tokenizer, kind, processes) as encoder:
             shards = list(_shards(corpus, encoder, out, shard_tokens, bar))
         manifest = {**job, **_totals(shards), "shards": [one.model_dump() for one in shards]}
+        # Last of all: with it the directory is a corpus, without it a job.
         write_json(out / MANIFEST, manifest)
     except OSError as error:
         raise UserError(
@@ -106,6 +111,7 @@ def _begin(out: Path, job: dict[str, Any]) -> None:
     """Compare with the job that is in the directory, or note this one there."""
     path = out / JOB
     if path.is_file():
+        # Field by field, so that the error says which option is another one.
         before = read_json(path, dict[str, Any], "copy it again, or choose another --out")
         for field, value in job.items():
             if before.get(field) != value:
@@ -113,10 +119,12 @@ def _begin(out: Path, job: dict[str, Any]) -> None:
                     f"{out} holds shards of another job: {field} was {shown(before.get(field))}, "
                     f"and is {value} now; choose another --out, or give the command that began it"
                 )
+    # Nothing is written among files that are not ours.
     elif any(not one.name.startswith((TEMPORARY, LOCK)) for one in out.iterdir()):
         raise UserError(f"{out} is not empty and holds no shards; choose another --out")
     else:
         write_json(path, job)
+    # Under the directory's lock, so they are of a job that is gone.
     for leftover in out.glob(f"{TEMPORARY}*"):
         leftover.unlink()
 
@@ -129,15 +137,17 @@ def _shards(
     stream: Iterator[Encoded] | None = None
     for number in count():
         name = f"shard_{number:05d}"
+        # A shard that is there whole costs a reading and no encoding.
         found = finished_shard(out, name, encoder.dtype)
         if found is not None:
-            stream = None
+            stream = None  # it stood before this shard, so a later one must be opened behind it
         else:
             if stream is None:
+                # From where the last whole shard ended, in the source.
                 stream = encoder.documents(corpus, position)
             found, stream = _write_shard(out, name, stream, shard_tokens, encoder.dtype)
         position = found.position
-        bar.n = corpus.done(position)
+        bar.n = corpus.done(position)  # bytes of the source, or records
         bar.set_postfix_str(f"{number + 1} shards")
         yield found.shard
         if found.last:
@@ -153,12 +163,14 @@ def _write_shard(
     paths = [out / f"{name}.tokens", out / f"{name}.index"]
     digest = sha256()
     with (out / f"{TEMPORARY}{name}.tokens").open("wb") as file:
+        # To the disk as they come: a shard is never whole in memory.
         for document in stream:
             data = document.tokens.astype(dtype, copy=False).tobytes()
             file.write(data)
             digest.update(data)
             entries.append((document.key, len(document.tokens), document.bytes))
             total, position = total + len(document.tokens), document.position
+            # A shard ends with a document, never within one.
             if total >= shard_tokens:
                 break
         flush(file)
@@ -169,8 +181,10 @@ def _write_shard(
         file.write(index.tobytes())
         flush(file)
     digests = [digest.hexdigest(), sha256(index.tobytes()).hexdigest()]
+    # Both are on the disk before either has its name.
     for path in paths:
         os.replace(out / f"{TEMPORARY}{path.name}", path)
+    # One document ahead: only so is the last shard known to be the last.
     following = next(stream, None)
     shard = Shard(
         name=name,
@@ -179,7 +193,9 @@ def _write_shard(
         bytes=int(index["bytes"].sum(dtype=np.int64)),
         sha256=digests,
     )
+    # With the source's position: after a stop the next shard starts here.
     note = ShardNote(shard=shard, position=position, last=following is None)
+    # Last: a shard without it is made again.
     write_json(out / f"{name}.json", note.model_dump())
     return note, stream if following is None else chain([following], stream)
 
@@ -195,6 +211,7 @@ class Encoder:
 
     def __enter__(self) -> "Encoder":
         if self.processes > 1:
+            # The tokenizer is sent once to each process, not with each batch.
             self.pool = ProcessPoolExecutor(
                 self.processes, process_context(), _start_worker, (self.tokenizer, self.dtype)
             )
@@ -206,6 +223,7 @@ class Encoder:
 
     def documents(self, corpus: Corpus, position: Any) -> Iterator[Encoded]:
         """The corpus's documents behind a position; at most 3 batches a process are under way."""
+        # Results are taken in the order of sending, so that documents stay in theirs.
         batches = _batches(corpus.read(position=position))
         waiting: deque[tuple[list[tuple[Document, Any]], Callable[[], list[NDArray[Any]]]]] = (
             deque()
@@ -213,6 +231,7 @@ class Encoder:
         for batch in chain(batches, [None]):
             if batch is not None:
                 waiting.append((batch, self._submit([document.text for document, _ in batch])))
+            # At most three batches a process: reading never runs far ahead of encoding.
             while waiting and (batch is None or len(waiting) > 3 * self.processes):
                 documents, result = waiting.popleft()
                 for (document, after), tokens in zip(documents, result()):
@@ -223,6 +242,7 @@ class Encoder:
             return lambda: encode_batch(self.tokenizer, self.dtype, texts)
         try:
             future = self.pool.submit(_encode_in_worker, texts)
+        # The pool is lost with one process; what is finished is on the disk.
         except BrokenProcessPool as error:
             raise _died() from error
 
@@ -247,7 +267,7 @@ def _batches(documents: Iterator[tuple[Document, Any]]) -> Iterator[Batch]:
     size = 0
     for document, position in documents:
         batch.append((document, position))
-        size += len(document.text)
+        size += len(document.text)  # characters: near enough, and no encoding
         if size >= BATCH:
             yield batch
             batch, size = [], 0

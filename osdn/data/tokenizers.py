@@ -63,6 +63,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
     vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    # No regular expression: it would cut the text into words, and there is nothing to merge.
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
@@ -83,6 +84,7 @@ def _byte_characters() -> list[str]:
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """Rows that an embedding needs: 1 more than the largest id, as ids may have holes."""
+    # Not len(): added tokens may lie above a hole.
     return max(tokenizer.get_vocab().values()) + 1
 
 
@@ -92,6 +94,7 @@ def encode_document(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     A tokenizer without a begin token gets its end token there. Special tokens spelt out in the
     text are text.
     """
+    # verbose=False: it warns of a length, which no limit of ours.
     ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     return [eos if bos is None else bos, *ids, eos]

@@ -55,12 +55,14 @@ class WorkerRows:
     def _load(self, states: Sequence[dict[str, Any]]) -> None:
         """Set `_streams`, the workers' states by whose turn it is, and their `_order`."""
         found = []
+        # A RankRows of each worker, only to see where its rows begin; nothing is read.
         for rank in self._ranks:
             rows = RankRows(self._source.lane, self._source.lanes, rank=rank, world=self._total)
             if states:
                 rows.load_state_dict(states)
             (stream,) = rows.state_dict()["streams"]
             found.append((stream["next"], rank, stream))
+        # Whose row comes first: the workers' rows are taken in turn.
         found.sort(key=lambda each: each[0])
         self._order = [rank for _, rank, _ in found]
         self._streams = [stream for _, _, stream in found]
@@ -84,6 +86,7 @@ class WorkerRows:
             ) from error
         if isinstance(made, UserError):
             raise made
+        # The worker's state comes with the row: of this row, not of the rows made ahead.
         row, following, position, lane = made
         stream = self._streams[self._turn]
         stream["next"], stream["lanes"][position] = following, lane
@@ -93,7 +96,7 @@ class WorkerRows:
     def _start(self) -> Iterator[Made | UserError]:
         loader = DataLoader(
             _Worker(self._source, self._order, self._total, self._states),
-            batch_size=None,
+            batch_size=None,  # a row at a time: batches are made by the step
             num_workers=len(self._order),
             collate_fn=_same,
             worker_init_fn=_prepare,
@@ -137,6 +140,7 @@ class _Worker(IterableDataset):
         info = get_worker_info()
         assert info is not None
         rank, source = self.order[info.id], self.source
+        # To the worker it looks like a run of as many ranks.
         rows = RankRows(source.lane, source.lanes, rank=rank, world=self.total)
         if self.states:
             rows.load_state_dict(self.states)

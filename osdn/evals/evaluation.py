@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_ty
 
 from osdn.errors import UserError
 from osdn.evals.models import LanguageModel
-from osdn.evals.runner import Record, fingerprint, measure
+from osdn.evals.runner import Record, Sample, fingerprint, measure
 
 
 def option(help: str, *, default: Any = MISSING, least: float | None = None) -> Any:
@@ -37,6 +37,7 @@ class Evaluation:
 
     task: the name on the command line.  about: the task in half a line.
     batch: items measured together, unless `evaluate` is told otherwise.
+    record: what `answer` gives for an item, as a line of samples.jsonl that may be damaged.
 
     Raises:
         UserError: an option below its least value.
@@ -45,8 +46,10 @@ class Evaluation:
     task: ClassVar[str]
     about: ClassVar[str]
     batch: ClassVar[int] = 1
+    record: ClassVar[type[Sample]] = Sample
 
     def __post_init__(self) -> None:
+        # Once here, for the command line, YAML files and Python alike.
         for one in fields(self):
             given, least = getattr(self, one.name), one.metadata["least"]
             for value in given if isinstance(given, list | tuple) else [given]:
@@ -72,14 +75,17 @@ class Evaluation:
     def run(self, model: LanguageModel, out: Path, batch: int) -> dict[str, Any]:
         """Measure a model; what was measured in `out` before is not measured again."""
         added, items = self.items(model)
+        # All options are in it, so that a directory is never continued with other ones.
         protocol = asdict(self) | added
         records = measure(
             out,
             items,
             lambda some: self.answer(model, some, protocol),
+            # Of the weights too: another model of the same name is another measurement.
             protocol=protocol | {"fingerprint": fingerprint(model.model, items)},
             batch=batch,
             name=self.task,
+            schema=self.record,
         )
         return self.conclude(model, protocol, records)
 
@@ -89,6 +95,7 @@ E = TypeVar("E", bound=Evaluation)
 
 def add_options(parser: ArgumentParser, kind: type[Evaluation]) -> None:
     """An option of the command line for each field."""
+    # The command line is made from the fields, so that the two cannot differ.
     hints = get_type_hints(kind)
     for one in fields(kind):
         words, default = one.metadata["help"], one.default
@@ -96,7 +103,7 @@ def add_options(parser: ArgumentParser, kind: type[Evaluation]) -> None:
             shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
             words = f"{words} (default: {shown})"
         name = f"--{one.name.replace('_', '-')}"
-        if hints[one.name] is bool:
+        if hints[one.name] is bool:  # a flag
             parser.add_argument(name, action="store_true", help=words)
             continue
         options: dict[str, Any] = {"required": default is MISSING, "help": words}
@@ -118,4 +125,5 @@ def from_options(kind: type[E], args: Namespace) -> E:
     """The evaluation that parsed options ask for; what was not given keeps its default."""
     given = {one.name: getattr(args, one.name) for one in fields(kind)}
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    # None: not given. The field's default then says what that means.
     return kind(**{name: value for name, value in given.items() if value is not None})

@@ -20,10 +20,11 @@ from osdn.evals.runner import SAMPLES, fingerprint
 from osdn.system.files import replacing
 from osdn.system.hub import hub_is_reachable
 
-LN2 = math.log(2)
+LN2 = math.log(2)  # nats in a bit
 
 
 def _write_samples(path: Path, samples: dict[str, list[dict[str, Any]]]) -> None:
+    # Whole or not at all, one line a sample, with the task in each.
     with replacing(path) as file:
         for task, records in samples.items():
             for record in records:
@@ -39,8 +40,10 @@ def _result(
     for task, metrics in found["results"].items():
         records = found["samples"].get(task, [])
         for label, value in metrics.items():
+            # The harness's names are "metric,filter"; its standard errors we replace by intervals.
             metric, _, filtered = label.partition(",")
             if isinstance(value, float) and filtered and not metric.endswith("_stderr"):
+                # A task with several filters lists each sample once for each.
                 kept = [r for r in records if r.get("filter", filtered) == filtered]
                 values = [record[metric] for record in kept if metric in record]
                 scores.append(_score(task, metric, value, values))
@@ -58,11 +61,13 @@ def _score(task: str, metric: str, value: float, values: list[Any]) -> dict[str,
 
     A group's figure, or a metric whose samples are not numbers, has none.
     """
+    # Without samples that give it, the harness's number stands alone.
     plain = {"group": task, "name": metric, "value": value, "low": None, "high": None}
     plain["n"] = len(values)
     if not values:
         return plain
     try:
+        # Its samples are (log-likelihood, words or bytes).
         if metric in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
             nats, weights = [-x for x, _ in values], [n for _, n in values]
             scale = (lambda x: x / LN2) if metric == "bits_per_byte" else math.exp
@@ -73,6 +78,7 @@ def _score(task: str, metric: str, value: float, values: list[Any]) -> dict[str,
             own = score(metric, [float(x) for x in values], group=task)
     except (TypeError, ValueError):
         return plain
+    # An interval only where our mean is the harness's number: else it would be of another.
     return own if math.isclose(own["value"], value, rel_tol=1e-6, abs_tol=1e-9) else plain
 
 
@@ -100,6 +106,7 @@ class Harness(Evaluation):
         """
         tasks = [task for task in self.tasks.split(",") if task]
         try:
+            # An extra, which takes seconds to import.
             import lm_eval
             from lm_eval.models.huggingface import HFLM
             from lm_eval.tasks import TaskManager
@@ -111,6 +118,7 @@ class Harness(Evaluation):
             "pretrained": model.name,
             **({"max_seq_lengths": list(self.lengths)} if self.lengths else {}),
         }
+        # Unknown names first, before the model is wrapped and data is loaded.
         manager = TaskManager(include_path=self.include_path, metadata=facts)
         unknown = [name for name in tasks if not manager.match_tasks([name])]
         if unknown:
@@ -127,8 +135,9 @@ class Harness(Evaluation):
                 num_fewshot=self.num_fewshot,
                 limit=self.limit,
                 task_manager=manager,
+                # The harness's cache, by our fingerprint: only the same model finds its answers.
                 use_cache=str(out / f"answers_{fingerprint(model.model)}"),
-                bootstrap_iters=0,
+                bootstrap_iters=0,  # intervals are ours
             )
         except Exception as error:  # whatever a task's data set or its script raises
             if hub_is_reachable():
@@ -140,6 +149,7 @@ class Harness(Evaluation):
         _write_samples(out / SAMPLES, found["samples"])
         protocol = {
             "protocol": "lm-evaluation-harness",
+            # The version of each task is part of the protocol: their prompts change with it.
             "tasks": {name: found["versions"].get(name) for name in found["results"]},
             "fewshot": self.num_fewshot,
             "limit": self.limit,

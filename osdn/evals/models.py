@@ -38,6 +38,7 @@ class LanguageModel:
     @property
     def limit(self) -> int | None:
         """Tokens that the model can take at most; None where there is no such limit (ours)."""
+        # The configuration tells a trained length, and no layer of ours ends there.
         if self.model.config.model_type == "osdn":
             return None
         return getattr(self.model.config, "max_position_embeddings", None)
@@ -63,6 +64,7 @@ class LanguageModel:
 
     def encode(self, text: str) -> list[int]:
         """The text's tokens, none added, special tokens spelt out in it taken as text."""
+        # As in training, where special tokens in a text are text.
         return self.tokenizer.encode(
             text, add_special_tokens=False, split_special_tokens=True, verbose=False
         )
@@ -93,7 +95,7 @@ class LanguageModel:
 
         The prompts are padded on the left, so that the answers are those of one at a time.
         """
-        ids, mask = self._padded(prompts)
+        ids, mask = self._padded(prompts)  # [B, T]
         longest = ids.shape[1]
         self.check_length(longest + max_new_tokens, "the prompt and its answer")
         generate: Any = self.model.generate
@@ -108,10 +110,12 @@ class LanguageModel:
                 do_sample=False,
                 num_beams=1,
                 pad_token_id=self._pad,
+                # Ends when every row has its line, not after as many tokens as there may be.
                 stopping_criteria=StoppingCriteriaList([_LineBreak(self.tokenizer, longest)]),
             )
         finally:
             logging.set_verbosity(verbosity)
+        # Without the prompts, which are all `longest` tokens.
         texts = self.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
         return [text.partition("\n")[0] for text in texts]
 
@@ -121,19 +125,24 @@ class LanguageModel:
 
         The sequences are padded on the left, so that the figures are those of one at a time.
         """
-        ids, mask = self._padded(sequences)
+        ids, mask = self._padded(sequences)  # [B, T]
         self.check_length(ids.shape[1], "the prompt and its answer")
         sizes = [len(tokens) - start for tokens, start in zip(sequences, starts, strict=True)]
         longest = max(sizes)
+        # Models differ in what they take. Positions matter where padding would count as tokens.
         known = inspect.signature(self.model.forward).parameters
         options: dict[str, Any] = {}
         if "position_ids" in known:
+            # [B, T], real tokens from 0
             options["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
         if "logits_to_keep" in known:
+            # One more than is scored: the last token's logits predict nothing here.
             options["logits_to_keep"] = longest + 1
         logits = self.model(ids, attention_mask=mask, use_cache=False, **options).logits
+        # [B, longest, vocabulary], [B, longest]
         logits, expected = logits[:, -longest - 1 : -1].float(), ids[:, -longest:]
-        losses = cross_entropy(logits.transpose(1, 2), expected, reduction="none")
+        losses = cross_entropy(logits.transpose(1, 2), expected, reduction="none")  # [B, longest]
+        # Each row's own part; rows end together.
         return [
             float(row[longest - size :].sum()) for row, size in zip(losses.cpu().double(), sizes)
         ]
@@ -158,6 +167,7 @@ class _LineBreak(StoppingCriteria):
         self.tokenizer, self.prompt = tokenizer, prompt
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        # All that was generated, since a line break may be part of any token.
         texts = self.tokenizer.batch_decode(input_ids[:, self.prompt :])
         return torch.tensor(["\n" in text for text in texts], device=input_ids.device)
 
@@ -179,11 +189,13 @@ def load_model(
     place = make_device(device, "--device")
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"--dtype: expected auto, {', '.join(DTYPES)}, got {dtype!r}")
+    # bfloat16 on a CPU is slow, and rounds differently from where it was trained.
     kind = DTYPES.get(dtype, torch.float32 if place.type == "cpu" else "auto")
     model: Any = load_weights(name, dtype=kind)
     words = tokenizer or name
     advice = "; give one with --tokenizer" if tokenizer is None else ""
     loaded = fetch(AutoTokenizer, words, "tokenizer", advice)
+    # Else an IndexError deep in a forward, at whichever prompt has such a token.
     rows = model.get_input_embeddings().weight.shape[0]
     if len(loaded) > rows:
         raise UserError(

@@ -14,7 +14,7 @@ from osdn.errors import UserError
 from osdn.evals.evaluation import Evaluation, option
 from osdn.evals.models import LanguageModel
 from osdn.evals.results import make_result, score
-from osdn.evals.runner import Record
+from osdn.evals.runner import Record, Sample
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 ADJECTIVES = ("quiet", "bright", "narrow", "ancient", "gentle", "hollow", "crimson", "distant")
@@ -26,7 +26,7 @@ BEFORE = (
 QUESTION = "\nWhat is the special magic number for {key} mentioned in the provided text?"
 CUE = " The special magic number for {key} mentioned in the provided text is"
 NEEDLE = "One of the special magic numbers for {key} is: {number}."
-MAX_NEW_TOKENS = 48
+MAX_NEW_TOKENS = 48  # a sentence with the number in it
 LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768]
 DEPTHS = (0, 25, 50, 75, 100)
 
@@ -45,19 +45,29 @@ def haystack(model: LanguageModel, item: dict[str, Any], budget: int) -> list[in
         question = (QUESTION + CUE).format(key=item["key"])
         return [*model.start, *model.encode(BEFORE + "\n".join(text) + question)]
 
+    # How many lines fit is found by three sizes, as tokenizers join what meets at a border.
     least = len(build(1))
     if least > budget:
         raise UserError(
             f"lengths: {item['length']} tokens are too few for the question and one line of "
             f"noise, which take {least + MAX_NEW_TOKENS}"
         )
-    line = (len(build(9)) - least) / 8
+    line = (len(build(9)) - least) / 8  # tokens a line
     lines = 1 + int((budget - least) / line)
+    # The estimate is off by a line or two: down first, then up.
     while lines > 1 and len(build(lines)) > budget:
         lines -= 1
     while len(prompt := build(lines + 1)) <= budget:
         lines += 1
     return build(lines) if len(prompt) > budget else prompt
+
+
+class Asked(Sample):
+    """A record."""
+
+    length: int
+    depth: int
+    right: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +77,7 @@ class Needle(Evaluation):
     task: ClassVar[str] = "needle"
     about: ClassVar[str] = "find a number in 1k to 32k tokens of noise"
     batch: ClassVar[int] = 4
+    record: ClassVar[type[Sample]] = Asked
 
     lengths: tuple[int, ...] | None = option(
         "tokens of prompt and answer (default: 1024 to 32768, as far as the model can take)",
@@ -86,11 +97,13 @@ class Needle(Evaluation):
         """A needle for each length, depth and sample, short prompts first."""
         lengths = sorted(set(self.lengths or ()))
         if not lengths:
+            # As far as the model goes; at least one length, so that there is a result.
             lengths = [one for one in LENGTHS if one <= (model.limit or one)] or LENGTHS[:1]
         model.check_length(lengths[-1], "lengths")
         depths = sorted(set(self.depths))
         items = []
         for length, depth, i in product(lengths, depths, range(self.samples)):
+            # By the needle's own place: a length added later changes no other needle.
             rng = Random(f"{self.seed} {length} {depth} {i}")
             key = f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
             number = str(rng.randrange(10**6, 10**7))
@@ -113,7 +126,7 @@ class Needle(Evaluation):
                 "number": item["number"],
                 "tokens": len(ids),
                 "continuation": text,
-                "right": item["number"] in text,
+                "right": item["number"] in text,  # seven digits: none comes by chance
             }
             for item, ids, text in zip(items, prompts, texts)
         ]

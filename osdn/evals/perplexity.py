@@ -4,10 +4,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, PositiveInt, model_validator
 
 from osdn.data import encode_document, open_corpus
 from osdn.data.corpora import Corpus
@@ -15,9 +16,11 @@ from osdn.data.split import is_held_out
 from osdn.errors import UserError
 from osdn.evals.evaluation import Evaluation, option
 from osdn.evals.models import LanguageModel
-from osdn.evals.results import make_result, score
-from osdn.evals.runner import Record
+from osdn.evals.results import make_result, point, score
+from osdn.evals.runner import Record, Sample
+from osdn.system.outside import Measure
 
+# Bounds the logits: [B, 1024, vocabulary] in place of the whole row's.
 PIECE = 1024  # tokens of a forward pass; the cache carries the rest
 LN2 = math.log(2)
 
@@ -83,16 +86,18 @@ class TextEvaluation(Evaluation):
     ) -> Iterator[tuple[str, list[int]]]:
         joined: list[int] = []
         for document, _ in self.corpus(self.data).read(order="evaluation"):
+            # By training's own split; held_out = 1 takes every document.
             if not is_held_out(document, self.held_out):
                 continue
             tokens = encode_document(model.tokenizer, document.text)
             if not join:
                 kept = tokens[:length]
+                # Bits per byte need the bytes of what was measured: of a cut row the decoded text.
                 whole = len(kept) == len(tokens)
                 yield document.text if whole else model.decode(kept), kept
                 continue
             joined += tokens
-            while len(joined) >= length:
+            while len(joined) >= length:  # what is left at the end is no row, and is dropped
                 row, joined = joined[:length], joined[length:]
                 yield model.decode(row), row
 
@@ -114,17 +119,32 @@ def negative_log_likelihood(model: LanguageModel, rows: list[list[int]]) -> torc
 
     rows: B of one length T.
     """
-    ids = torch.tensor(rows, device=model.model.device)
+    ids = torch.tensor(rows, device=model.model.device)  # [B, T]
     last = ids.shape[1] - 1
     cache, found = None, []
+    # The cache carries the memory on, so this equals one pass over the row.
     for start in range(0, last, PIECE):
         end = min(start + PIECE, last)
         output = model.model(ids[:, start:end], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         logits = output.logits.float().transpose(1, 2)  # [B, vocabulary, tokens]
-        target = ids[:, start + 1 : end + 1]
+        target = ids[:, start + 1 : end + 1]  # [B, tokens]
         found.append(F.cross_entropy(logits, target, reduction="none").cpu())
     return torch.cat(found, 1)
+
+
+class Row(Sample):
+    """A record: nats and tokens of every bucket."""
+
+    nats: list[Measure] = Field(min_length=1)
+    tokens: list[PositiveInt]
+    bytes: PositiveInt
+
+    @model_validator(mode="after")
+    def _one_each(self) -> Self:
+        if len(self.nats) != len(self.tokens):
+            raise ValueError("expected as many nats as tokens")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +153,7 @@ class Perplexity(TextEvaluation):
 
     task: ClassVar[str] = "perplexity"
     about: ClassVar[str] = "by position, past the trained length, and by document"
+    record: ClassVar[type[Sample]] = Row
 
     join: bool = option(
         "join documents into rows of exactly `length` tokens; else a row is one document",
@@ -154,6 +175,7 @@ class Perplexity(TextEvaluation):
         """Measure rows one after another: nats and tokens in every bucket."""
         records = []
         for item in items:
+            # In float64: sums over thousands of tokens are compared in their fourth digit.
             parts = (
                 negative_log_likelihood(model, [item["tokens"]])[0]
                 .double()
@@ -172,6 +194,7 @@ class Perplexity(TextEvaluation):
         self, model: LanguageModel, protocol: dict[str, Any], records: list[Record]
     ) -> dict[str, Any]:
         """The result: perplexity and bits per byte over all, and perplexity by bucket."""
+        # By row, which the bootstrap draws: tokens of one row are not independent.
         nats = [sum(record["nats"]) for record in records]
         scores = [
             score(
@@ -180,12 +203,13 @@ class Perplexity(TextEvaluation):
             score("bits per byte", nats, [r["bytes"] * LN2 for r in records]),
         ]
         bucket, points, rows = protocol["bucket"], [], []
+        # Rows end at different lengths: a bucket has the rows that reach it.
         for i in range(max(len(record["nats"]) for record in records)):
             there = [record for record in records if len(record["nats"]) > i]
             one = score(
                 "", [r["nats"][i] for r in there], [r["tokens"][i] for r in there], scale=math.exp
             )
-            points.append([(i + 1) * bucket, one["value"], one["low"], one["high"]])
+            points.append(point((i + 1) * bucket, one))
             span = f"{i * bucket + 1:,}–{(i + 1) * bucket:,}"
             tokens = sum(r["tokens"][i] for r in there)
             interval = f"{one['low']:.3f}–{one['high']:.3f}"

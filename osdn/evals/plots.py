@@ -11,6 +11,7 @@ from matplotlib.ticker import LogLocator
 from osdn.errors import UserError
 from osdn.system.files import write_whole
 
+# Okabe and Ito's palette, told apart with any colour vision.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 MARKERS, LINES = "osD^vP*X", ("-", "--", ":", "-.")  # told apart without colours, too
 DPI = 110
@@ -25,6 +26,7 @@ def plain(text: Any) -> str:
 def draw_curves(axes: Axes, curves: dict[str, Any]) -> None:
     """One entry of a result's `curves`: a line a series, a band from low to high."""
     for i, (label, points) in enumerate(curves["series"].items()):
+        # Points carry their interval, and the band shows it.
         x, y, low, high = zip(*points)
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         line, name = LINES[i % len(LINES)], plain(label)
@@ -32,6 +34,7 @@ def draw_curves(axes: Axes, curves: dict[str, Any]) -> None:
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     if curves.get("log_x"):
         axes.set_xscale("log")
+        # Ticks where something was measured; minor ones would only be powers of ten.
         ticks = sorted({point[0] for points in curves["series"].values() for point in points})
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
         axes.set_xticks([], minor=True)
@@ -108,6 +111,7 @@ def figure(curves: list[dict[str, Any]], maps: list[dict[str, Any]]) -> Figure:
     rows_of = [one["series"] for one in curves if one.get("strip") or one.get("differences")]
     labels = max(map(len, rows_of), default=0)
     size = (5.4 * columns, max(3.7, 0.9 + 0.26 * labels) * rows)
+    # Not pyplot: it keeps figures, and looks for a display.
     page = Figure(figsize=size, layout="constrained", dpi=DPI)
     grid = page.subplots(rows, columns, squeeze=False).flatten()
     for axes, entry in zip(grid, [*curves, *maps]):

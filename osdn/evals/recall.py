@@ -22,9 +22,10 @@ from osdn.evals.lm import Harness
 from osdn.evals.models import LanguageModel
 from osdn.evals.recall_data import HUB_SETS, read_samples
 from osdn.evals.results import make_result, score
-from osdn.evals.runner import Record
+from osdn.evals.runner import Record, Sample
+from osdn.system.outside import Measure
 
-MAX_NEW_TOKENS = 48
+MAX_NEW_TOKENS = 48  # as published
 UPSTREAM = {"fda": "fda", "swde": "swde", "squad": "squad_completion"}  # tasks of the harness
 
 
@@ -44,10 +45,12 @@ def window(model: LanguageModel, sample: dict[str, str], size: int, *, keep_end:
         return text
     if keep_end:
         return model.decode(tokens[-size:])
+    # Character offsets to tokens: by encoding what stands before.
     found = find(value, text)
     at = found.start() if found else 0
     first = len(model.encode(text[:at]))
     last = first + len(model.encode(found.group() if found else ""))
+    # Centred, but within the document: a value near its end keeps the window whole.
     start = min(max(0, (first + last - size) // 2), len(tokens) - size)
     return model.decode(tokens[start : start + size])
 
@@ -73,10 +76,11 @@ def common(a: list[int], b: list[int]) -> int:
 
 def prompt(data: str, sample: dict[str, str], text: str, times: str, cloze: bool) -> str:
     """What the model continues."""
+    # The text ends in its own question, so nothing is asked after it.
     if cloze:
         return text if times == "once" else f"{text} {text}"
     key = sample["key"].strip()
-    key = key[:1].upper() + key[1:]
+    key = key[:1].upper() + key[1:]  # the rest as it is: names keep their capitals
     if times == "once":
         return f"{text}. {key}:"
     opening = f"Information about {key}. " if data == "fda" else ""
@@ -92,8 +96,20 @@ def guess(samples: list[dict[str, str]], i: int) -> str:
     if "guess" in samples[i]:
         return samples[i]["guess"]
     key = samples[i]["key"]
+    # Without the sample itself: its own value would be a sure guess.
     others = Counter(s["value"] for j, s in enumerate(samples) if j != i and s["key"] == key)
     return others.most_common(1)[0][0] if others else ""
+
+
+class Asked(Sample):
+    """A record."""
+
+    times: Literal["once", "twice"]
+    key: str
+    value: str
+    right: bool
+    guessed: bool
+    nats: Measure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +119,7 @@ class Recall(Evaluation):
     task: ClassVar[str] = "recall"
     about: ClassVar[str] = "copy values out of real documents, given once and twice"
     batch: ClassVar[int] = 8
+    record: ClassVar[type[Sample]] = Asked
 
     data: str = option(
         f"{', '.join(HUB_SETS)}, or a .jsonl file with the fields text, key and value"
@@ -139,17 +156,21 @@ class Recall(Evaluation):
         cloze = self.cloze or self.data == "squad"
         items = []
         for i, sample in enumerate(samples):
+            # The answer's tokens are left out of the window's budget, as published.
             text = window(model, sample, self.window - self.answer_tokens, keep_end=cloze)
             for times in ("once", "twice"):
                 words = prompt(self.data, sample, text, times, cloze)
                 tokens = [*model.start, *model.encode(words)]
+                # The prompt with its answer, encoded together: a tokenizer may join the two.
                 whole = [*model.start, *model.encode(f"{words} {sample['value'].strip()}")]
                 longest = max(len(tokens) + MAX_NEW_TOKENS, len(whole))
                 model.check_length(longest, f"{self.data}, sample {i}, {times}")
                 shared = {"key": sample["key"], "value": sample["value"]}
                 item = {"id": f"{i}-{times}", "times": times, "tokens": tokens, "whole": whole}
                 items.append({**item, **shared, "guess": guess(samples, i)})
+        # Short ones together, so that a batch has little padding.
         items.sort(key=lambda item: len(item["tokens"]))
+        # Counted, and kept in: the share is over all samples.
         unanswerable = sum(not answerable(model, sample) for sample in samples)
         added = {"cloze": cloze, "max_new_tokens": MAX_NEW_TOKENS, "nats": "of ' value'"}
         return added | {"unanswerable": unanswerable}, items
@@ -160,6 +181,7 @@ class Recall(Evaluation):
         """Continue prompts and look for the values; measure what the values cost there."""
         prompts = [item["tokens"] for item in items]
         texts = model.continue_line(prompts, max_new_tokens=protocol["max_new_tokens"])
+        # a first token has nothing before it
         starts = [max(1, common(item["tokens"], item["whole"])) for item in items]
         nats = model.nats([item["whole"] for item in items], starts)
         return [
@@ -188,6 +210,7 @@ class Recall(Evaluation):
             bits = [r["nats"] / log(2) for r in there]
             sizes = [len(f" {r['value'].strip()}".encode()) for r in there]
             scores.append(score("bits per byte of the value", bits, sizes, group=times))
+        # `there` is the last group; each sample has been guessed once for each.
         scores.append(score("contains", [r["guessed"] for r in there], group="guesser"))
         rows = []
         for key, count in Counter(record["key"] for record in records).most_common():
@@ -196,6 +219,7 @@ class Recall(Evaluation):
                 [record[name] for record in own if record["times"] == times]
                 for times, name in (("once", "right"), ("twice", "right"), ("once", "guessed"))
             ]
+            # Once and twice are two records of a sample.
             rows.append([key, count // 2, *(f"{sum(x) / len(x):.3f}" for x in shares)])
         columns = ["key", "samples", "once", "twice", "guesser"]
         return make_result(

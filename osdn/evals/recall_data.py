@@ -3,7 +3,6 @@
 A sample asks for the value of one field of one real document.
 """
 
-import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from osdn.errors import UserError
 from osdn.system.hub import hub_is_reachable
+from osdn.system.outside import Malformed, parse_plain
 
 HUB_SETS = {
     "fda": "hazyresearch/based-fda",
@@ -29,6 +29,7 @@ def read_samples(name: str) -> list[dict[str, str]]:
     """
     records = _hub(HUB_SETS[name]) if name in HUB_SETS else _jsonl(Path(name))
     samples = []
+    # Every record is looked at before the first is measured.
     for where, record in records:
         fields = record if isinstance(record, dict) else {}
         wrong = [one for one in ("text", "key", "value") if not _is_text(fields.get(one))]
@@ -57,6 +58,7 @@ def read_prompts(name: str, limit: int) -> list[str]:
             return [path.read_text(encoding="utf-8")]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"data: cannot read {name}: {error}") from error
+    # Fields other than text are not needed here.
     records = _hub(HUB_SETS[name]) if name in HUB_SETS else _jsonl(path)
     texts = []
     for where, record in islice(records, limit):
@@ -78,9 +80,9 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                yield f"line {number}", json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: not JSON: {error}") from error
+                yield f"line {number}", parse_plain(line, Any, "")
+            except Malformed as error:
+                raise UserError(f"{path}, line {number}: {error.reason}") from error
 
 
 def _hub(name: str) -> Iterator[tuple[str, Any]]:

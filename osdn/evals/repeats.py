@@ -11,18 +11,20 @@ shorter reference is allowed as much less.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, NonNegativeInt, model_validator
 
 from osdn.data import encode_document
-from osdn.data.shards import ShardCorpus
+from osdn.data.token_corpus import TokenCorpus
 from osdn.evals.evaluation import option
 from osdn.evals.models import LanguageModel
 from osdn.evals.perplexity import TextEvaluation, negative_log_likelihood
-from osdn.evals.results import make_result, score
-from osdn.evals.runner import Record
+from osdn.evals.results import make_result, point, score
+from osdn.evals.runner import Record, Sample
+from osdn.system.outside import Measure, Outside
 
 REFERENCE_TOKENS = 30_000_000
 CHUNK = 2**20  # pairs of the reference that are counted at a time
@@ -35,11 +37,12 @@ Codes = NDArray[np.int64]
 def pairs(tokens: Sequence[int] | NDArray[Any]) -> Codes:
     """One number for each pair of neighbours (a, b): a · 2³² + b; [T − 1]."""
     x = np.asarray(tokens, dtype=np.int64)
-    return x[:-1] << 32 | x[1:]
+    return x[:-1] << 32 | x[1:]  # ids below 2³²: one integer compares as the pair does
 
 
 def distances(codes: Codes) -> NDArray[np.int64]:
     """Tokens since the same pair first occurred in the row; 0 where this is the first time."""
+    # The first place of each pair, then each token's distance to its pair's first.
     _, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
     return np.arange(len(codes)) - first[inverse]
 
@@ -51,9 +54,10 @@ def count(known: Codes, texts: Iterable[NDArray[Any]], limit: int) -> tuple[NDAr
     """
     found, read = np.zeros(len(known), dtype=np.int64), 0
     for text in texts:
-        text = text[: limit - read]
+        text = text[: limit - read]  # the last text is cut, so that the limit is exact
         read += len(text)
         for start in range(0, len(text) - 1, CHUNK):
+            # Sorted pairs of a piece: two binary searches count each known pair.
             codes = np.sort(pairs(text[start : start + CHUNK + 1]))
             ends = (np.searchsorted(codes, known, side) for side in ("right", "left"))
             found += np.subtract(*ends)
@@ -69,7 +73,8 @@ def summarise(
 
     loss, distance: [T − 1], of every predicted token; distance 0 is no hit.
     """
-    position = np.arange(len(loss)) // bucket
+    position = np.arange(len(loss)) // bucket  # bucket of each predicted token, [T − 1]
+    # Bin of its distance; 0 where it is no hit, and not read there.
     apart = np.digitize(distance, DISTANCES)
     hit = distance > 0
 
@@ -158,11 +163,34 @@ def interval(one: Record) -> str:
 
 def points(places: list[int], found: list[Record]) -> list[list[float]]:
     """[place, value, low, high] of every bucket with a token."""
-    return [
-        [place, one["value"], one["low"], one["high"]]
-        for place, one in zip(places, found)
-        if one["n"]
-    ]
+    return [point(place, one) for place, one in zip(places, found) if one["n"]]
+
+
+class Buckets(Outside):
+    """Nats and tokens of some buckets."""
+
+    nats: list[Measure] = Field(min_length=1)
+    tokens: list[NonNegativeInt]
+
+
+class Row(Sample):
+    """A record."""
+
+    hits: Buckets
+    rest: Buckets
+    distance: Buckets
+
+    def lengths(self) -> tuple[int, ...]:
+        """Of all parts; by position there are as many of hits as of the rest."""
+        parts = (self.hits, self.rest, self.distance)
+        return tuple(len(one) for part in parts for one in (part.nats, part.tokens))
+
+    @model_validator(mode="after")
+    def _one_each(self) -> Self:
+        position, apart = len(self.hits.nats), len(DISTANCES) + 1
+        if self.lengths() != (position,) * 4 + (apart,) * 2:
+            raise ValueError("expected as many nats as tokens, of hits as of the rest")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +200,7 @@ class Repeats(TextEvaluation):
     task: ClassVar[str] = "repeats"
     about: ClassVar[str] = "loss on in-context repeats (AR hits), the precise measure of recall"
     batch: ClassVar[int] = 4
+    record: ClassVar[type[Sample]] = Row
 
     reference: str = option("training text that says which pairs are rare: shards, or as data")
     rare: int = option(
@@ -185,13 +214,16 @@ class Repeats(TextEvaluation):
         sizes = self.sizes(model)
         rows = [tokens for _, tokens in self.rows(model, sizes["length"], join=True)]
         coded = [pairs(row) for row in rows]
+        # Only pairs that occur in the rows are counted in the reference.
         known = np.unique(np.concatenate(coded))
         counts, read = count(known, self.reference_texts(model), REFERENCE_TOKENS)
+        # Scaled to the reference's size, in integers.
         rare = counts * REFERENCE_TOKENS <= self.rare * read
         return sizes | {"reference_tokens": read}, [
             {
                 "id": str(i),
                 "tokens": row,
+                # A pair that is not rare has distance 0: it is no hit, however near.
                 "distances": (distances(codes) * rare[np.searchsorted(known, codes)]).tolist(),
             }
             for i, (row, codes) in enumerate(zip(rows, coded))
@@ -203,8 +235,9 @@ class Repeats(TextEvaluation):
         Raises:
             UserError: nothing there, or shards of another tokenizer.
         """
+        # Shards whole: a pair over a document's border is as rare as any.
         corpus = self.corpus(self.reference)
-        if isinstance(corpus, ShardCorpus):
+        if isinstance(corpus, TokenCorpus):
             corpus.check_tokenizer(model.tokenizer)
             for shard in corpus.shards:
                 yield corpus.open(shard)[0]
@@ -227,6 +260,7 @@ class Repeats(TextEvaluation):
     ) -> dict[str, Any]:
         """The result: nats a token on hits, on the rest and on all; by position and by distance."""
         bucket, length = protocol["bucket"], protocol["length"]
+        # "all" is the sum of the two: every predicted token is in one of them.
         records = [
             record
             | {

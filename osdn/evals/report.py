@@ -13,6 +13,7 @@ from osdn.evals.plots import png
 from osdn.evals.results import as_code, as_text, markdown, read_result
 
 Result = dict[str, Any]
+# In the page itself, as the images are: one file that can be sent.
 STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
@@ -36,6 +37,7 @@ def find(runs: list[Path]) -> list[Path]:
     """
     found: list[Path] = []
     for path in runs:
+        # Any depth: a directory of runs is as good as one.
         below = sorted(path.rglob("result.json")) if path.is_dir() else [path]
         if not below:
             read_result(path)  # raises, and says what is missing
@@ -47,6 +49,7 @@ def group(results: list[tuple[str, Result]]) -> list[list[tuple[str, Result]]]:
     """Results of one task and protocol together, in the order of their first; labelled by model."""
     groups: dict[str, list[tuple[str, Result]]] = {}
     for path, result in results:
+        # The whole protocol: figures of two protocols must not stand in one table.
         key = json.dumps([result["task"], result["protocol"]], sort_keys=True)
         label = result["model"]["name"] if result.get("model") else str(Path(path).parent)
         groups.setdefault(key, []).append((label, result))
@@ -59,7 +62,7 @@ def scores_table(members: list[tuple[str, Result]]) -> dict[str, Any]:
     for i, (_, result) in enumerate(members):
         for one in result["scores"]:
             name = ", ".join(word for word in (one["group"], one["name"]) if word)
-            rows.setdefault(name, ["–"] * len(members))[i] = cell(one)
+            rows.setdefault(name, ["–"] * len(members))[i] = cell(one)  # a model without this score
     columns = ["", *(label for label, _ in members)]
     table = [[name, *values] for name, values in rows.items()]
     return {"title": "Scores", "columns": columns, "rows": table}
@@ -78,6 +81,7 @@ def joined_curves(members: list[tuple[str, Result]]) -> list[dict[str, Any]]:
     plots: dict[str, dict[str, Any]] = {}
     for label, result in members:
         for curve in result["curves"]:
+            # One series a plot: models side by side. Several: each model its own plot.
             single = len(curve["series"]) == 1
             title = curve["title"] if single else f"{curve['title']}: {label}"
             plot = plots.setdefault(title, {**curve, "title": title, "series": {}})

@@ -1,33 +1,37 @@
 """The residual ratio: how much of each token's prediction error one write leaves, layer by layer.
 
-For every token and head of the osdn and delta_net layers of a model
+For every token and head of the layers of a model that are not attention
 
     q_t = (1 − β_t⟨d_t, s_t⟩)² = f_t(S_t) / f_t(S_{t−1}),   s_t = k_t ⊙ k_t
 
-with f_t(S) = ½‖Sᵀk_t − v_t‖² (docs/explanation/operator.md). It depends only on keys and gates, so
+with f_t(S) = ½‖Sᵀk_t − v_t‖² (docs/explanation/operator.md). Where the memory decays,
+S̃_t = α_t S_{t−1} stands in place of S_{t−1}. It depends only on keys and gates, so
 other preconditioners can be tried on the same activations: the shadow ablations.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from osdn.errors import UserError
 from osdn.evals.evaluation import Evaluation, option
 from osdn.evals.models import LanguageModel
 from osdn.evals.recall_data import read_prompts
-from osdn.evals.results import make_result, score
-from osdn.evals.runner import Record
+from osdn.evals.results import make_result, point, score
+from osdn.evals.runner import Record, Sample
 from osdn.layers.osdn import OSDN
 from osdn.ops import reference
 from osdn.ops.operands import Options
+from osdn.system.outside import Measure
 
 POSITIONS = 10  # bins of relative position
+MEASURES = 4  # of a shadow, see summarise_layer
 SMALLEST = 1e-12  # what a ratio below it counts as in the geometric mean
 SHADOWS: dict[str, Callable[[Tensor], Tensor]] = {
     "own": lambda d: d,
@@ -55,7 +59,7 @@ class Activations(NamedTuple):
 
 @torch.no_grad()
 def capture(model: nn.Module, input_ids: Tensor) -> list[Activations]:
-    """The activations of every osdn and delta_net layer for one sequence, [1, T] token ids.
+    """The activations of every layer but attention for one sequence, [1, T] token ids.
 
     The layer's input is caught on its way in; keys, values and gates are made by the layer's own
     parts in the model's precision, and d by the definition, in float64.
@@ -63,6 +67,7 @@ def capture(model: nn.Module, input_ids: Tensor) -> list[Activations]:
     layers = mixers(model)
     inputs: dict[nn.Module, Tensor] = {}
     hooks = [
+        # On its way in; what the layer makes of it is then made once more, by its own parts.
         layer.register_forward_pre_hook(lambda module, given: inputs.update({module: given[0]}))
         for layer in layers
     ]
@@ -75,14 +80,14 @@ def capture(model: nn.Module, input_ids: Tensor) -> list[Activations]:
 
 
 def mixers(model: nn.Module) -> list[OSDN]:
-    """The osdn and delta_net layers of a model, first to last."""
+    """The layers of a model that are not attention, first to last."""
     return [module for module in model.modules() if isinstance(module, OSDN)]
 
 
 def activations(layer: OSDN, hidden_states: Tensor) -> Activations:
     """What a layer makes of hidden_states [1, T, D]."""
     given = layer.operands(hidden_states)
-    k, v, beta = (x[0].double() for x in (given.k, given.v, given.beta))
+    k, v, beta = (x[0].double() for x in (given.k, given.v, given.beta))  # [T, H, ·], the one row
     gamma = None if given.log_gamma is None else given.log_gamma[0].double()
     return Activations(k, v, beta, preconditioners(layer, k, beta, gamma))
 
@@ -95,6 +100,7 @@ def preconditioners(layer: OSDN, k: Tensor, beta: Tensor, log_gamma: Tensor | No
     d = torch.ones_like(k[0]) if start is None else start.detach().double()
     if rule.constant_precond(log_gamma is not None):
         return d.expand_as(k)
+    # Token by token, as the definition: a prompt has a thousand tokens, and this is no training.
     path = []
     for t in range(len(k)):
         path.append(d)
@@ -106,22 +112,42 @@ def summarise_layer(layer: Activations) -> dict[str, list[list[float]]]:
     """Of every shadow, by relative position: means of log q, ⟨d,s⟩, β⟨d,s⟩ and of q > 1."""
     found = {}
     for name, shadow in SHADOWS.items():
-        step = layer.step(shadow(layer.precond))
+        step = layer.step(shadow(layer.precond))  # [T, H]
         written = layer.beta * step
-        ratio = (1 - written).square()
+        ratio = (1 - written).square()  # q, [T, H]
+        # The mean of logs: q spans orders of magnitude, and its product over tokens is what counts.
         measures = [ratio.clamp(min=SMALLEST).log(), step, written, (ratio > 1).double()]
-        means = torch.stack([x.mean(-1) for x in measures])
+        means = torch.stack([x.mean(-1) for x in measures])  # [4, T]
+        # By bin of relative position, so that prompts of any length are compared.
         found[name] = [part.mean(1).tolist() for part in means.tensor_split(POSITIONS, dim=1)]
     return found
 
 
 def _course(logs: np.ndarray) -> list[list[float]]:
     """[position, value, low, high] from mean log q [prompt, position]."""
-    points = []
-    for position in range(POSITIONS):
-        one = score("", list(logs[:, position]), scale=math.exp)
-        points.append([(position + 0.5) / POSITIONS, one["value"], one["low"], one["high"]])
-    return points
+    return [
+        point((i + 0.5) / POSITIONS, score("", list(logs[:, i]), scale=math.exp))
+        for i in range(POSITIONS)
+    ]
+
+
+class Prompt(Sample):
+    """A record: of every layer and shadow, [position, measure]."""
+
+    layers: list[dict[str, list[list[Measure]]]] = Field(min_length=1)
+
+    def lengths(self) -> tuple[int, ...]:
+        """Layers; the lengths within are checked below."""
+        return (len(self.layers),)
+
+    @model_validator(mode="after")
+    def _all_there(self) -> Self:
+        for layer in self.layers:
+            if layer.keys() != SHADOWS.keys():
+                raise ValueError(f"expected the shadows {', '.join(SHADOWS)}")
+            if any([*map(len, one)] != [MEASURES] * POSITIONS for one in layer.values()):
+                raise ValueError(f"expected {MEASURES} measures at {POSITIONS} positions")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +156,7 @@ class ResidualRatio(Evaluation):
 
     task: ClassVar[str] = "residual-ratio"
     about: ClassVar[str] = "what a write leaves of the error, and shadow ablations"
+    record: ClassVar[type[Sample]] = Prompt
 
     data: str = option("prompts: a .jsonl file with a field text, or a text file")
     limit: int = option("prompts at most", default=50, least=1)
@@ -169,8 +196,10 @@ class ResidualRatio(Evaluation):
     ) -> dict[str, Any]:
         """The result: geometric means by layer and by relative position, for d and its shadows."""
         # [prompt, layer, shadow, position, measure]
-        x = np.array([[list(one.values()) for one in record["layers"]] for record in records])
         names = list(SHADOWS)
+        x = np.array(
+            [[[one[name] for name in names] for one in record["layers"]] for record in records]
+        )
         layers = [layer.layer_idx for layer in mixers(model.model)]  # attention layers count, too
         scores = [
             score(name, list(x[:, :, i, :, 0].mean((1, 2))), group="all layers", scale=math.exp)

@@ -32,7 +32,7 @@ from osdn.system import files
 from osdn.system.outside import Malformed, Outside, read_json
 
 RESULT = "result.json"
-RESAMPLES = 2000
+RESAMPLES = 2000  # the interval's ends are then its 50th values from either end
 PACKAGES = ("osdn", "torch", "transformers", "numpy", "numba", "triton", "lm-eval", "datasets")
 
 
@@ -46,10 +46,11 @@ def bootstrap(
     x = np.asarray(values, dtype=np.float64)
     w = np.ones_like(x) if weights is None else np.asarray(weights, dtype=np.float64)
     rng = np.random.default_rng(0)
+    # Resamples at a time: at most 4 million indices.
     rows = max(1, 2**22 // len(x))
     ratios = []
     for start in range(0, RESAMPLES, rows):
-        chosen = rng.integers(len(x), size=(min(rows, RESAMPLES - start), len(x)))
+        chosen = rng.integers(len(x), size=(min(rows, RESAMPLES - start), len(x)))  # [rows, items]
         ratios.append(x[chosen].sum(1) / w[chosen].sum(1))
     low, high = np.quantile(np.concatenate(ratios), [0.025, 0.975])
     return float(low), float(high)
@@ -75,15 +76,22 @@ def score(
     if not len(values):
         raise UserError(f"{group or name}: nothing to average; the evaluation has no sample")
     total = float(len(values)) if weights is None else float(np.sum(weights))
+    # Numerator and denominator by the same draw: a ratio's interval, not a mean of ratios'.
     low, high = bootstrap(values, weights)
     return {
         "group": group,
         "name": name,
         "value": scale(float(np.sum(values)) / total),
+        # An increasing scale carries quantiles over.
         "low": scale(low),
         "high": scale(high),
         "n": len(values),
     }
+
+
+def point(x: float, one: dict[str, Any]) -> list[float]:
+    """A score as a point of a curve: [x, value, low, high]."""
+    return [x, one["value"], one["low"], one["high"]]
 
 
 def as_text(x: Any) -> str:
@@ -114,6 +122,7 @@ def provenance() -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    # A command that can be given again, whichever way it was started.
     program = Path(sys.argv[0])  # "osdn", or the package's __main__.py under python -m
     command = [(program.parent if program.stem == "__main__" else program).name, *sys.argv[1:]]
     return {
@@ -127,6 +136,7 @@ def provenance() -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The commit of the source tree, "+changes" where it differs from it; None outside of one."""
+    # The commit of this source tree, not of the directory that the user is in.
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None

@@ -59,6 +59,7 @@ def make(task: str, options: Mapping[str, Any]) -> Evaluation:
         if name not in known:
             raise UserError(f"{task}: no option {name!r}; there are {', '.join(known)}")
     try:
+        # pydantic checks a YAML file's values against the dataclass's own annotations.
         return TypeAdapter(kind).validate_python(dict(options))
     except ValidationError as error:
         first = error.errors()[0]
@@ -98,6 +99,7 @@ def evaluate(
         model = load_model(model, device=device, dtype=dtype, tokenizer=tokenizer)
     out = Path(out)
     result = evaluation.run(model, out, batch or evaluation.batch)
+    # The figures first: a plot that fails must not cost them.
     write_json(out / RESULT, result)
     if result["curves"] or result["maps"]:
         save(result["curves"], result["maps"], out / PLOT)

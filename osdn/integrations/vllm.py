@@ -19,7 +19,7 @@ from vllm.sequence import IntermediateTensors
 from osdn.integrations.vllm_mixer import PagedOSDN, state_dtypes, state_shapes
 from osdn.layers.attention import Attention
 from osdn.layers.mlp import SwiGLU
-from osdn.layers.osdn import OSDN
+from osdn.layers.osdn import OSDN, former_names
 from osdn.model.block import mixer_options
 from osdn.model.configuration import OSDNConfig
 
@@ -182,7 +182,9 @@ class OSDNForCausalLM(nn.Module, HasInnerState, IsHybrid):
         """
         own = dict(self.named_parameters())
         loaded = set()
-        for name, weight in weights:
+        given = dict(weights)
+        former = former_names(given)
+        for name, weight in ((former.get(name, name), x) for name, x in given.items()):
             if name not in own:
                 if name == "lm_head.weight" and self.config.tie_word_embeddings:
                     continue

@@ -131,10 +131,10 @@ class PagedOSDN(MambaBase, OSDN):
         """
         cu_seqlens = torch.arange(len(read) + 1, device=read.device)
         q, k, v = self._convolve_pages(hidden_states, cu_seqlens, self._histories(read), write)
-        beta, log_gamma = self.gates(hidden_states)
+        beta, log_gamma, log_alpha = self.gates(hidden_states)
         S, d = self.kv_cache[:2]
         o, _, _ = online_scaled_delta_step(
-            q, k, v, beta, log_gamma, state=S, precond=d,
+            q, k, v, beta, log_gamma, log_alpha=log_alpha, state=S, precond=d,
             slots=torch.where(read == EMPTY_PAGE, -1, read),
             write_slots=torch.where(write == EMPTY_PAGE, -1, write),
             backend=self.backend, **self.rule,
@@ -153,7 +153,7 @@ class PagedOSDN(MambaBase, OSDN):
         if pages is not None and has_past is not None:
             befores = [torch.where(has_past[:, None, None], x, 0.0) for x in self._histories(pages)]
         q, k, v = self._convolve_pages(hidden_states, cu_seqlens, befores, pages)
-        beta, log_gamma = self.gates(hidden_states)
+        beta, log_gamma, log_alpha = self.gates(hidden_states)
         state, precond = None, self.start_precond()
         if pages is not None and has_past is not None:
             S, d, at = self.kv_cache[0], self.kv_cache[1], pages.long()
@@ -163,6 +163,7 @@ class PagedOSDN(MambaBase, OSDN):
         o, state, precond = online_scaled_delta_rule(
             q[None], k[None], v[None], beta[None],
             None if log_gamma is None else log_gamma[None],
+            log_alpha=None if log_alpha is None else log_alpha[None],
             initial_state=state, initial_precond=precond, output_final_state=pages is not None,
             cu_seqlens=cu_seqlens, backend=self.backend, **self.rule,
         )  # fmt: skip

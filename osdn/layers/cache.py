@@ -16,6 +16,7 @@ def token_mask(attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor |
             f"attention_mask: expected [B, T] = [{B}, {T}] of zeros and ones (or longer, with a "
             f"cache), got shape {tuple(attention_mask.shape)}"
         )
+    # With a cache the mask covers the past too; what is past has been read.
     return attention_mask[:, -T:].bool()
 
 
@@ -27,15 +28,18 @@ def linear_cache(
         return None
     if layer_idx is None:
         raise ValueError("past_key_values: this layer has no layer_idx; give one when building it")
+    # A cache's rows are sequences, and so are a pack's parts: the two cannot be matched.
     if cu_seqlens is not None:
         raise ValueError("cu_seqlens: expected none with a cache; pack or decode, not both")
     layers = past_key_values.layers
+    # The slots are S and d, and the two histories of the convolutions.
     cache = layers[layer_idx] if layer_idx < len(layers) else None
     if not isinstance(cache, LinearAttentionLayer) or cache.number_of_states < 2:
         raise ValueError(
             f"past_key_values: expected a linear-attention layer with 2 state slots at index "
             f"{layer_idx}, got {cache}; build the cache as osdn.OSDNCache(model.config)"
         )
+    # Assisted generation undoes tokens. S and d keep no record to undo them from.
     if cache.record_past:
         raise ValueError(
             "past_key_values: this cache records a past to crop, and the memory of an osdn or "

@@ -15,6 +15,7 @@ class ShortConvolution(nn.Conv1d):
     """
 
     def __init__(self, channels: int, width: int, head_dim: int | None = None):
+        # A Conv1d by class, so that weights have FLA's names and shape; its forward is ours.
         super().__init__(channels, channels, width, groups=channels, bias=False)
         self.head_dim = head_dim
 
@@ -33,23 +34,27 @@ class ShortConvolution(nn.Conv1d):
         """
         gap, first = self.kernel_size[0] - 1, 0
         if history is not None:
+            # [B, W−1 + T, D]
             x, first = _after(history.transpose(1, 2).to(x.dtype), x, padding), gap
+        # Of the history's places too, which are then dropped.
         y = short_convolution(x, self.weight.squeeze(1), cu_seqlens, head_dim=self.head_dim)
-        return y[:, first:], _last(x, gap).transpose(1, 2)
+        return y[:, first:], last_inputs(x, gap)
 
 
 def _after(history: Tensor, x: Tensor, padding: Tensor | None) -> Tensor:
     """[B, W−1 + T, D]: the history [B, W−1, D], behind each row's padding, and then its tokens."""
+    # No row has padding in front, so that the history simply comes first.
     if padding is None:
         return torch.cat([history, x], dim=1)
     at = padding[:, None] + torch.arange(history.shape[1], device=x.device)  # [B, W−1]
-    x = F.pad(x, (0, 0, history.shape[1], 0))
+    x = F.pad(x, (0, 0, history.shape[1], 0))  # [B, W−1 + T, D], zeros in front
+    # Right before each row's first real token, over zeros: of the room made or of padding.
     return x.scatter(1, at[..., None].expand_as(history), history)
 
 
-def _last(x: Tensor, gap: int) -> Tensor:
-    """The last `gap` tokens of x [B, T, D], zeros before them where T is smaller."""
+def last_inputs(x: Tensor, gap: int) -> Tensor:
+    """[B, D, gap]: the last tokens of x [B, T, D], zeros before them where T is smaller."""
     T = x.shape[1]
     if torch.compiler.is_compiling():  # no guard on T; an unused copy is never made
-        return F.pad(x, (0, 0, gap, 0))[:, T:]
-    return F.pad(x[:, max(0, T - gap) :], (0, 0, max(0, gap - T), 0))
+        return F.pad(x, (0, 0, gap, 0))[:, T:].transpose(1, 2)
+    return F.pad(x[:, max(0, T - gap) :], (0, 0, max(0, gap - T), 0)).transpose(1, 2)

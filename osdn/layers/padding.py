@@ -14,10 +14,12 @@ def padding_first(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     mask: [B, T] booleans, False where a token is padding.
     cu_seqlens: offsets of packed sequences; padding moves to the front of its own sequence.
     """
-    key = mask.long()
+    key = mask.long()  # 0 for padding, 1 for real
     if cu_seqlens is not None:
         time = torch.arange(mask.shape[1], device=mask.device)
+        # The sequence first, padding within it.
         key = key + 2 * torch.searchsorted(cu_seqlens[1:].contiguous(), time, right=True)
+    # Stable: real tokens keep their order.
     return key.argsort(dim=1, stable=True)
 
 

@@ -21,12 +21,16 @@ def mixer_options(config: OSDNConfig, layer_idx: int) -> dict[str, Any]:
         "layer_idx": layer_idx,
     }
     if config.mixers[layer_idx] == "attention":
+        # Softmax attention has none of the delta rule's options.
         return {**options, "rope_theta": config.rope_theta}
+    decays = {"osdn": config.state_decay, "delta_net": "none", "gated_delta_net": "data"}
     return {
         **options,
         "head_v_dim": config.head_v_dim,
+        # delta_net is OSDN with d fixed: one code path, so that the two can be compared.
         "adaptive": config.mixers[layer_idx] == "osdn",
         "forgetting": config.forgetting,
+        "state_decay": decays[config.mixers[layer_idx]],
         "eta": config.eta,
         "beta_aware": config.beta_aware,
         "precond_min": config.precond_min,
@@ -64,6 +68,7 @@ class OSDNBlock(GradientCheckpointingLayer):
         use_cache: bool = False,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
+        # The norms' weights stay float32 under FSDP2; their results go on in the stream's dtype.
         mixed, _, _ = self.attn(
             self.attn_norm(hidden_states).to(hidden_states.dtype),
             attention_mask,

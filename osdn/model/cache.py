@@ -71,6 +71,7 @@ class OSDNCache(DynamicCache):
 
     def __init__(self, config: PretrainedConfig):
         super().__init__(config=config)
+        # transformers' linear layers lack the methods that beams need.
         self.layers = [
             StateLayer(layer.number_of_states) if type(layer) is LinearAttentionLayer else layer
             for layer in self.layers
@@ -91,12 +92,14 @@ class OSDNCache(DynamicCache):
         return [False] * len(self.layers)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        # With an attention layer transformers' own count is right.
         if any(isinstance(layer, CacheLayerMixin) for layer in self.layers):
             return super().get_seq_length(layer_idx)
         return self.tokens_seen
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove tokens; RuntimeError, before anything is changed, where a layer cannot."""
+        # All layers are looked at first: half a crop would leave a cache of two lengths.
         self._refuse_rollback()
         super().crop(tokens_to_remove)
 
@@ -115,6 +118,7 @@ class OSDNCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Sequence i goes on as sequence beam_idx[i]; in place where a captured step reads it."""
+        # A captured graph reads fixed addresses: new tensors would be ignored.
         if self.slabs is None or not all(
             held is not None and held._base is slab
             for layer in self.layers
@@ -126,6 +130,7 @@ class OSDNCache(DynamicCache):
             super().reorder_cache(beam_idx)
             return
         for slab in self.slabs:
+            # [L, B, ...], sequences second
             slab.copy_(slab.index_select(1, beam_idx.to(slab.device)))
 
 

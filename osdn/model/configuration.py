@@ -8,10 +8,10 @@ from typing import Any, ClassVar, get_args
 
 from transformers import AutoConfig, PretrainedConfig
 
-from osdn.layers.osdn import Forgetting
+from osdn.layers.osdn import Forgetting, StateDecay
 from osdn.ops.validation import check_box_holds_one, check_rule, check_sizes
 
-MIXERS = ("osdn", "delta_net", "attention")
+MIXERS = ("osdn", "delta_net", "gated_delta_net", "attention")
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "head_dim", "head_v_dim",
          "intermediate_size", "conv_size", "max_position_embeddings")  # fmt: skip
 FLAGS = ("beta_aware", "learn_initial_precond", "allow_neg_eigval", "use_output_gate",
@@ -41,13 +41,15 @@ class OSDNConfig(PretrainedConfig):
         num_hidden_layers: number of blocks (mixer, then SwiGLU).
         num_heads: H, heads of every mixer.
         head_dim: K, features of a key; None means hidden_size // num_heads.
-        head_v_dim: V, features of a value in osdn and delta_net layers; None means K.
+        head_v_dim: V, features of a value in all layers but attention; None means K.
         intermediate_size: width of the SwiGLU; None means 8/3 of hidden_size, rounded up to a
             multiple of 256.
-        mixer: "osdn", "delta_net" (osdn with the preconditioner fixed at 1) or "attention", for
-            all layers, or a list with one name a layer.
+        mixer: "osdn", "delta_net" (osdn with the preconditioner fixed at 1), "gated_delta_net"
+            (delta_net with state decay) or "attention", for all layers, or a list with one name a
+            layer.
         forgetting: "data" (Adaptive Preconditioner Forgetting; of osdn layers) or "none". Past the
             trained length only "data" was better than DeltaNet (docs/explanation/findings.md).
+        state_decay: "data" (the memory of osdn layers decays as gated_delta_net's) or "none".
         eta: step size of the preconditioner's hypergradient descent, in [0, 2].
         beta_aware: let the hypergradient see the token's own write strength β. d then grows where β
             is small: give it a box (without one perplexity broke past the trained length).
@@ -55,7 +57,7 @@ class OSDNConfig(PretrainedConfig):
             hold 1.
         learn_initial_precond: d_1 is learned, from 1; else it stays 1.
         allow_neg_eigval: β in (0, 2) instead of (0, 1).
-        use_output_gate: gate each osdn and delta_net layer's output by silu(W_g x).
+        use_output_gate: gate each layer's output by silu(W_g x), except in attention.
         conv_size: width of the short convolutions, in tokens.
         rope_theta: base of the rotary frequencies in attention layers.
         norm_eps: of every RMSNorm.
@@ -83,6 +85,7 @@ class OSDNConfig(PretrainedConfig):
     intermediate_size: int | None = None
     mixer: str | list[str] = "osdn"
     forgetting: Forgetting = "data"
+    state_decay: StateDecay = "none"
     eta: float = 1.0
     beta_aware: bool = False
     precond_min: float | None = None
@@ -102,6 +105,7 @@ class OSDNConfig(PretrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        # transformers takes any keyword as an attribute, so a misspelt field would be lost.
         fields = [name for name in type(self).__annotations__ if name not in vars(PretrainedConfig)]
         for name in kwargs:
             if close := get_close_matches(name, fields, n=1, cutoff=0.75):
@@ -123,6 +127,7 @@ class OSDNConfig(PretrainedConfig):
         """
         os.makedirs(save_directory, exist_ok=True)
         Path(save_directory, f"{IMPORT_MODULE}.py").write_text(IMPORT_LINE)
+        # transformers imports what stands here, after it has asked for trust_remote_code.
         self.auto_map = {name: f"{IMPORT_MODULE}.{one}" for name, one in AUTO_CLASSES.items()}
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
@@ -132,6 +137,7 @@ class OSDNConfig(PretrainedConfig):
 
     def _validate(self) -> None:
         """ValueError where a field is outside its range; a model asks once more when it is made."""
+        # 8/3 of the width, so that three matrices have the parameters of two of 4; 256 for tiles.
         if self.intermediate_size is None:
             self.intermediate_size = 256 * -(-int(self.hidden_size * 8 / 3) // 256)
         check_sizes(**{name: getattr(self, name) for name in SIZES})
@@ -168,6 +174,10 @@ class OSDNConfig(PretrainedConfig):
             raise ValueError(
                 f"forgetting: expected one of {get_args(Forgetting)}, got {self.forgetting!r}"
             )
+        if self.state_decay not in get_args(StateDecay):
+            raise ValueError(
+                f"state_decay: expected one of {get_args(StateDecay)}, got {self.state_decay!r}"
+            )
         for name in self.mixers:
             if name not in MIXERS:
                 raise ValueError(f"mixer: expected one of {MIXERS}, got {name!r}")
@@ -191,6 +201,7 @@ class OSDNConfig(PretrainedConfig):
         K = self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
         V = K if self.head_v_dim is None else self.head_v_dim
         assert self.intermediate_size is not None
+        # Four projections and three of the MLP. Norms and gates are too small to count.
         block = 2 * self.num_heads * (K + V) + 3 * self.intermediate_size  # times hidden_size
         total = self.hidden_size * (self.num_hidden_layers * block + 2 * self.vocab_size)
         if max(total, K * V * self.num_heads, self.conv_size * block) > MOST_PARAMETERS:

@@ -12,12 +12,13 @@ included, goes on as before. A second cache moves in by moving the first one out
 """
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import LinearAttentionLayer
+from transformers.cache_utils import Cache, LinearAttentionLayer
 from transformers.utils import logging
 
 from osdn.layers.convolution import ShortConvolution
@@ -25,7 +26,7 @@ from osdn.layers.mlp import SwiGLU
 from osdn.layers.osdn import OSDN, ForgettingGate
 from osdn.model.block import OSDNBlock
 from osdn.model.cache import OSDNCache
-from osdn.model.prefill import padded, prompt_mask
+from osdn.model.prefill import MOST_TOKENS, SHORTEST, padded, prompt_mask
 from osdn.model.step import DecodingStep, captures, tensors_of
 from osdn.ops.interface import HAS_NUMBA, HAS_TRITON, TRITON_LARGEST_HEAD
 
@@ -39,16 +40,34 @@ logger = logging.get_logger(__name__)
 
 
 def last_logits(
-    model: Any, input_ids: Tensor | None, attention_mask: Tensor | None, cache: OSDNCache
+    model: Any,
+    cache: Cache | None,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    *,
+    use_cache: bool | None,
+    logits_to_keep: int | Tensor,
+    others: Sequence[Any],
 ) -> Tensor | None:
     """Logits [B, 1, vocabulary] after the last of these tokens [B, T]; the cache is updated.
 
     One token after a past is a step; several without one are a short prompt (`prefill`). None where
-    the layers must run instead: other tokens, gradients, autocast, or a model for which
-    `parameters_of` gives a reason.
+    the layers must run instead: a cache that `generate` has not marked, more asked for than these
+    logits, other tokens, gradients, autocast, or a model for which `parameters_of` gives a reason.
+
+    Args:
+        others: what else the forward was given; None or False is nothing.
     """
+    config = model.config
     if (
-        not isinstance(input_ids, Tensor)
+        # Cheap questions first: this is asked at every token.
+        not isinstance(cache, OSDNCache)
+        or not cache.captured
+        or not (config.use_cache if use_cache is None else use_cache)
+        or config.output_hidden_states
+        or not all(x is None or x is False for x in others)
+        or not isinstance(logits_to_keep, int)
+        or not isinstance(input_ids, Tensor)
         or input_ids.ndim != 2
         or not input_ids.numel()
         or not runs_on(input_ids.device)
@@ -60,12 +79,19 @@ def last_logits(
     ):
         return None
     B, T = input_ids.shape
+    if T > 1 and logits_to_keep != 1:
+        return None
     size = 1 if T == 1 else padded(B, T)
-    if size is None or (T > 1 and not captures(input_ids.device)):
+    if T > 1 and not captures(input_ids.device):
+        return None
+    if size is None:  # a long prompt keeps a GPU busy by itself and gains nothing
+        with _lock:
+            _compile_ahead(model, cache, B)
         return None
     mask = prompt_mask(input_ids, attention_mask) if T > 1 else attention_mask
     if isinstance(mask, bool):
         return None
+    # Buffers belong to one cache at a time, and generate may run in several threads.
     with _lock:
         step = _step(model, cache, input_ids)
         if step is None:
@@ -150,10 +176,7 @@ def _step(model: Any, cache: OSDNCache, input_ids: Tensor) -> DecodingStep | Non
     with torch.inference_mode(False), torch.no_grad():
         steps.pop(batch, None)
         if step is None:
-            while len(steps) >= MOST_STEPS:
-                del steps[next(iter(steps))]
-            logger.info(f"generate captures its step for a batch of {batch}")
-            step = DecodingStep(model, parameters, batch)
+            step = _made(model, parameters, batch, padded(batch, T) or SHORTEST)
         steps[batch] = step  # last: the most recently used
         if T == 1 and [(x.shape, x.dtype, x.device) for x in tensors_of(cache)] != [
             (x.shape, x.dtype, x.device) for x in step.views
@@ -162,6 +185,27 @@ def _step(model: Any, cache: OSDNCache, input_ids: Tensor) -> DecodingStep | Non
             return None
         step.adopt(cache)
     return step
+
+
+def _made(model: Any, parameters: list[nn.Parameter], batch: int, length: int) -> DecodingStep:
+    """A new step, whose kernels and those of a prompt of `length` tokens are compiled."""
+    steps = captured_steps[model]
+    while len(steps) >= MOST_STEPS:
+        del steps[next(iter(steps))]
+    logger.info(f"generate compiles and captures its step for a batch of {batch}")
+    step = DecodingStep(model, parameters, batch)
+    if step.kernels:
+        step.compile(model, length)
+    return step
+
+
+def _compile_ahead(model: Any, cache: OSDNCache, batch: int) -> None:
+    """Before the layers take a model's first prompt, which would compile one after the other."""
+    steps = captured_steps.setdefault(model, {})
+    if steps or not _is_empty(cache) or isinstance(parameters := parameters_of(model), str):
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        steps[batch] = _made(model, parameters, batch, max(SHORTEST, MOST_TOKENS // batch))
 
 
 def _is_empty(cache: OSDNCache) -> bool:

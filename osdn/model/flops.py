@@ -8,7 +8,8 @@ out) counts for nothing. Forward, for one token:
     2 P                        P: entries of the matrices and convolutions it passes through, the
                                output layer included (tied or not), the embedding's lookup not
     4 H K T                    an attention layer over rows of T tokens, the causal mask ignored
-    6 H K V                    the memory of an osdn or delta_net layer: Sᵀk, the write, Sᵀq
+    6 H K V                    the memory of any other layer: Sᵀk, the write, Sᵀq
+    H K V                      its decay, α S, in gated_delta_net, and osdn with state decay
     7 H K                      osdn besides: s = k ⊙ k, ⟨d, s⟩, γ d + (η b x) s, d ⊙ k
 
 so 6·P and a mixer's term for a step of training. Norms, gates and residual sums are left out.
@@ -30,23 +31,25 @@ class Flops(NamedTuple):
 
 def forward_flops(config: OSDNConfig, seq_len: int) -> Flops:
     """One token's forward pass in rows of `seq_len` tokens."""
+    # A product of [m, n] costs a token 2 m n.
     D, H = config.hidden_size, config.num_heads
     K = D // H if config.head_dim is None else config.head_dim
     V = K if config.head_v_dim is None else config.head_v_dim
     assert config.intermediate_size is not None
-    dense = 2 * D * config.vocab_size
+    dense = 2 * D * config.vocab_size  # the output layer
     mixers = 0
     for name in config.mixers:
-        dense += 2 * 3 * D * config.intermediate_size
+        dense += 2 * 3 * D * config.intermediate_size  # gate, up and down
         if name == "attention":
-            dense += 2 * 4 * D * H * K
-            mixers += 4 * H * K * seq_len
+            dense += 2 * 4 * D * H * K  # q, k, v, o
+            mixers += 4 * H * K * seq_len  # q kᵀ and its product with v, over all T columns
             continue
-        width = H * (2 * K + V)
-        gates = 2 if name == "osdn" and config.forgetting == "data" else 1
+        width = H * (2 * K + V)  # channels of the convolutions
+        decays = name == "gated_delta_net" or (name == "osdn" and config.state_decay == "data")
+        gates = 1 + (name == "osdn" and config.forgetting == "data") + decays
         values = 3 if config.use_output_gate else 2  # v and o, and the gate
         dense += 2 * D * H * (2 * K + values * V + gates) + 2 * config.conv_size * width
-        mixers += 6 * H * K * V + (7 * H * K if name == "osdn" else 0)
+        mixers += (7 if decays else 6) * H * K * V + (7 * H * K if name == "osdn" else 0)
     return Flops(dense, mixers)
 
 
@@ -77,6 +80,7 @@ def peak_flops(device_name: str, dtype: torch.dtype = torch.bfloat16) -> float |
     bfloat16 and float16 are the matrix units' figure, float32 the vector units' (PyTorch's default,
     without TF32).
     """
+    # Any other dtype has no figure here, so that no utilisation is made up.
     columns = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 2}
     if dtype not in columns:
         return None

@@ -51,11 +51,12 @@ def padding_masks(
     Raises:
         ValueError: a wrong shape, or values that are not 0 and 1, as numbers of documents are.
     """
-    recent = token_mask(attention_mask, hidden_states)
+    recent = token_mask(attention_mask, hidden_states)  # [B, T]
     if attention_mask is None or recent is None or not has_values(attention_mask):
         return attention_mask, recent
     real = attention_mask.bool()
     facts = torch.stack([real.all(), recent.all(), (attention_mask == real).all()])
+    # No padding is then as no mask at all, which saves sorting rows in every layer.
     all_real, recent_real, plain = facts.tolist()  # one wait for the device
     if not plain:
         raise ValueError(
@@ -93,11 +94,12 @@ def packed_offsets(
     Raises:
         ValueError: a wrong shape, a contradiction, or positions that mean something else.
     """
+    # Three ways to say the same. Each that is given is read, and they are compared.
     offsets = _given_offsets(cu_seqlens, cu_seq_lens_q, cu_seq_lens_k)
     for name, given in (("seq_idx", seq_idx), ("position_ids", position_ids)):
         if given is None:
             continue
-        rows = given[None] if given.ndim == 1 else given
+        rows = given[None] if given.ndim == 1 else given  # [B or 1, T]
         if rows.ndim != 2 or len(rows) not in (1, shape[0]) or rows.shape[1] != shape[1]:
             raise ValueError(
                 f"{name}: expected [B, T] = {list(shape)}, got shape {list(given.shape)}"
@@ -113,9 +115,10 @@ def packed_offsets(
                 )
             continue
         if name == "seq_idx":
-            starts = rows[:, 1:] != rows[:, :-1]
+            starts = rows[:, 1:] != rows[:, :-1]  # [B, T − 1]
         else:
             starts = _restarts(rows, attention_mask, cache)
+        # No start inside a row: rows are whole documents, and need no offsets.
         found = _offsets(starts) if bool(starts.any()) else None
         if offsets is None:
             offsets = found
@@ -144,7 +147,7 @@ def _offsets(starts: Tensor) -> Tensor:
 
     starts: [B, T − 1], True where a document starts at the next token; every row starts one.
     """
-    first = starts.new_ones(len(starts), 1)
+    first = starts.new_ones(len(starts), 1)  # a row's first token always starts one
     at = torch.cat([first, starts], dim=1).flatten().nonzero()[:, 0]
     end = at.new_full((1,), starts.numel() + len(starts))
     return torch.cat([at, end]).int()
@@ -152,12 +155,13 @@ def _offsets(starts: Tensor) -> Tensor:
 
 def _restarts(rows: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
     """[B, T − 1]: where position ids [B, T] start again; an error where they do not just count."""
+    # Positions are no input here: they only tell documents apart, or must be the plain count.
     starts = rows[:, 1:] == 0
     recent = token_mask(attention_mask, rows[..., None])
     if attention_mask is None or recent is None or bool(recent.all()):
         counts = (rows[:, 1:] == rows[:, :-1] + 1) | starts
     else:  # ahead of the number of real tokens by the same for all real tokens of a row
-        ahead = rows - attention_mask.bool().cumsum(1)[:, -rows.shape[1] :]
+        ahead = rows - attention_mask.bool().cumsum(1)[:, -rows.shape[1] :]  # [B, T]
         first = ahead.gather(1, recent.long().argmax(1, keepdim=True))
         counts = (ahead == first) | ~recent
         starts = torch.zeros_like(starts)

@@ -1,6 +1,5 @@
 """Load a causal language model, ours or any of Hugging Face's, to be used as it is."""
 
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -16,11 +15,13 @@ from transformers.utils import cached_file, logging
 import osdn.model.modeling  # noqa: F401  registers the model class
 from osdn.errors import UserError
 from osdn.system.hub import hub_is_reachable
+from osdn.system.outside import read_json
 
 # What from_pretrained raises for files that are missing, damaged, or of another model.
 PROBLEMS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError,
             SafetensorError)  # fmt: skip
 WEIGHT_FILE = re.compile(r"[^/\\]+\.safetensors")
+# An error is read on one line.
 NAMED = 3  # missing weights that an error names
 
 
@@ -61,10 +62,12 @@ def load_weights(name: str, *, dtype: torch.dtype | str = "auto") -> PreTrainedM
     """
     with without_bars():
         model, info = fetch(GuardedModel, name, "model", dtype=dtype, output_loading_info=True)
+    # An empty model that answers is worse than an error.
     missing = sorted(info["missing_keys"])  # transformers gives them random values
     if missing:
         more = " …" if len(missing) > NAMED else ""
         raise UserError(f"{name}: weights missing: {', '.join(missing[:NAMED])}{more}")
+    # What the checkpoint's authors liked for sampling is no part of the model.
     ids = {
         field: getattr(model.generation_config, field) for field in ("eos_token_id", "pad_token_id")
     }
@@ -84,9 +87,11 @@ class GuardedModel:
 def refuse_foreign_code(name: str, *, local_files_only: bool) -> None:
     """ValueError where a checkpoint names pickles in its index, or a kernel of the hub.
 
-    transformers reads whatever file `model.safetensors.index.json` maps a weight to, and fetches a
-    kernel that config.json asks for as its attention.
+    A UserError where one of the two files is not JSON. transformers reads whatever file
+    `model.safetensors.index.json` maps a weight to, and fetches a kernel that config.json asks for
+    as its attention.
     """
+    # The two files that can make transformers read something else than safetensors.
     for file in ("model.safetensors.index.json", "config.json"):
         path = cached_file(
             name,
@@ -97,9 +102,7 @@ def refuse_foreign_code(name: str, *, local_files_only: bool) -> None:
         )
         if path is None:
             continue
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"{file}: expected an object, got {type(content).__name__}")
+        content = read_json(Path(path), dict[str, Any], "copy it again")
         if file == "config.json":
             _refuse_kernels(content)
             continue
@@ -128,7 +131,9 @@ def fetch(factory: Any, name: str, what: str, advice: str = "", **options: Any) 
     Args:
         what: "model" or "tokenizer", for the UserError.  advice: its end.
     """
+    # Said, so that transformers does not ask on the terminal.
     options["trust_remote_code"] = False
+    # From here or the cache first: a model that is there must load without a network.
     local = Path(name).is_dir()
     try:
         return factory.from_pretrained(name, local_files_only=True, **options)
@@ -146,6 +151,7 @@ def fetch(factory: Any, name: str, what: str, advice: str = "", **options: Any) 
             "is no network to fetch it; connect, or give a checkpoint's directory"
         )
     try:
+        # Only now is the network used, for a name that can be one of the hub's.
         return factory.from_pretrained(name, **options)
     except PROBLEMS as error:
         raise UserError(f"{name}: cannot load the {what} ({_line(error)}){advice}") from error

@@ -19,8 +19,9 @@ def next_token_labels(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
     The last position, and the last of every packed sequence, predicts nothing (−100).
     """
-    shifted = F.pad(labels[:, 1:].long(), (0, 1), value=IGNORED)
+    shifted = F.pad(labels[:, 1:].long(), (0, 1), value=IGNORED)  # [B, T]
     if cu_seqlens is not None:
+        # A document's last token would predict the next document's first.
         shifted = shifted.index_fill(1, cu_seqlens[1:].long() - 1, IGNORED)
     return shifted
 
@@ -56,9 +57,11 @@ def linear_cross_entropy(
             "lm_head: its weights are offloaded, and the loss in chunks reads them in place; give "
             "it a device in device_map, or call model.eval() and ask for all logits"
         )
+    # Inside the Function autocast is off: the dtype is taken along.
     kind, dtype = hidden.device.type, hidden.dtype
     if is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # the meta device has none
         dtype = torch.get_autocast_dtype(kind)
+    # The number of targets is applied outside, so that autograd scales the kept gradients.
     total = _Summed.apply(hidden, weight, labels, z_loss, dtype, torch.is_grad_enabled())
     return _divide(total, labels, num_items)
 
@@ -70,7 +73,7 @@ def cross_entropy(
 
     The float32 copies of its softmax are made for CHUNK_LOGITS logits at a time.
     """
-    rows = max(1, CHUNK_LOGITS // logits.shape[-1])
+    rows = max(1, CHUNK_LOGITS // logits.shape[-1])  # tokens at a time
     wide = torch.promote_types(logits.dtype, torch.float32)
     losses = [
         F.cross_entropy(some.to(wide), y, ignore_index=IGNORED, reduction="sum")
@@ -88,6 +91,7 @@ def _divide(total: Tensor, labels: Tensor, num_items: Tensor | float | None) -> 
     count = (labels != IGNORED).sum() if num_items is None else num_items
     if not isinstance(count, Tensor):
         return total / count if count else 0.0 * total + total.detach() / count
+    # where on both sides: its gradient at 0 / 0 is 0 times a finite number.
     some = count != 0
     return torch.where(some, total / torch.where(some, count, 1), total.detach() / count)
 
@@ -108,20 +112,21 @@ class _Summed(torch.autograd.Function):
         kind = hidden.device.type
         available = is_autocast_available(kind)
         with torch.autocast(kind, enabled=False) if available else nullcontext():
-            h_all, w = hidden.to(dtype), weight.to(dtype)
+            h_all, w = hidden.to(dtype), weight.to(dtype)  # [N, D], [vocabulary, D]
             rows = max(1, CHUNK_LOGITS // len(weight))
             wide = torch.promote_types(dtype, torch.float32)
             total = torch.zeros((), dtype=wide, device=hidden.device)
+            # dw is summed over chunks, so in float32; dh is written once.
             dh, dw = torch.empty_like(h_all), torch.zeros_like(w, dtype=wide)
             score = _compiled_score() if hidden.is_cuda else _score
             for start in range(0, len(labels), rows):
                 h, y = h_all[start : start + rows], labels[start : start + rows]
-                loss, dlogits = score(h @ w.T, y, z_loss, training)
+                loss, dlogits = score(h @ w.T, y, z_loss, training)  # [n, D] [D, vocabulary]
                 # Not in place: torch 2.11 compiles that into a result without a gradient.
                 total = total + loss
                 if training:
-                    dh[start : start + rows] = dlogits @ w
-                    dw += dlogits.T @ h
+                    dh[start : start + rows] = dlogits @ w  # [n, vocabulary] [vocabulary, D]
+                    dw += dlogits.T @ h  # [vocabulary, n] [n, D]
         if training:
             ctx.save_for_backward(dh, dw)
         ctx.dtypes = hidden.dtype, weight.dtype
@@ -132,20 +137,24 @@ class _Summed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         dh, dw = ctx.saved_tensors
         hidden, weight = ctx.dtypes
+        # grad is a scalar: 1 over the targets, times what came from the loss.
         return (dh * grad).to(hidden), (dw * grad).to(weight), None, None, None, None
 
 
 def _score(logits: Tensor, labels: Tensor, z_loss: float, training: bool) -> tuple[Tensor, Tensor]:
     """(summed loss, in training its gradient in their dtype) of logits [n, vocabulary]."""
+    # [n, vocabulary]
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    # log Z without a second pass: any column's logit less its log-probability.
     log_z = logits[:, 0] - log_p[:, 0]
     there = labels != IGNORED
     at = torch.where(there, labels, 0)  # so that any other negative label is an error
-    picked = log_p.gather(-1, at[:, None]).squeeze(-1)
+    picked = log_p.gather(-1, at[:, None]).squeeze(-1)  # [n]
     loss = torch.where(there, z_loss * log_z.square() - picked, 0.0).sum()
     if not training:
         return loss, logits
     scale = torch.where(there, 1 + 2 * z_loss * log_z, 0.0)
+    # softmax − one-hot, and 2 z log Z softmax for the z-loss; no scatter, which does not fuse.
     hit = torch.arange(logits.shape[-1], device=logits.device) == labels[:, None]
     gradient = log_p.exp_().mul_(scale[:, None]).sub_(hit.to(log_p.dtype))
     return loss, gradient.to(logits.dtype)

@@ -4,9 +4,12 @@ Importing this module registers the classes with AutoModel and AutoModelForCausa
 Parameter names are those of flash-linear-attention's DeltaNet.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -17,6 +20,8 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import GroupWeightRename
 from transformers.generation import GenerationConfig
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
@@ -26,9 +31,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import can_return_tuple
 
-from osdn.layers.osdn import OSDN, ForgettingGate
+from osdn.layers.osdn import FORMER_GATE, GATE, OSDN, ForgettingGate
 from osdn.model.block import OSDNBlock
 from osdn.model.cache import CACHE, OSDNCache, one_cache
+from osdn.model.card import write_card
 from osdn.model.configuration import OSDNConfig
 from osdn.model.decoding import last_logits
 from osdn.model.inputs import (
@@ -41,6 +47,17 @@ from osdn.model.inputs import (
 from osdn.model.loss import cross_entropy, linear_cross_entropy, next_token_labels
 
 
+class FormerGate(GroupWeightRename):
+    """`osdn.layers.osdn.former_names` in from_pretrained: known by the bias, which comes first.
+
+    What is saved again has the present names.
+    """
+
+    def reverse_transform(self) -> GroupWeightRename:
+        names = [f"attn.{GATE}.{last}" for last in ("bias", "weight")]
+        return GroupWeightRename(names, names)
+
+
 class OSDNPreTrainedModel(PreTrainedModel):
     """What the two models share: initial values, gradient checkpointing, the names FSDP needs."""
 
@@ -48,10 +65,10 @@ class OSDNPreTrainedModel(PreTrainedModel):
     config: OSDNConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["OSDNBlock"]  # noqa: RUF012
+    _no_split_modules = ["OSDNBlock"]  # noqa: RUF012  # what FSDP and device_map keep together
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
-    _supports_sdpa = True
-    _is_stateful = True
+    _supports_sdpa = True  # transformers then lets attention layers be as they are
+    _is_stateful = True  # assisted generation, which undoes tokens, refuses such models
 
     def __init__(self, config: OSDNConfig):
         config._validate()  # they may have been changed since it was made
@@ -61,6 +78,18 @@ class OSDNPreTrainedModel(PreTrainedModel):
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Nothing: see OSDNConfig.save_pretrained for what stands beside a checkpoint."""
 
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """As transformers does, with a model card beside it; a card of the user's own stays."""
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            write_card(Path(save_directory), self)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Called by transformers for every module, children first; loaded weights stay.
@@ -68,6 +97,7 @@ class OSDNPreTrainedModel(PreTrainedModel):
         It is not called for a module whose own parameters are all loaded, even where a child's are
         not: so the gate is known by its type, and does not wait for its layer.
         """
+        # transformers' own values first: it sets biases to 0, and would set 6.9 to 0.
         super()._init_weights(module)
         if isinstance(module, OSDN | ForgettingGate):
             module.reset_special_parameters()
@@ -132,11 +162,13 @@ class OSDNModel(OSDNPreTrainedModel):
                 nothing here depends on them.
             output_attentions: None or False.
         """
+        # What the arguments say is settled before the first layer runs.
         past_key_values = one_cache(past_key_values, cache)
         check_inputs(input_ids, inputs_embeds, past_key_values)
         check_attentions(output_attentions)
         hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         B, T = hidden_states.shape[:2]
+        # Attention sees the cache's tokens, the others only the new ones.
         attention_mask, recent = padding_masks(attention_mask, hidden_states)
         cu_seqlens = packed_offsets(
             (B, T),
@@ -148,6 +180,7 @@ class OSDNModel(OSDNPreTrainedModel):
             attention_mask=attention_mask,
             cache=past_key_values,
         )
+        # Offsets count all rows one after another, so that a batch becomes one row.
         if flat := cu_seqlens is not None and B > 1:  # rows one after another
             hidden_states = hidden_states.flatten(0, 1)[None]
             attention_mask = None if attention_mask is None else attention_mask.flatten()[None]
@@ -156,6 +189,7 @@ class OSDNModel(OSDNPreTrainedModel):
             use_cache = self.config.use_cache and not self.training and cu_seqlens is None
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        # Each block runs a second time in the backward, and would write the cache twice.
         if self.gradient_checkpointing and self.training:
             use_cache = False
             if past_key_values is not None:
@@ -166,6 +200,7 @@ class OSDNModel(OSDNPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = OSDNCache(self.config)
 
+        # Blocks' inputs; kept only as references, and dropped unless asked for.
         seen = []
         for block, mixer in zip(self.layers, self.config.mixers):
             seen.append(hidden_states)
@@ -176,7 +211,9 @@ class OSDNModel(OSDNPreTrainedModel):
                 use_cache=use_cache,
                 cu_seqlens=cu_seqlens,
             )
+        # The norm's weight may be float32 in a bfloat16 stream.
         hidden_states = self.norm(hidden_states).to(hidden_states.dtype)
+        # Other caches count by themselves.
         if use_cache and isinstance(past_key_values, OSDNCache):
             past_key_values.tokens_seen += T
         if flat:
@@ -207,6 +244,7 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
 
         transformers looks for a parameter called kwargs, to check names against those of forward.
         """
+        # Popped: forward takes no **kwargs, so that a misspelt argument is an error.
         for name in ("tokenizer", "assistant_tokenizer"):
             kwargs.pop(name, None)
         prepare: Any = GenerationMixin.prepare_inputs_for_generation
@@ -245,6 +283,7 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
                 f"cache_implementation: expected none or 'dynamic', got {implementation!r}: the "
                 "memory of an osdn or delta_net layer has one constant size"
             )
+        # Only then does transformers have to make none; a cache that is given goes on.
         if cache is None and generation_config.use_cache:
             model_kwargs[CACHE] = OSDNCache(self.config)
         else:
@@ -305,20 +344,15 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             cache=past_key_values,
         )
-        named: dict[str, Any]
-        plain = (
-            (labels is None and inputs_embeds is None and cu_seqlens is None)
-            and (use_cache or (use_cache is None and self.config.use_cache))
-            and not (output_hidden_states or self.config.output_hidden_states or output_attentions)
-            and isinstance(logits_to_keep, int)
-            and (logits_to_keep == 1 or T == 1)
-        )
-        if plain and isinstance(past_key_values, OSDNCache) and past_key_values.captured:
-            logits = last_logits(self, input_ids, attention_mask, past_key_values)
-            if logits is not None:
-                named = {CACHE: past_key_values}
-                return CausalLMOutputWithPast(logits=logits, **named)
-        outputs = self.model(
+        named: dict[str, Any] = {CACHE: past_key_values}
+        others = (labels, inputs_embeds, cu_seqlens, output_hidden_states, output_attentions)
+        logits = last_logits(
+            self, past_key_values, input_ids, attention_mask,
+            use_cache=use_cache, logits_to_keep=logits_to_keep, others=others,
+        )  # fmt: skip
+        if logits is not None:  # a decoding step, which asks for nothing else
+            return CausalLMOutputWithPast(logits=logits, **named)
+        outputs = self.model(  # labels and logits_to_keep are the head's
             input_ids,
             attention_mask,
             past_key_values=past_key_values,
@@ -331,9 +365,11 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         if labels is not None and cu_seqlens is not None:
             labels = labels.flatten()[None]  # offsets are those of all rows one after another
+        # In training the loss reads the hidden states in chunks: no logits of all tokens exist.
         loss = logits = None
         kept = logits_to_keep
         if labels is None or not (self.training and self._head_is_plain()):
+            # slice(-0, None) is all of them.
             at = kept if isinstance(kept, Tensor) else slice(-kept, None)
             logits = self.lm_head(hidden_states[:, at])
         if labels is not None:
@@ -341,6 +377,7 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
             targets = next_token_labels(labels, cu_seqlens).flatten().to(device)
             if isinstance(num_items_in_batch, Tensor):
                 num_items_in_batch = num_items_in_batch.to(device)
+            # A part of the logits cannot be scored; the loss then makes its own.
             whole = logits if isinstance(kept, int) and kept == 0 else None
             loss = self._loss(hidden_states, whole, targets, num_items_in_batch)
         named = {CACHE: getattr(outputs, CACHE)}
@@ -380,9 +417,22 @@ class OSDNForTokenClassification(GenericForTokenClassification, OSDNPreTrainedMo
     """OSDNModel and a linear score of every token."""
 
 
+register_checkpoint_conversion_mapping(
+    OSDNConfig.model_type,
+    [
+        FormerGate(
+            [rf"attn\.{FORMER_GATE}\.{last}" for last in ("bias", "weight")],
+            [f"attn.{GATE}.{last}" for last in ("bias", "weight")],
+        )
+    ],
+)
 AutoModel.register(OSDNConfig, OSDNModel)
 AutoModelForCausalLM.register(OSDNConfig, OSDNForCausalLM)
 AutoModelForSequenceClassification.register(OSDNConfig, OSDNForSequenceClassification)
 AutoModelForTokenClassification.register(OSDNConfig, OSDNForTokenClassification)
 # transformers' Trainer shifts the labels that it smooths for the classes named here alone.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[OSDNConfig.model_type] = OSDNForCausalLM.__name__
+# transformers' server looks for config.architectures among the names of the package transformers
+# (cli/serving/model_manager.py of 5.24), after it has imported the file beside the checkpoint. The
+# package is there twice, as its processing_utils loads it anew: so the name goes to their class.
+setattr(type(transformers), OSDNForCausalLM.__name__, OSDNForCausalLM)

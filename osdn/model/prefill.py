@@ -7,6 +7,7 @@ the states in a step's buffers. The first time, the same padded launches run one
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class Prompt:
     """The forward of `batch` prompts padded to `length` tokens."""
 
     def __init__(self, batch: int, length: int, device: torch.device):
+        # Fixed places: a graph reads the same addresses at every replay.
         self.ids = torch.zeros(batch, length, dtype=torch.int64, device=device)
         self.mask = torch.zeros(batch, length, dtype=torch.bool, device=device)
         self.replay: Callable[[], None] | None = None
@@ -46,6 +48,7 @@ class Prompt:
 
         input_ids: [B, T].  mask: [B, T] booleans, or None where no token is padding.
         """
+        # Tokens at the end of the row, padding in front of them.
         T = input_ids.shape[1]
         self.ids[:, -T:].copy_(input_ids)
         self.mask[:, :-T].fill_(False)
@@ -55,18 +58,24 @@ class Prompt:
             self.ids.copy_(reordered(self.ids, order))
             self.mask.copy_(reordered(self.mask, order))
 
-        def launch() -> None:
-            h, padding = model.model.embeddings(self.ids), ~self.mask[..., None]
-            for i, block in enumerate(model.model.layers):
-                h, found = forward(block, h, self.mask, padding)
-                for state, x in zip(states[4 * i : 4 * i + 4], found):
-                    state.copy_(x)
-            torch.mm(model.model.norm(h[:, -1]), model.lm_head.weight.t(), out=logits)
-
+        # A capture costs as much as several runs. A length that is used once is not worth it.
+        launch = partial(self.launch, model, states, logits)
         self.uses += 1
         if self.uses == 2:
             self.replay = capture(launch, self.ids.device)
         (self.replay or launch)()
+
+    def launch(self, model: Any, states: list[Tensor], logits: Tensor) -> None:
+        """The forward of what self.ids and self.mask hold."""
+        # [B, length, D], [B, length, 1]
+        h, padding = model.model.embeddings(self.ids), ~self.mask[..., None]
+        for i, block in enumerate(model.model.layers):
+            h, found = forward(block, h, self.mask, padding)
+            for state, x in zip(states[4 * i : 4 * i + 4], found):
+                # Into the step's buffers: decoding goes on from there.
+                state.copy_(x)
+        # [B, D] [D, vocabulary]
+        torch.mm(model.model.norm(h[:, -1]), model.lm_head.weight.t(), out=logits)
 
 
 def forward(
@@ -80,12 +89,12 @@ def forward(
     n = block.attn_norm(h).masked_fill(padding, 0)
     x = mixer.operands(n, mask)
     o, S, d = online_scaled_delta_rule(
-        x.q, x.k, x.v, x.beta, x.log_gamma, initial_state=x.initial_state,
-        initial_precond=x.initial_precond, output_final_state=True, backend=mixer.backend,
-        **mixer.rule,
+        x.q, x.k, x.v, x.beta, x.log_gamma, log_alpha=x.log_alpha,
+        initial_state=x.initial_state, initial_precond=x.initial_precond,
+        output_final_state=True, backend=mixer.backend, **mixer.rule,
     )  # fmt: skip
     assert S is not None and d is not None
-    o = mixer.o_norm(o).flatten(-2)
+    o = mixer.o_norm(o).flatten(-2)  # [B, T, H V]
     h = h + mixer.o_proj(o if mixer.g_proj is None else o * F.silu(mixer.g_proj(n)))
     history = x.history
     return h + block.mlp(block.mlp_norm(h)), (S, d, torch.cat(history[:2], dim=1), history[2])
@@ -102,5 +111,6 @@ def prompt_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | bo
 
 def padded(batch: int, length: int) -> int | None:
     """What a prompt is padded to, or None where it is long enough to go as it is."""
+    # Powers of two, so that few graphs serve all lengths.
     size = max(SHORTEST, 1 << (length - 1).bit_length())
     return size if batch * size <= MOST_TOKENS else None

@@ -19,6 +19,7 @@ from osdn.ops.validation import (
     check_tensors,
 )
 
+# Modules are named and not imported: numba and Triton cost nothing until they are used.
 BACKENDS = {
     "chunkwise": register("chunkwise", "osdn.ops.chunkwise"),
     "numba": register("numba", "osdn.ops.numba"),
@@ -84,9 +85,9 @@ def online_scaled_delta_rule(
             0 = cu_seqlens[0] < ... < cu_seqlens[N] = T. On a GPU looked at once, until it is
             changed in place; not under torch.compile, nor while a CUDA graph is captured or
             replayed.
-        backend: "auto" (triton for CUDA tensors of at most 32 bits with K and V ≤ 256 and without
-            log_alpha, numba for CPU tensors where it is installed, else chunkwise), "reference",
-            "chunkwise", "numba" or "triton", which does not take log_alpha yet.
+        backend: "auto" (triton for CUDA tensors of at most 32 bits with K and V ≤ 256, numba for
+            CPU tensors where it is installed, else chunkwise), "reference", "chunkwise", "numba" or
+            "triton".
 
     Returns:
         o: [B, T, H, V] in v's dtype; final_state: [N, H, K, V] and final_precond: [N, H, K] in
@@ -108,6 +109,7 @@ def online_scaled_delta_rule(
     Source: arXiv 2605.13473; the delta rule in chunks is arXiv 2406.06484, the gated one
     arXiv 2412.06464.
     """
+    # Checks first, in the order of what each needs: kinds, then devices, then shapes.
     optional = {"log_gamma": log_gamma, "log_alpha": log_alpha, "initial_state": initial_state,
                 "initial_precond": initial_precond}  # fmt: skip
     check_kinds({"q": q, "k": k, "v": v, "beta": beta}, optional, scale)
@@ -118,26 +120,34 @@ def online_scaled_delta_rule(
     )
     sequences = check_shapes(operands)
     check_rule(eta, precond_min, precond_max, beta_aware)
-    backend = _choose(backend, q, v, log_alpha)
+    backend = _choose(backend, q, v)
+    # The reference is plain PyTorch, and takes every kind of derivative.
     check_reverse_mode(backend, q=q, k=k, v=v, beta=beta, **optional)
 
     (H, K), V = q.shape[2:], v.shape[-1]
     scale = K**-0.5 if scale is None else scale
     options = Options(eta, beta_aware, precond_min, precond_max, scale)
+    # States are wider than tokens: they sum over thousands of them.
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
+    # Defaults become tensors here, so that no backend has a case for None.
     if initial_state is None:
         initial_state = q.new_zeros(sequences, H, K, V, dtype=accumulate)
     if initial_precond is None:
         initial_precond = q.new_ones(sequences, H, K, dtype=accumulate)
+    # A d_1 [H, K] is shared by all sequences; its gradient is the sum over them.
     initial_precond = initial_precond.expand(sequences, H, K)
 
     operands = operands._replace(initial_state=initial_state, initial_precond=initial_precond)
+    # Takes everything as it is, in any dtype, and computes in float64.
     if backend == "reference":
         o, state, precond = reference.forward(operands, options)
     else:
+        # Backends get gates and states contiguous, in the accumulation dtype; q, k, v as they are.
         cast: list[Any] = [_cast(x, accumulate) for x in operands[3:8]]
         operands = Operands._make([q, k, v, *cast, cu_seqlens])
+        # Decided here: inside a custom operator grad mode is off, and nobody could tell.
         save = torch.is_grad_enabled() and any(x.requires_grad for x in operands.differentiable())
+        # The dispatcher costs more than a small call; it is gone through only if someone looks.
         run = BACKENDS[backend].rule if dispatched(q) else BACKENDS[backend].eager_rule
         o, state, precond = run(*operands, *options, save)[:3]
     return (o, state, precond) if output_final_state else (o, None, None)
@@ -185,6 +195,7 @@ def online_scaled_delta_step(
     Raises:
         ValueError: as the rule does, and where a gradient would be needed.
     """
+    # As the rule, but for the states: they are written to, so they must be as they will be kept.
     required = {"q": q, "k": k, "v": v, "beta": beta, "state": state, "precond": precond}
     gates = {"log_gamma": log_gamma, "log_alpha": log_alpha}
     check_kinds(required, gates, scale)
@@ -193,11 +204,13 @@ def online_scaled_delta_step(
     token = Token(q, k, v, beta, log_gamma, log_alpha, state, precond, slots, write_slots)
     check_step_shapes(token)
     check_rule(eta, precond_min, precond_max, beta_aware)
-    backend = _choose(backend, q, v, None)
+    backend = _choose(backend, q, v)
     check_reverse_mode(backend, **required, **gates)
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
+    # A copy made here would take the writes, and the caller's tensor would stay as it was.
     for name, x in (("state", state), ("precond", precond)):
         kept = x.dtype == accumulate or (backend == "reference" and x.dtype == torch.float64)
+        # Places of a pool may lie apart, as in vLLM's cache, but not on top of each other.
         apart = len(x) == 1 or x.stride(0) >= x[0].numel()
         if not kept or not x[0].is_contiguous() or not apart:
             raise ValueError(
@@ -219,8 +232,9 @@ def _step(backend: str, token: Token, options: Options) -> tuple[Tensor, Tensor,
     state, precond = token.state, token.precond
     as_the_rule_returned = token.slots is None and state.is_contiguous() and precond.is_contiguous()
     if backend not in TAKE_POOLS and not as_the_rule_returned:
+        # Gather the rows in use, step, scatter: for the backends that know no pools.
         read, write = token.places()
-        used = (read >= 0) & (write >= 0)
+        used = (read >= 0) & (write >= 0)  # [B]
         read, write, o = read[used], write[used], torch.zeros_like(token.v)
         rows: list[Any] = [None if x is None else x[used] for x in token[:6]]
         copied = Token._make([*rows, state[read], precond[read], None, None])
@@ -247,15 +261,17 @@ def _autocast(*tensors: Tensor) -> list[Tensor]:
     device = tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return list(tensors)
+    # What autocast itself does to a matrix product's inputs, which a custom operator misses.
     dtype = torch.get_autocast_dtype(device)
     return [
         x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
     ]
 
 
-def _choose(backend: str, q: Tensor, v: Tensor, log_alpha: Tensor | None) -> str:
+def _choose(backend: str, q: Tensor, v: Tensor) -> str:
     if backend == "auto":
-        if q.is_cuda and not _triton_lacks(q, v, log_alpha):
+        # A GPU has chunkwise for what the kernels cannot do; asked for by name they raise.
+        if q.is_cuda and not _triton_lacks(q, v):
             return "triton"
         return "numba" if HAS_NUMBA and q.device.type == "cpu" else "chunkwise"
     if backend not in ("reference", *BACKENDS):
@@ -264,15 +280,16 @@ def _choose(backend: str, q: Tensor, v: Tensor, log_alpha: Tensor | None) -> str
     if backend == "numba" and (not HAS_NUMBA or q.device.type != "cpu"):
         problem = f"tensors on {q.device}" if HAS_NUMBA else "no numba (pip install 'osdn[cpu]')"
         raise ValueError(f"backend: 'numba' needs CPU tensors and numba installed, got {problem}")
-    if backend == "triton" and (problem := _triton_lacks(q, v, log_alpha)):
+    if backend == "triton" and (problem := _triton_lacks(q, v)):
         raise ValueError(f"backend: 'triton' {problem}; use backend='auto' or 'chunkwise'")
     return backend
 
 
-def _triton_lacks(q: Tensor, v: Tensor, log_alpha: Tensor | None) -> str:
+def _triton_lacks(q: Tensor, v: Tensor) -> str:
     """Why the Triton kernels cannot run on these tensors, or an empty string."""
     if not HAS_TRITON:
         return "needs Triton, which PyTorch's CUDA builds bring and this installation lacks"
+    # Read as Triton reads it, so that both agree.
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if not (q.is_cuda or (interpreted and q.device.type == "cpu")):
         return (
@@ -291,6 +308,4 @@ def _triton_lacks(q: Tensor, v: Tensor, log_alpha: Tensor | None) -> str:
             f"needs K and V of at most {TRITON_LARGEST_HEAD}, got K = {q.shape[-1]} and "
             f"V = {v.shape[-1]}"
         )
-    if log_alpha is not None:  # goes when the kernels over whole sequences read log_alpha
-        return "has no kernels for log_alpha over whole sequences yet"
     return ""

@@ -62,6 +62,7 @@ class Token(NamedTuple):
     def places(self) -> tuple[Tensor, Tensor]:
         """The place that each row reads and the one it writes, [B] int64; negative: none."""
         if self.slots is None:
+            # Without slots, row i in place i, so that callers have one case.
             everywhere = torch.arange(len(self.q), device=self.q.device)
             return everywhere, everywhere
         read = self.slots.long().contiguous()
@@ -84,4 +85,5 @@ class Options(NamedTuple):
 
     def constant_precond(self, has_gamma: bool) -> bool:
         """True where d never moves from its start, so that phase 1 need not run at all."""
+        # With a box even η = 0 moves d once, if it starts outside.
         return self.eta == 0 and not has_gamma and self.precond_min is None

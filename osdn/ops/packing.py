@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 Made = TypeVar("Made")
 
 # tensor of offsets -> (its mark when the rest was made, what was made by key)
+# By identity, not by value: comparing values would synchronize with a GPU.
 kept: Any = WeakIdKeyDictionary()
 
 
@@ -29,9 +30,11 @@ def remember(cu_seqlens: Tensor, key: Hashable, make: Callable[[], Made]) -> Mad
     while a CUDA graph is captured: the graph must make everything itself, to follow offsets that
     change before a replay, and its memory must not outlive it.
     """
+    # None: nothing tells when these offsets change, so nothing may be kept.
     mark = None if torch.compiler.is_compiling() else _mark(cu_seqlens)
     if mark is None or capturing(cu_seqlens):
         return make()
+    # Offsets that have changed take everything that was made of them along.
     known, made = kept.get(cu_seqlens, (None, None))
     if made is None or known != mark:
         made = {}
@@ -48,8 +51,10 @@ def _mark(cu_seqlens: Tensor) -> list[int] | int | None:
     On a CPU their values, which NumPy or `.data` change without PyTorch's notice. On a GPU, where
     reading them synchronizes, the tensor's version.
     """
+    # tolist and not the version: NumPy writes to the same memory and tells nobody.
     if cu_seqlens.device.type == "cpu":
         return cu_seqlens.tolist() if has_values(cu_seqlens) else None
+    # Inference tensors have no version.
     return None if cu_seqlens.is_inference() else cu_seqlens._version
 
 
@@ -72,6 +77,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, name: str = "q") -> None:
     """
     if not isinstance(cu_seqlens, Tensor):
         raise ValueError(f"cu_seqlens: expected a tensor, got {type(cu_seqlens).__name__}")
+    # What needs no values comes first, and is checked on every call.
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
         raise ValueError(
             f"cu_seqlens: expected N + 1 offsets in a vector, got {tuple(cu_seqlens.shape)}"

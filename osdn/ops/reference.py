@@ -30,16 +30,18 @@ def write(
     Decay first, then erase and write: the residual is that of the decayed memory.
     """
     S = S if log_alpha is None else log_alpha.exp()[..., None, None] * S
-    e = v - torch.einsum("...kv,...k->...v", S, k)
+    e = v - torch.einsum("...kv,...k->...v", S, k)  # what the memory gets wrong, [..., V]
+    # The write key is d ⊙ k, the read key k alone.
     return S + beta[..., None, None] * (d * k)[..., :, None] * e[..., None, :]
 
 
 def adapt(d: Tensor, k: Tensor, beta: Tensor, log_gamma: Tensor | None, options: Options) -> Tensor:
     """The preconditioner after one token. d and k [..., K], beta and log_gamma [...]."""
-    s = k * k
+    s = k * k  # [..., K]
     b = beta if options.beta_aware else torch.ones_like(beta)
-    x = 1 - b * (d * s).sum(-1)
+    x = 1 - b * (d * s).sum(-1)  # what is left of the residual, [...]
     decayed = d if log_gamma is None else log_gamma.exp()[..., None] * d
+    # Forgetting first, then the hypergradient step, the clip last: every token has all three.
     u = decayed + options.eta * (b * x)[..., None] * s
     return u if options.precond_min is None else u.clamp(options.precond_min, options.precond_max)
 
@@ -50,6 +52,7 @@ def forward(operands: Operands, options: Options) -> tuple[Tensor, Tensor, Tenso
     o has v's dtype, the final states are float64.
     """
     x = _in_float64(operands)
+    # A pack is its sequences one by one; that is what packing must equal.
     if x.cu_seqlens is None:
         o, S, d = _scan(x, options)
     else:
@@ -57,6 +60,7 @@ def forward(operands: Operands, options: Options) -> tuple[Tensor, Tensor, Tenso
             _scan(_sequence(x, n, start, end), options)
             for n, (start, end) in enumerate(pairwise(x.cu_seqlens.tolist()))
         ]
+        # o along time, states along the sequences.
         o, S, d = (torch.cat(parts, dim) for parts, dim in zip(zip(*runs), (1, 0, 0)))
     return o.to(operands.v.dtype), S, d
 
@@ -77,6 +81,7 @@ def _scan(x: Operands, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """The recurrence over [B, T, H, ...]: (o [B, T, H, V], S [B, H, K, V], d [B, H, K])."""
     S, d, T, outputs = x.initial_state, x.initial_precond, x.q.shape[1], []
     by_token = zip(*([None] * T if y is None else y.unbind(1) for y in x[:6]))
+    # The write takes d from before the token, so it comes before d moves.
     for q, k, v, beta, log_gamma, log_alpha in by_token:
         S = write(S, d, k, v, beta, log_alpha)
         d = adapt(d, k, beta, log_gamma, options)

@@ -61,6 +61,7 @@ def register(name: str, module_name: str) -> Backend:
     module = partial(import_module, module_name)
     rule, backward = _rule(name, module), _backward(name, module)
     differentiate = partial(_differentiate, backward)
+    # autograd for the operator that a tracer sees; eager_rule below brings its own.
     rule.register_autograd(
         lambda ctx, *gradients: differentiate(ctx, *gradients[:3]),
         setup_context=lambda ctx, inputs, output: _keep(ctx, inputs, output[3]),
@@ -75,6 +76,7 @@ _KINDS = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", float: "floa
 
 def _arguments(*tuples: Any, written: Sequence[str] = ()) -> str:
     """The fields of named tuples as arguments in a schema; `written`: the ones it writes to."""
+    # In the order of the fields, since the tuples are passed flat: schemas know no tuples.
     fields = [field for one in tuples for field in one.__annotations__.items()]
     marks = {name: f"Tensor({chr(97 + i)}!)" for i, name in enumerate(written)}
     return ", ".join(f"{marks.get(name, _KINDS[kind])} {name}" for name, kind in fields)
@@ -90,6 +92,7 @@ def _rule(name: str, module: Module) -> CustomOpDef:
     schema = f"({_arguments(Operands, Options)}, bool save) -> (Tensor, Tensor, Tensor, Tensor[])"
     rule = torch.library.custom_op(f"osdn::{name}", rule_op, mutates_args=(), schema=schema)
 
+    # Shapes only, for tracers. Inside torch.compile nothing reads the offsets' values.
     @rule.register_fake
     def _(*flat: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         *given, save = flat
@@ -172,6 +175,7 @@ def once(
 def _eager_rule(name: str, module: Module) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """The rule and its backward as a plain autograd function over the module's."""
 
+    # No dispatcher, so no fake tensors and no compile: those take the operator above.
     what = f"online_scaled_delta_rule: backend={name!r}, unlike 'reference',"
 
     def run_backward(do: Tensor, dS: Tensor, dd: Tensor, *flat: Any) -> list[Tensor]:
@@ -184,11 +188,13 @@ def _eager_rule(name: str, module: Module) -> Callable[..., tuple[Tensor, Tensor
         def forward(ctx: Any, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
             *given, save = flat
             o, S, d, saved = module().forward(*_unflatten(given), save)
+            # The operands themselves are saved and no copies, with what the backend wants besides.
             _keep(ctx, flat, saved)
             return o, S, d
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+            # Under create_graph autograd would record the backward, whose graph nobody may use.
             with torch.no_grad():
                 found = _differentiate(run_backward, ctx, *gradients)
             return once(what, ctx, gradients, found)
@@ -214,6 +220,7 @@ def _differentiate(
 ) -> tuple[Tensor | None, ...]:
     """The gradient of every argument of the operator; None for what has none."""
     kept = iter(ctx.saved_tensors)
+    # save_for_backward takes no None: which were given is in ctx.given.
     tensors: list[Any] = [next(kept) if given else None for given in ctx.given]
     operands = Operands(*tensors)
     results = (
@@ -221,7 +228,9 @@ def _differentiate(
         (operands.initial_state, dfinal_state),
         (operands.initial_precond, dfinal_precond),
     )
+    # A result that the loss did not use has no gradient: zeros, made only now.
     cotangents = [torch.zeros_like(like) if x is None else x for like, x in results]
+    # Back to one entry an argument: None for absent operands, offsets and options.
     found = iter(backward(*cotangents, *operands, *ctx.options, list(kept)))
     gradients = [next(found) if given else None for given in ctx.given[:-1]]
     return *gradients, None, *[None] * len(ctx.options), None  # cu_seqlens, options, save

@@ -14,6 +14,7 @@ def check_kinds(
     required: dict[str, Tensor], optional: dict[str, Tensor | None], scale: float | None
 ) -> None:
     """Tensors are floating-point tensors, the optional ones may be None; so may scale, a number."""
+    # Before anything looks at a dtype or a shape, which a non-tensor does not have.
     for name, x in {**required, **optional}.items():
         if x is None and name in optional:
             continue
@@ -29,7 +30,7 @@ def check_reverse_mode(backend: str, **tensors: Tensor | None) -> None:
     if backend == "reference":
         return
     for name, x in tensors.items():
-        if x is None or forward_ad._current_level < 0:
+        if x is None or forward_ad._current_level < 0:  # no level: nothing is in forward mode
             continue
         if forward_ad.unpack_dual(x).tangent is not None:
             raise ValueError(
@@ -66,6 +67,7 @@ def check_tensors(q: Tensor, **others: Tensor | None) -> None:
     for name, x in others.items():
         if x is None:
             continue
+        # Gates and states may be of another floating dtype: the front door casts them.
         if x.device != q.device:
             raise ValueError(
                 f"{name}: expected a tensor on {q.device} like q, got one on {x.device}"
@@ -78,6 +80,7 @@ def check_shapes(x: Operands) -> int:
     """The number of sequences N, once every shape fits; the states may be None here."""
     _expect_sizes("q", x.q, ("B", "T", "H", "K"))
     _expect_sizes("v", x.v, ("B", "T", "H", "V"))
+    # q and v name the sizes; all others must agree with them.
     (B, T, H, K), V = x.q.shape, x.v.shape[-1]
     N = B
     if x.cu_seqlens is not None:
@@ -88,6 +91,7 @@ def check_shapes(x: Operands) -> int:
     for name in ("beta", "log_gamma", "log_alpha"):
         if (gate := getattr(x, name)) is not None:
             _expect(name, gate, (B, T, H), "[B, T, H]")
+    # Operands types them as given; here they may still be absent.
     state: Tensor | None = x.initial_state
     precond: Tensor | None = x.initial_precond
     if state is not None:
@@ -109,6 +113,7 @@ def check_step_shapes(x: Token) -> None:
     for name in ("beta", "log_gamma", "log_alpha"):
         if (gate := getattr(x, name)) is not None:
             _expect(name, gate, (B, H), "[B, H]")
+    # Without slots the states have a row a sequence, with slots any number of places.
     P, kept = B, "B"
     if x.slots is not None:
         _expect_sizes("state", x.state, ("P", "H", "K", "V"))
@@ -116,6 +121,7 @@ def check_step_shapes(x: Token) -> None:
         _check_slots("slots", x.slots, x.q, P)
         if x.write_slots is not None:
             _check_slots("write_slots", x.write_slots, x.q, P)
+        # After both were checked one by one: it needs places that exist.
         _check_places(x)
     elif x.write_slots is not None:
         raise ValueError("write_slots: expected none without slots, the places to read")
@@ -142,11 +148,13 @@ def _check_places(x: Token) -> None:
     if x.slots is None or x.slots.device.type != "cpu" or not has_values(x.slots):
         return
     read, write = (places.tolist() for places in x.places())
-    writer: dict[int, int] = {}
+    writer: dict[int, int] = {}  # place -> the row that writes it
     name = "slots" if x.write_slots is None else "write_slots"
+    # Rows run in any order, so two writes to one place, or a read of one, have no order.
     for i, (source, target) in enumerate(zip(read, write)):
         if source >= 0 and target >= 0 and writer.setdefault(target, i) != i:
             raise ValueError(f"{name}: expected distinct places, got {target} more than once")
+    # Its own write is fine: the kernels read a row's place before they write it.
     for i, (source, target) in enumerate(zip(read, write)):
         if source >= 0 and target >= 0 and writer.get(source, i) != i:
             raise ValueError(

@@ -43,6 +43,7 @@ GIB = 2**30
 GPUS = {
     gpu.name: gpu
     for gpu in (
+        # name, memory, bandwidth, link, network, GPUs in a machine
         Gpu("A100", 80e9, 2.04e12, 300e9, 25e9, 8),
         Gpu("H100", 80e9, 3.35e12, 450e9, 50e9, 8),
         Gpu("H100 PCIe", 80e9, 2.04e12, 64e9, 25e9, 8),
@@ -91,7 +92,7 @@ FRAGMENTS = Figure(1.05, "times the tensors, for the allocator's gaps", "assumed
 
 def find_gpu(name: str) -> Gpu:
     """The GPU of that name, whatever the case of its letters."""
-    for known, gpu in GPUS.items():
+    for known, gpu in GPUS.items():  # "h100pcie" as well as "H100 PCIe"
         if known.lower().replace(" ", "") == name.lower().replace(" ", ""):
             return gpu
     raise UserError(f"--gpu: expected one of {', '.join(GPUS)}, got {name!r}")

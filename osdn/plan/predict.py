@@ -70,6 +70,7 @@ def predict(
     Raises:
         UserError: the GPUs do not divide the rows of a step, or parallel.shard not the GPUs.
     """
+    # As in osdn.train.distributed.parallel: the same words, the same errors.
     shard = gpus if recipe.parallel.shard == "all" else recipe.parallel.shard
     if gpus % shard:
         raise UserError(
@@ -98,8 +99,11 @@ def smaller(plan: Plan, config: OSDNConfig) -> tuple[list[str], Plan] | None:
     """
     train = plan.recipe.train
     modes = ["none", "selective", "full"]
+    # Only what saves more than the recipe does already.
     modes = modes[modes.index(train.activation_checkpointing) :]
+    # divisors: the passes stay whole
     rows = [n for n in range(train.rows, 0, -1) if train.rows % n == 0]
+    # As it is, one machine, all GPUs.
     shards = list(dict.fromkeys((plan.shard, min(plan.gpus, plan.gpu.machine), plan.gpus)))
     best: tuple[list[str], Plan] | None = None
     for mode, n, shard in product(modes, rows, shards):
@@ -112,6 +116,7 @@ def smaller(plan: Plan, config: OSDNConfig) -> tuple[list[str], Plan] | None:
             }
         )
         other = predict(changed, plan.gpu, plan.gpus, config=config, model=plan.model)
+        # The fastest, not the first: less recomputation may allow a smaller shard.
         if other.fits and (best is None or other.step.total < best[1].step.total):
             given = [f"train.activation_checkpointing={mode}", f"train.rows={n}"]
             given.append(f"parallel.shard={'all' if shard == plan.gpus else shard}")

@@ -91,10 +91,11 @@ def step_seconds(
     head = 2 * D * V
     dense = forward_flops(config, train.seq_len).dense - head
     products = tokens * dense * (3 + again) / (rate.matmul * hardware.GEMM_SHARE.value)
+    # By mixer, since a hybrid's layers differ in all three.
     mixers = traffic = remade = 0.0
     for name in config.mixers:
         once = _traffic(config, name, r, c)
-        traffic += 3 * once
+        traffic += 3 * once  # forward once, backward about twice
         if train.activation_checkpointing != "none":
             remade += once - 3 * r * D  # the block's last sum is not wanted again
         if name == "attention":
@@ -117,6 +118,7 @@ def step_seconds(
     exposed = _exposed(model, gpu, c, gpus, shard, passes, backward)
     parts = (passes * products, passes * mixers, passes * moved, passes * loss, update)
     kernels = hardware.KERNELS.value * (1 if train.compile else hardware.EAGER.value)
+    # A host that launches slower than the GPU computes: the difference is waited for.
     starts = passes * len(config.mixers) * kernels * hardware.LAUNCH.value
     return Step(*parts, exposed, max(0.0, starts - sum(parts)))
 
@@ -141,7 +143,7 @@ def ring_seconds(volume: float, members: int, across: int, gpu: Gpu) -> float:
     speed = gpu.link
     if across > 1:
         speed = min(gpu.link, gpu.network * min(gpu.machine, members / across))
-    share = volume * (members - 1) / members
+    share = volume * (members - 1) / members  # a ring passes on all but its own part
     return share / (speed * hardware.LINK_SHARE.value) + (across - 1) * hardware.HOP.value
 
 
@@ -153,11 +155,14 @@ def _exposed(
     within = min(machines, -(-shard // gpu.machine))  # machines of one group that shares weights
     total = 0.0
     if shard > 1:
+        # weights, forward and backward
         total += 2 * passes * ring_seconds(c * N, shard, within, gpu)
-        total += ring_seconds(4.0 * N, shard, within, gpu)
+        total += ring_seconds(4.0 * N, shard, within, gpu)  # gradients, scattered once a step
     groups = gpus // shard
     if groups > 1:
         between = min(machines, groups)
+        # all-reduce: both halves of the ring
         total += 2 * ring_seconds(4.0 * N / shard, groups, between, gpu)
     bucket = 2 * ring_seconds(4.0 * model.block / shard, gpus, machines, gpu)  # the last one's
+    # The last bucket's exchange has no backward left to hide behind.
     return max(total - hardware.OVERLAP.value * backward, min(total, bucket))

@@ -32,22 +32,26 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         OSError: the disk does not take the file. `path` is unchanged, and nothing is left beside
             it; the same holds for an exception from the caller.
     """
+    # /dev/stdout, a pipe: there is nothing to rename.
     if path.exists() and not path.is_file():
         with path.open("wb") as device:
             yield device
         return
+    # Through links: a rename would replace the link itself.
     target = Path(os.path.realpath(path))
     _remove_leftovers(target)
     file, unfinished = _temporary(target)
     try:
         with file:
             if target.exists():
+                # A new file has the umask's mode, and the old one's owner may have narrowed it.
                 unfinished.chmod(target.stat().st_mode & 0o7777)
             yield file
             flush(file)
+        # Content first, then the name, then the directory that holds the name.
         os.replace(unfinished, target)
         sync(target.parent)
-    except BaseException:
+    except BaseException:  # Ctrl-C too
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
         raise

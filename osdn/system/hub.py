@@ -15,6 +15,7 @@ def hub_is_reachable() -> bool:
 
     if constants.HF_HUB_OFFLINE:
         return False
+    # Behind a proxy names need not resolve here.
     if getproxies():
         return True
     try:

@@ -38,8 +38,10 @@ class DirectoryLock:
             self._made = not self.directory.exists()
             self.directory.mkdir(parents=True, exist_ok=True)
             lock = FileLock(str(self.path), timeout=0, thread_local=False)
+            # At once: who waits for a lock looks like a run that hangs.
             lock.acquire(blocking=False)
             self._lock, self._identity = lock, _identity(self.path)
+            # Removed between opening and locking: the lock is of a file without a name.
             if self._identity is None:  # its holder has just removed it
                 raise Timeout(str(self.path))
         except Timeout as error:
@@ -59,6 +61,7 @@ class DirectoryLock:
         """Whether the directory, or the lock file in it, is no longer the one that was taken."""
         if self._identity is None:
             return not self.directory.is_dir()
+        # Another file of the same name is another run's lock.
         return _identity(self.path) != self._identity
 
     def check(self) -> None:
@@ -78,6 +81,7 @@ class DirectoryLock:
         if self._lock is None:
             return
         with suppress(OSError):
+            # Only a directory that was made for the lock, and holds nothing else.
             mine = self._made and not self.lost
             if mine and [path.name for path in self.directory.iterdir()] == [self.path.name]:
                 self.path.unlink()

@@ -7,9 +7,9 @@ parser refuses more than 200 levels of nesting and integers of more than 4,300 d
 
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from osdn.errors import UserError
 
@@ -17,6 +17,8 @@ LARGEST = 2**28  # bytes of a file that is read at once; a training's log has 20
 SHOWN = 60  # characters of a wrong value in a message
 
 T = TypeVar("T")
+# A measured number: a training that diverged leaves NaN, which our files hold as NaN.
+Measure = Annotated[float, Field(allow_inf_nan=True)]
 
 
 class Outside(BaseModel):
@@ -48,6 +50,7 @@ def read_json(path: Path, schema: type[T], advice: str = "") -> T:
         OSError: the file cannot be read.
     """
     size = path.stat().st_size
+    # By its size, before a byte is read.
     if path.is_file() and size > LARGEST:
         raise Malformed(str(path), f"expected at most {LARGEST:,} bytes, found {size:,}", advice)
     return parse_json(path.read_bytes(), schema, str(path), advice)
@@ -62,6 +65,12 @@ def parse_json(text: str | bytes, schema: type[T], source: str, advice: str = ""
         raise Malformed(source, _reason(error), advice) from None
 
 
+def parse_plain(text: str | bytes, schema: Any, source: str, advice: str = "") -> Any:
+    """As parse_json, but the plain values: a 1 stays an integer where a float may stand."""
+    parse_json(text, schema, source, advice)
+    return parse_json(text, Any, source, advice)  # type: ignore[arg-type]
+
+
 @cache
 def _adapter(schema: Any) -> TypeAdapter:
     """Building one takes longer than a line of JSON."""
@@ -70,6 +79,7 @@ def _adapter(schema: Any) -> TypeAdapter:
 
 def _reason(error: ValidationError) -> str:
     """The first of the errors, in a line."""
+    # One error a line: the others are often its consequences.
     first = error.errors(include_url=False)[0]
     message = first["msg"][:1].lower() + first["msg"][1:]
     if first["type"] == "json_invalid":

@@ -3,16 +3,20 @@
 import multiprocessing
 import os
 import signal
-from multiprocessing.context import BaseContext
 from threading import Thread
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # Windows has no ForkServerContext
+    from multiprocessing.context import ForkServerContext, SpawnContext
 
 
-def process_context() -> BaseContext:
+def process_context() -> "ForkServerContext | SpawnContext":
     """Processes forked from a server that has no threads and no CUDA context, where there is one.
 
     The server imports this package once for all of them. Where there is none (Windows), they are
     started afresh.
     """
+    # A fork of this process would copy CUDA's state, and threads that are gone.
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -37,6 +41,7 @@ def end_with_parent() -> None:
     assert parent is not None
 
     def wait() -> None:
+        # Blocks on the parent's sentinel, and uses no time; a kill -9 ends it too.
         parent.join()
         os._exit(1)
 

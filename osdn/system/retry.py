@@ -26,6 +26,7 @@ def persevere(read: Callable[[], Iterator[T]], where: Callable[[], str]) -> Iter
     Raises:
         UserError: nothing came in TRIES tries in a row, or trying again is of no use.
     """
+    # Something came: the source is alive, and the count starts again.
     failures = 0
     while True:
         try:
@@ -37,7 +38,7 @@ def persevere(read: Callable[[], Iterator[T]], where: Callable[[], str]) -> Iter
             failures += 1
             reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
             reason = reason or type(error).__name__
-            if isinstance(error, FINAL):
+            if isinstance(error, FINAL):  # waiting does not bring back a file
                 raise UserError(f"data.corpus: cannot read {where()}: {reason}") from error
             if failures == TRIES:
                 raise UserError(

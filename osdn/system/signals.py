@@ -20,6 +20,7 @@ class Signals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
+        # Only there does Python deliver signals.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note)
@@ -31,7 +32,7 @@ class Signals:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and self.received is not None:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt  # the second Ctrl-C: the user will not wait for the step
         self.received = number
 
     def leave(self) -> NoReturn:

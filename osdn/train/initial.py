@@ -32,6 +32,7 @@ class Initializer:
 
     def __init__(self, model: OSDNForCausalLM, *, seed: int, device: torch.device) -> None:
         self.model, self.seed, self.device = model, seed, device
+        # Names are part of every seed.
         self.names = {module: name for name, module in model.named_modules()}
         self._owner: dict[nn.Parameter, nn.Module] = {}  # of a tied one: the first to name it
         for module in self.names:
@@ -40,7 +41,7 @@ class Initializer:
 
     def fill(self, part: nn.Module) -> None:
         """Give every parameter of part that has no value yet one; ties must lie within a part."""
-        made: dict[nn.Parameter, nn.Parameter] = {}
+        made: dict[nn.Parameter, nn.Parameter] = {}  # meta -> real; a tied parameter stays one
         for module in reversed(list(part.modules())):  # children first, as transformers does
             drawn = False
             for name, parameter in list(module.named_parameters(recurse=False)):
@@ -49,16 +50,20 @@ class Initializer:
                         empty = torch.empty_like(parameter, device="cpu")
                         made[parameter] = nn.Parameter(empty, parameter.requires_grad)
                     setattr(module, name, made[parameter])
+                    # A tied parameter is drawn once, by the module that named it first.
                     drawn = drawn or self._owner[parameter] is module
             if drawn:
                 self._draw(module)
         for parameter in made.values():
+            # By .data, so that the Parameter objects that modules hold are the same.
             parameter.data = parameter.data.to(self.device)
 
     def _draw(self, module: nn.Module) -> None:
         """The model's own rule for the module, special values of its children included."""
+        # A hash and not the order of modules: a layer added elsewhere changes no other layer.
         text = f"{self.seed} {self.names[module]}".encode()
+        # 63 bits, which manual_seed takes
         seed = int.from_bytes(blake2b(text, digest_size=8).digest(), "big") >> 1
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
             torch.manual_seed(seed)
             self.model._init_weights(module)

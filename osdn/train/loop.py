@@ -13,7 +13,7 @@ from osdn.train.recipe import Recipe
 from osdn.train.setup import make_device
 from osdn.train.trainer import Trainer
 
-LOCK = ".train.lock"
+LOCK = ".train.lock"  # within the run's directory, so that it is found wherever that is mounted
 BUSY = (
     "another process trains there; wait until it has ended, or give this run a directory of its "
     "own (--out)"
@@ -63,12 +63,15 @@ def _train(
     found, finished = parallel.from_main(lambda: _find(recipe, out))
     if found is None or found.state.step < recipe.train.steps or not finished:
         # A run that has all steps and no model comes here too: only the export is left.
+        # Everything that can fail by a user's mistake fails here, before the first step.
         trainer = make_trainer(recipe, out, found, parallel, lock)
         try:
+            # From here on Ctrl-C is a wish, acted on between two steps.
             with Signals() as signals:
                 trainer.complete(signals)
         finally:
             trainer.close()
+        # The result is read from the log in both cases: a run and its repetition show the same.
         state = trainer.state()
     else:
         if parallel.main:
@@ -84,13 +87,16 @@ def _train(
 
 def _find(recipe: Recipe, out: Path) -> tuple[checkpoint.Checkpoint | None, bool]:
     """The checkpoint to resume from, and whether the finished model is there."""
+    # Compared with this recipe first: one that differs is an error, not a new run.
     found = checkpoint.load_newest(out / "checkpoints", recipe.resolved(), tell)
     finished = out / "model"
+    # Fewer steps than were made: the schedule of this recipe ends before them.
     if found is not None and found.state.step > recipe.train.steps:
         raise UserError(
             f"{found.directory}: expected at most train.steps={recipe.train.steps} steps, found "
             f"{found.state.step}; it is no checkpoint of this run: move it away"
         )
+    # A model of unknown origin must not be taken for this run's, nor written over.
     if found is None and finished.exists():
         raise UserError(
             f"{finished} is there without a checkpoint to compare this run with; give the new "

@@ -26,11 +26,14 @@ class Objective(nn.Module):
         self, input_ids: Tensor, labels: Tensor, cu_seqlens: Tensor, count: Tensor | float
     ) -> Tensor:
         """Summed loss over count; input_ids, labels [1, T], cu_seqlens [N + 1] -> scalar."""
+        # Under FSDP2 the policy casts, and autocast is off: casting twice would cost time.
         kind, dtype = input_ids.device.type, torch.bfloat16 if self.autocast else None
         with torch.autocast(kind, dtype=dtype, enabled=self.autocast):
+            # Hidden states [1, T, D]
             outputs = self.model.model(input_ids, use_cache=False, cu_seqlens=cu_seqlens)
             return linear_cross_entropy(
                 outputs.last_hidden_state.flatten(0, 1),
+                # Not by way of the head's forward: the loss takes its weight in chunks.
                 self.model.lm_head.weight,
                 next_token_labels(labels, cu_seqlens).flatten(),
                 count,
@@ -42,6 +45,7 @@ def inputs(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """A batch's tensors on the device, in the objective's order; nothing waits for the copies."""
 
     def moved(x: Tensor) -> Tensor:
+        # Only from pinned memory does a copy run beside the host.
         host = x.pin_memory() if device.type == "cuda" else x
         return host.to(device, non_blocking=True)
 

@@ -38,7 +38,7 @@ class _Loader(yaml.SafeLoader):
 
 def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     text = node.value.lower()
-    base = {"0x": 16, "0o": 8}.get(text[:2], 10)
+    base = {"0x": 16, "0o": 8}.get(text[:2], 10)  # 010 is ten here, and 0o10 is eight
     return int(text[2:] if base != 10 else text, base)
 
 
@@ -55,13 +55,15 @@ def plain_yaml(text: str, source: str) -> Any:
     Raises:
         UserError: no such text, or one that grows too large; it names `source`.
     """
+    # Before parsing: even reading a text of a gigabyte takes minutes.
     if len(text) > LARGEST:
         raise UserError(
             f"{source}: expected a recipe of at most {LARGEST:,} characters, found {len(text):,}"
         )
     try:
+        # Nodes first and values later: an alias costs nothing until values are made.
         loader = _Loader(text)
-        node = loader.get_single_node()
+        node = loader.get_single_node()  # raises for more than one document
         if node is None:
             return None
         if _size(node, {}) > NODES:
@@ -69,14 +71,17 @@ def plain_yaml(text: str, source: str) -> Any:
                 f"{source}: expected at most {NODES:,} values once its aliases and merges (&, *, "
                 "<<) are written out; write the recipe without them"
             )
+        # PyYAML takes the last of two equal keys and says nothing.
         if twice := _repeated(node, set()):
             line = twice.start_mark.line + 1
             raise UserError(
                 f"{source}: {twice.value!r} stands twice, again in line {line}; join both"
             )
+        # Now it is small, and of plain values only.
         return loader.construct_document(node)
     except RecursionError:
         raise UserError(f"{source}: not YAML: it is nested too deeply") from None
+    # PyYAML raises these too, for numbers and tags that it cannot make.
     except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{source}: not YAML: {reason}") from error
@@ -89,6 +94,7 @@ def _size(node: yaml.Node, known: dict[int, float]) -> float:
         if numeric and len(node.value) > LONGEST_NUMBER:
             raise ValueError(f"a number of {len(node.value):,} characters")
         return 1
+    # Each node is counted once: an alias costs a look, whatever it stands for.
     if id(node) not in known:
         known[id(node)] = float("inf")  # until it is known: an alias of a node within itself
         pairs = isinstance(node, yaml.MappingNode)

@@ -21,6 +21,7 @@ from osdn.model.configuration import OSDNConfig
 from osdn.system.outside import shown
 from osdn.train.plain_yaml import plain_yaml
 
+# The model's section is OSDNConfig itself: its fields are said once, there.
 MODEL_FIELDS = [
     name for name, kind in OSDNConfig.__annotations__.items() if "ClassVar" not in str(kind)
 ]
@@ -29,12 +30,14 @@ MODEL_FIELDS = [
 class Section(BaseModel):
     """A part of a recipe: unknown keys are errors, values do not change, numbers are numbers."""
 
+    # A misspelt key must be an error: a run with a default in its place looks right.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_guess(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse what pydantic would turn into a number: true, and a number in quotes."""
+        # pydantic takes true for 1 and "3" for 3; in a recipe both are mistakes.
         kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
         if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
             raise ValueError(f"expected a number, got {str(value).lower()}")
@@ -45,7 +48,7 @@ class Section(BaseModel):
 
 def _kinds(annotation: Any) -> set[Any]:
     """The classes that a field's annotation allows."""
-    if get_origin(annotation) in (Union, UnionType, Annotated):
+    if get_origin(annotation) in (Union, UnionType, Annotated):  # of a union, every member
         arguments = get_args(annotation)
         inner = arguments[:1] if get_origin(annotation) is Annotated else arguments
         return set().union(*map(_kinds, inner))
@@ -56,6 +59,26 @@ def _words(kinds: set[Any]) -> str:
     return "true or false" if bool in kinds else "a number"
 
 
+# Fields that came after the first checkpoints and records, with what all runs did before. A
+# resolved recipe names them only where they have another value, so that those keep their identity.
+LATER_FIELDS = {
+    "model.state_decay": "none",
+    "train.optimizer.name": "adamw",
+    "train.optimizer.momentum": 0.95,  # read by Muon only
+}
+
+
+def drop_later_fields(resolved: dict[str, Any]) -> None:
+    """Delete each of LATER_FIELDS where it has the value of all runs from before the field."""
+    for key, before in LATER_FIELDS.items():
+        *sections, name = key.split(".")
+        fields = resolved
+        for section in sections:
+            fields = fields.get(section, {})
+        if name in fields and fields[name] == before:
+            del fields[name]
+
+
 S = TypeVar("S", bound=Section)
 
 
@@ -63,8 +86,10 @@ class Data(Section):
     """Which text, and how it is cut into tokens.
 
     corpus: "stdlib" (the Python standard library's own source), "hf:NAME" (a Hugging Face
-        dataset, streamed), a directory that `osdn tokenize` made, or one or several paths, globs
-        or directories of text, .jsonl and .parquet files.
+        dataset, streamed), a directory that `osdn tokenize` made, Megatron's .bin and .idx files,
+        or one or several paths, URLs (s3://, hf://), globs or directories of text, .jsonl and
+        .parquet files, of which the first two may end in .gz or .zst; or a mapping of such names
+        to weights, each corpus's share of the training tokens.
     text_field: the column of .jsonl, .parquet and hub records that holds the text.
     separator: in text files, the string between documents; null: each file is a document.
     subset, split: of a hub dataset.
@@ -79,14 +104,18 @@ class Data(Section):
         change nothing but the speed.
     """
 
-    corpus: str | Annotated[list[str], Field(min_length=1)] = "stdlib"
+    corpus: (
+        str
+        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[dict[str, Annotated[float, Field(gt=0, strict=True)]], Field(min_length=1)]
+    ) = "stdlib"
     text_field: str = "text"
     separator: str | None = Field(default=None, min_length=1)
     subset: str | None = None
     split: str = "train"
     tokenizer: str = "byte"
     validation: float | str = 0.05
-    validation_bytes: int = Field(default=200_000, ge=4)
+    validation_bytes: int = Field(default=200_000, ge=4)  # 4: the longest character in UTF-8
     shuffle_bytes: int = Field(default=2**24, ge=1)
     lanes: int = Field(default=1, ge=1)
     workers: int = Field(default=0, ge=0)
@@ -100,18 +129,23 @@ class Data(Section):
 
 
 class Optimizer(Section):
-    """AdamW. Decay falls on the matrices of linear and convolution layers alone.
+    """AdamW, or Muon with AdamW. Decay falls only on the matrices of linear and convolution layers.
 
+    name: "adamw", or "muon" for the matrices of the blocks with AdamW for all else; Muon's updates
+        are scaled so that AdamW's learning rate and decay fit it.
     lr: learning rate at the end of the warm-up, per step.
-    beta1, beta2: decay per step of the mean gradient and mean squared gradient.
+    beta1, beta2: AdamW's decay per step of the mean gradient and mean squared gradient.
+    momentum: Muon's decay per step of the mean gradient.
     eps: added to the root of the mean squared gradient.
     weight_decay: per step, times the learning rate.
     clip: largest norm of the whole gradient; null: unlimited.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(default=1e-3, gt=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
+    momentum: float = Field(default=0.95, ge=0, lt=1)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     clip: float | None = Field(default=1.0, gt=0)
@@ -155,7 +189,7 @@ class Train(Section):
     seq_len: int = Field(default=512, ge=2)
     rows: int = Field(default=8, ge=1)
     batch_rows: int = Field(default=8, ge=1)
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63)  # what torch.manual_seed takes
     precision: Literal["float32", "bfloat16"] = "float32"
     z_loss: float = Field(default=0.0, ge=0)
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
@@ -178,6 +212,7 @@ class Parallel(Section):
     """
 
     shard: Annotated[int, Field(ge=1)] | Literal["all"] = 1
+    # 1e7: four months, which timedelta still holds
     timeout_seconds: float = Field(default=1800, gt=0, le=1e7)
     stall_seconds: float = Field(default=60, gt=0, le=1e7)
 
@@ -216,6 +251,7 @@ class Recipe(Section):
     @field_validator("model")
     @classmethod
     def _model(cls, value: dict[str, Any]) -> dict[str, Any]:
+        # Before OSDNConfig sees them: transformers would take unknown names as attributes.
         for name in value:
             if name not in MODEL_FIELDS:
                 raise ValueError(_no_field(name, MODEL_FIELDS))
@@ -223,19 +259,27 @@ class Recipe(Section):
             if isinstance(value[name], bool) and bool not in kinds:
                 raise ValueError(f"{name}: expected a number, got {str(value[name]).lower()}")
         try:
+            # The model's own checks, at the time the recipe is read and not an hour later.
             OSDNConfig(**value)
         except Exception as error:  # transformers' strict dataclasses raise errors of their own
+            # Its last line says what is wrong.
             reason = str(error.__cause__ or error).strip().splitlines()[-1].strip()
             raise ValueError(reason) from error
         return value
 
     def resolved(self) -> dict[str, Any]:
-        """Every field, the model's defaults included: plain values, for files and comparisons."""
+        """Every field, the model's defaults included: plain values, for files and comparisons.
+
+        Except LATER_FIELDS at the value that all runs had before there was the field.
+        """
+        # With all defaults: a later version with other ones must not resume this run as its own.
         config = OSDNConfig(**self.model)
         model = {name: getattr(config, name) for name in MODEL_FIELDS}
         for name in ("vocab_size", "max_position_embeddings"):  # not known from the recipe alone
             model[name] = self.model.get(name)
-        return {**self.model_dump(mode="json"), "model": model}
+        resolved = {**self.model_dump(mode="json"), "model": model}
+        drop_later_fields(resolved)
+        return resolved
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -257,8 +301,10 @@ def load_sections(kind: type[S], path: str | Path, overrides: Sequence[str] = ()
         raw = plain_yaml(Path(path).read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read the recipe: {error}") from error
+    # An empty file, or a list.
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected the sections {', '.join(kind.model_fields)}")
+    # Overrides change the text's values, so that they are checked as those are.
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -266,9 +312,10 @@ def load_sections(kind: type[S], path: str | Path, overrides: Sequence[str] = ()
         *parents, last = key.split(".")
         section = raw
         for name in parents:
-            section = section.setdefault(name, {})
+            section = section.setdefault(name, {})  # a section that the file leaves out
             if not isinstance(section, dict):
                 raise UserError(f"{key}: {name} is no section of the recipe")
+        # Read as YAML: 3e-3 is a number, [a, b] a list, null nothing.
         section[last] = plain_yaml(text, override)
     try:
         return kind.model_validate(raw)
@@ -297,13 +344,18 @@ def _no_field(name: Any, known: Sequence[str]) -> str:
 def _first(error: ValidationError, kind: type[Section]) -> str:
     """The first of a validation's errors as "section.key: what is wrong"; misspelt keys go first,
 
-    since they make the right one missing.
+    since they make the right one missing. Where a field may be of several kinds, each kind has its
+    error; that of the value's own kind says more than "should be a string".
     """
-    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+    kinds = ("string_type", "list_type", "dict_type")
+    # min is stable: among equals the first.
+    first = min(
+        error.errors(), key=lambda one: (one["type"] != "extra_forbidden", one["type"] in kinds)
+    )
     section: Any = kind
     path: list[str] = []
     for name in first["loc"]:
-        if get_origin(section) in (list, dict):
+        if get_origin(section) in (list, dict):  # an index or a key, no section
             path[-1] += f"[{name}]" if isinstance(name, int) else f".{name}"
             section = get_args(section)[-1]
             continue

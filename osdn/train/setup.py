@@ -4,19 +4,22 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import blake2b
 from math import gcd
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from osdn.data import (
+    Mixture,
     RankRows,
     Row,
     RowSource,
     WorkerRows,
-    open_corpus,
+    open_corpora,
     open_rows,
     validation_rows,
     vocabulary_size,
@@ -24,6 +27,7 @@ from osdn.data import (
 from osdn.data.documents import Corpus
 from osdn.data.shards import tokenizer_fingerprint
 from osdn.errors import UserError
+from osdn.model.card import CARD, Training, is_ours, write_card
 from osdn.model.configuration import OSDNConfig
 from osdn.model.loading import let_read, without_bars
 from osdn.model.modeling import OSDNForCausalLM
@@ -42,6 +46,7 @@ def make_device(name: str, option: str = "train.device") -> torch.device:
     Args:
         option: where the user gave the name.
     """
+    # Every wrong name is told here. Else it fails in the first tensor, with PyTorch's words.
     cuda = torch.cuda.is_available()
     if name == "auto":
         return torch.device("cuda" if cuda else "cpu")
@@ -68,7 +73,8 @@ def make_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> OSDNConfi
         UserError: the embedding has fewer rows than the tokenizer has tokens, or the two do not
             fit otherwise.
     """
-    tokens = vocabulary_size(tokenizer)
+    tokens = vocabulary_size(tokenizer)  # with special tokens
+    # What the recipe may leave out, since the tokenizer and the rows fix it.
     known = {
         "vocab_size": tokens,
         "max_position_embeddings": recipe.train.seq_len,
@@ -76,6 +82,7 @@ def make_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> OSDNConfi
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    # The recipe has the last word: an embedding may be larger than the vocabulary.
     fields = {**known, **recipe.model}
     if fields["vocab_size"] < tokens:
         raise UserError(
@@ -117,9 +124,11 @@ def passes(recipe: Recipe, processes: int) -> int:
     Raises:
         UserError: train.batch_rows cannot be divided among them.
     """
+    # An exact number of passes: a smaller last one would change the mean over targets.
     rows, batch = recipe.train.rows, recipe.train.batch_rows
     if batch % (rows * processes):
         once = rows * processes
+        # Two ways out, worked out for the user: another batch, or other passes of the same.
         share = gcd(rows, batch // processes) if batch % processes == 0 else 0
         advice = f"set train.batch_rows={-(-batch // once) * once}"
         if share:
@@ -131,15 +140,15 @@ def passes(recipe: Recipe, processes: int) -> int:
     return batch // (rows * processes)
 
 
-def open_data(data: Data) -> tuple[Corpus, Corpus]:
+def open_data(data: Data) -> tuple[Corpus | Mixture, Corpus | Mixture]:
     """The corpus of the training and that of the validation: the same where a share is held out.
 
     Raises:
         UserError: see open_corpus; it names the field.
     """
 
-    def named(names: str | list[str], split: str) -> Corpus:
-        return open_corpus(
+    def named(names: str | list[str] | dict[str, float], split: str) -> Corpus | Mixture:
+        return open_corpora(
             names,
             text_field=data.text_field,
             separator=data.separator,
@@ -147,6 +156,7 @@ def open_data(data: Data) -> tuple[Corpus, Corpus]:
             split=split,
         )
 
+    # One object for both: the split by content makes it two texts that never meet.
     corpus = named(data.corpus, data.split)
     if not isinstance(data.validation, str):
         return corpus, corpus
@@ -165,23 +175,42 @@ def _naming_validation(data: Data) -> Iterator[None]:
         raise UserError(str(error).replace("data.corpus", "data.validation", 1)) from error
 
 
+class RunData(NamedTuple):
+    """A process's training rows, and the validation.
+
+    rows: of training.  validation: rows.  validation_bytes: UTF-8 bytes of their text.
+    read: what check_read compares, fingerprints of what the rows' own state does not know.
+    corpus: digest of the training data, as the model card gives it.
+    """
+
+    rows: RankRows | WorkerRows
+    validation: list[Row]
+    validation_bytes: int
+    read: dict[str, str]
+    corpus: str
+
+
 def make_rows(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, rank: int = 0, world: int = 1
-) -> tuple[RankRows | WorkerRows, list[Row], int, dict[str, str]]:
-    """The training rows of a process; the validation rows, and the bytes of text they hold.
+) -> RunData:
+    """What a process of a run reads.
 
-    The last is what check_read compares: fingerprints of what the rows' own state does not know.
+    Raises:
+        UserError: see open_corpora; it names the field.
     """
     data, length = recipe.data, recipe.train.seq_len
     corpus, other = open_data(data)
+    # A corpus of its own is read whole for validation, and holds nothing out of the other.
     held_out = 0.0 if isinstance(data.validation, str) else data.validation
     fraction = 1.0 if isinstance(data.validation, str) else data.validation
+    # Read once, at the start: every validation scores the same rows.
     validation, size = list[Row](), 0
     with _naming_validation(data):
         if fraction:
             validation, size = validation_rows(
                 other, tokenizer, length=length, fraction=fraction, limit=data.validation_bytes
             )
+    # The order of rows depends on these alone: neither on processes nor on workers.
     source = RowSource(
         corpus=corpus,
         tokenizer=tokenizer,
@@ -192,10 +221,12 @@ def make_rows(
         lanes=data.lanes,
     )
     rows = open_rows(source, rank=rank, world=world, workers=data.workers)
+    # A name can stay while what is behind it changes: fingerprints go into the checkpoint.
     read = {"data.tokenizer": tokenizer_fingerprint(tokenizer)}
     if isinstance(data.validation, str):
         read["data.validation"] = other.fingerprint
-    return rows, validation, size, read
+    digest = blake2b(corpus.fingerprint.encode(), digest_size=16).hexdigest()
+    return RunData(rows, validation, size, read, digest)
 
 
 def check_read(saved: dict[str, str], now: dict[str, str]) -> None:
@@ -212,7 +243,7 @@ def check_read(saved: dict[str, str], now: dict[str, str]) -> None:
         "data.tokenizer": "it gives other tokens than it did when",
         "data.validation": "its files changed (names or sizes) since",
     }
-    for field, fingerprint in now.items():
+    for field, fingerprint in now.items():  # absent in the checkpoints of earlier versions
         if saved.get(field, fingerprint) != fingerprint:
             raise UserError(
                 f"{field}: {changed[field]} the checkpoint was saved; restore what was there, or "
@@ -220,13 +251,19 @@ def check_read(saved: dict[str, str], now: dict[str, str]) -> None:
             )
 
 
-def export(out: Path, sharded: Sharded, tokenizer: PreTrainedTokenizerBase) -> None:
+def export(
+    out: Path, sharded: Sharded, tokenizer: PreTrainedTokenizerBase, training: Training
+) -> None:
     """Write out/model, which AutoModelForCausalLM and AutoTokenizer load; whole or not at all.
 
-    The parameters are gathered one by one to the CPU of rank 0, which alone writes.
+    Its card tells of the training; a card that the user wrote there is kept. The parameters are
+    gathered one by one to the CPU of rank 0, which alone writes.
     """
+    # Collective, so all processes go through it, though one of them writes.
     whole = dict(sharded.whole_parameters())
-    sharded.parallel.from_main(lambda: _write_model(out, sharded.model.config, whole, tokenizer))
+    sharded.parallel.from_main(
+        lambda: _write_model(out, sharded.model.config, whole, tokenizer, training)
+    )
 
 
 def _write_model(
@@ -234,7 +271,9 @@ def _write_model(
     config: OSDNConfig,
     parameters: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
+    training: Training,
 ) -> None:
+    # assign=True: the gathered tensors become the parameters, without a second copy.
     model = empty_model(config)
     model.load_state_dict(parameters, strict=False, assign=True)  # tied ones have one name here
     model.tie_weights()
@@ -246,6 +285,10 @@ def _write_model(
             model.save_pretrained(unfinished)
             let_read(unfinished)
             tokenizer.save_pretrained(unfinished)
+        if is_ours(target / CARD):
+            write_card(unfinished, model, training)
+        else:
+            shutil.copy2(target / CARD, unfinished / CARD)
         # On the disk before the name: after a power cut the name must not hold empty files.
         for path in (*unfinished.iterdir(), unfinished):
             sync(path)

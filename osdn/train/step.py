@@ -19,7 +19,7 @@ from osdn.train.distributed.sharding import Sharded
 from osdn.train.log.precond import Measured, measured
 from osdn.train.log.speed import Moment
 from osdn.train.objective import inputs
-from osdn.train.optim import learning_rate
+from osdn.train.optim import TrainOptimizer, learning_rate
 from osdn.train.recipe import Train
 
 
@@ -74,7 +74,7 @@ class Stepper:
     def __init__(
         self,
         sharded: Sharded,
-        optimizer: torch.optim.AdamW,
+        optimizer: TrainOptimizer,
         parallel: Parallel,
         options: Train,
         *,
@@ -94,10 +94,13 @@ class Stepper:
             collate([next(rows) for _ in range(self.options.rows)]) for _ in range(self.passes)
         ]
         # The loss is a mean over all targets of the step, so their number comes before the forward.
+        # The first collective: here the others wait for one that reads slowly.
         self.beat(step, "counting targets")
         targets = self.parallel.total(sum(batch.targets for batch in batches))
+        # The log's process measures; the others have rows of their own.
         loss, precond = self._backward(step, batches, targets, measure and self.parallel.main)
         self.beat(step, "reducing the gradient")
+        # Without a limit the norm is still wanted, for the log and to find what is not finite.
         limit = self.options.optimizer.clip
         norm = self.sharded.clip(math.inf if limit is None else limit)
         # Loss and norm are kept on the device: reading them here would wait for the whole step.
@@ -112,9 +115,10 @@ class Stepper:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         # The fused optimizer's own way to leave out a step, which torch.amp.GradScaler uses.
-        self.optimizer.found_inf = (~numbers.isfinite().all()).float()  # type: ignore[attr-defined]
+        self.optimizer.found_inf = (~numbers.isfinite().all()).float()  # type: ignore[union-attr]
         self.optimizer.step()
         self.optimizer.zero_grad()
+        # Nothing was waited for: the caller reads it a step later.
         return LaunchedStep(numbers, lr, precond)
 
     def _backward(
@@ -132,13 +136,15 @@ class Stepper:
             self.beat(step, f"forward pass {i + 1} of {len(batches)}")
             # Preconditioners are measured in the first pass: one is enough, and hooks cost time.
             wanted = measured(self.sharded.model) if measure and i == 0 else nullcontext()
+            # The forward too lies within: DDP decides there whether it will exchange.
             with self.sharded.accumulating(i == len(batches) - 1):
                 with wanted as reader:
                     part = self.sharded(*inputs(batch, device), count)
                 read = read or reader
-                part.backward()
+                part.backward()  # each pass frees its graph before the next one makes its own
+            # On the device; .item() here would wait for every pass.
             loss += part.detach()
         if size > 1:
-            loss /= size
+            loss /= size  # each part was scaled by size for DDP's mean
             dist.all_reduce(loss)
         return loss, read() if read else None

@@ -8,6 +8,7 @@ from typing import Any
 
 from osdn.data import load_tokenizer
 from osdn.errors import UserError
+from osdn.model.card import Training
 from osdn.model.configuration import OSDNConfig
 from osdn.model.flops import flops_per_token
 from osdn.system.locks import DirectoryLock
@@ -26,6 +27,7 @@ from osdn.train.setup import check_read, export, make_config, make_rows, make_sh
 from osdn.train.step import LaunchedStep, StepOutcome, Stepper
 from osdn.train.validate import bits_per_byte
 
+# Weights stay as they are, so the rows of ten steps say that it is not the data.
 PATIENCE = 10  # non-finite steps in a row
 
 
@@ -56,6 +58,7 @@ class Trainer:
         self.parallel, self.lock = parallel, lock
         self.tell: Callable[[str], None] = tell if parallel.main else _silent
         self.step = self.nonfinite = self.in_a_row = 0
+        self.bits: float | None = None  # per byte of the held-out text, of the last validation
         self.log: RunLog | None = None
         self.launched: LaunchedStep | None = None  # step number `step`, not accounted for yet
         self.since = Moment(parallel.device)  # when the time of that step began
@@ -86,17 +89,20 @@ class Trainer:
     def _make_data(self, found: checkpoint.Checkpoint | None) -> OSDNConfig:
         """What a user's mistake can stop, before the processes depend on each other."""
         recipe, rank, size = self.recipe, self.parallel.rank, self.parallel.size
+        # Cheapest first: numbers, then the tokenizer, then the text.
         self.passes = passes(recipe, size)
         self.tokenizer = load_tokenizer(recipe.data.tokenizer)
-        made = make_rows(recipe, self.tokenizer, rank=rank, world=size)
-        self.rows, self.validation, self.validation_bytes, self.read = made
+        self.data = make_rows(recipe, self.tokenizer, rank=rank, world=size)
+        self.rows, self.read = self.data.rows, self.data.read
         if found is not None:
+            # Before the position is taken over: in another text it means another place.
             check_read(found.state.read, self.read)
             self.rows.load_state_dict(found.state.data)
         return make_config(recipe, self.tokenizer)
 
     def _make_model(self, config: OSDNConfig, found: checkpoint.Checkpoint | None) -> None:
         """Model and optimizer, with their initial values or the checkpoint's."""
+        # Not within `together`: FSDP2's own collectives begin here.
         self.sharded = make_sharded(self.recipe, config, self.parallel)
         self.flops = flops_per_token(config, self.options.seq_len)
         self.optimizer = make_optimizer(self.sharded.model, self.options.optimizer)
@@ -116,6 +122,7 @@ class Trainer:
         """In the process that writes it."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
+            # TensorBoard must know the step, to hide what comes after it.
             trackers = open_trackers(self.recipe, self.out, self.step, tell)
             logged = found.state.logged if found is not None else 0
             self.log = RunLog(self.out, step=self.step, logged=logged, trackers=trackers, tell=tell)
@@ -125,6 +132,7 @@ class Trainer:
     def complete(self, signals: Signals) -> None:
         """Everything from here to the finished model."""
         options = self.options
+        # For the first line, so that a wrong size is seen before an hour has passed.
         parameters = self.state()["parameters"]
         progress = Progress(
             total=options.steps,
@@ -136,7 +144,7 @@ class Trainer:
             while True:
                 # A validation comes before the step after it, so that a resumed run makes it again.
                 due = self.step % options.validate_every == 0 and self.step > 0
-                if self.validation and (due or self.step >= options.steps):
+                if self.data.validation and (due or self.step >= options.steps):
                     self._settle()
                     self._validate(signals)
                 # Signals are acted on here only: between steps, by all processes together.
@@ -151,14 +159,28 @@ class Trainer:
                     # A checkpoint within a streak of bad steps would take a good one's place.
                     if not self.in_a_row:
                         self.save()
+        # A last step that was not finite is not saved above. The run is over, so it is now.
         if self.checkpoints.tried < self.step:
             self.save()
         self.checkpoints.finish()
+        # A directory that was replaced meanwhile is another run's.
         self.parallel.from_main(self.lock.check)
-        export(self.out, self.sharded, self.tokenizer)
+        export(self.out, self.sharded, self.tokenizer, self._training())
+
+    def _training(self) -> Training:
+        """What the model card tells."""
+        return Training(
+            recipe=self.recipe.resolved(),
+            steps=self.step,
+            tokens=self.step * self.options.seq_len * self.options.batch_rows,
+            corpus=self.data.corpus,
+            bits_per_byte=self.bits,
+            held_out_bytes=self.data.validation_bytes,
+        )
 
     def _asked(self, signals: Signals) -> bool:
         """Whether a signal came to any process; all processes must ask together."""
+        # The largest wins: SIGTERM (15) over SIGINT (2).
         received = self.parallel.largest(signals.received or 0)
         if received:  # else one that came meanwhile would be forgotten
             signals.received = received
@@ -167,6 +189,7 @@ class Trainer:
     def train_step(self) -> str:
         """Launch a step and account for the one before it; what the progress bar shows of that."""
         every, number = self.recipe.logging.precond_every, self.step + 1
+        # The first step, or the one after a validation: its time starts now.
         if self.launched is None:
             self.since = Moment(self.parallel.device)
         measure = every is not None and number % every == 0
@@ -176,6 +199,7 @@ class Trainer:
         self.step, self.launched = number, launched
         if launched.done.event is None:  # a CPU has made the step by now
             shown = self._settle()
+        # A save that has ended is reported at once, not at the next one.
         if self.checkpoints.done:
             self.checkpoints.finish()
         return shown
@@ -184,8 +208,10 @@ class Trainer:
         """Account for the step launched last, if that is not done; what the bar shows of it."""
         if self.launched is None:
             return ""
+        # Taken first: what follows may raise, and must not account twice.
         launched, self.launched = self.launched, None
         outcome = launched.outcome()
+        # From the end of one step to the end of the next, on the device's own clock.
         seconds, self.since = launched.done.after(self.since), launched.done
         self.in_a_row = 0 if outcome.finite else self.in_a_row + 1
         self.nonfinite += not outcome.finite
@@ -206,7 +232,7 @@ class Trainer:
         self.log.write(
             "train",
             self.step,
-            loss=outcome.loss if math.isfinite(outcome.loss) else None,
+            loss=outcome.loss if math.isfinite(outcome.loss) else None,  # JSON has no NaN
             grad_norm=outcome.norm if math.isfinite(outcome.norm) else None,
             lr=outcome.lr,
             nonfinite=self.nonfinite,
@@ -220,6 +246,7 @@ class Trainer:
 
     def _give_up(self) -> None:
         """After PATIENCE steps that were not finite: weights no longer change, nor would they."""
+        # A save under way is of a good step, and the message below names it.
         self.checkpoints.finish()
         if not self.parallel.main:
             raise SystemExit(1)
@@ -234,17 +261,19 @@ class Trainer:
     def _validate(self, signals: Signals) -> None:
         """Bits per byte of the held-out text; a signal cuts it off."""
         began = time.perf_counter()
+        # A stage of its own: it may take longer than a step.
         self.heartbeat.beat(self.step, "validating")
         bits = bits_per_byte(
             self.sharded,
-            self.validation,
-            self.validation_bytes,
+            self.data.validation,
+            self.data.validation_bytes,
             self.parallel,
             at_once=self.options.rows,
             cut_off=lambda: self._asked(signals),
         )
         if bits is None:
             return
+        self.bits = bits
         if self.log is not None:
             self.log.write(
                 "validation",
@@ -276,7 +305,9 @@ class Trainer:
 
     def _interrupted(self, signals: Signals) -> None:
         """Save what was trained, and end as the signal asks."""
+        # A save that is under way may be of this very step.
         self.checkpoints.finish()
+        # Weights are those of the last good step, but the rows have moved on.
         if self.in_a_row:
             self.tell(f"step {self.step} was not finite: not saved")
         elif self.checkpoints.saved < self.step:
@@ -288,6 +319,7 @@ class Trainer:
 
     def close(self) -> None:
         """Let go of files, and of the other processes."""
+        # The writer first: it uses the process group, the lock and the log's step.
         self.checkpoints.close()
         self.heartbeat.close()
         self.rows.close()

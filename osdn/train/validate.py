@@ -33,13 +33,14 @@ def bits_per_byte(
     # Evaluation mode leaves out the z-loss and recomputation.
     sharded.objective.eval()
     batches = [rows[first : first + at_once] for first in range(0, len(rows), at_once)]
-    nats: list[float] = []
+    nats: list[float] = []  # in float64 on the host: a sum of thousands
     for first in range(0, len(batches), parallel.size):
         if cut_off():
             return None
         # A process without a batch of its own takes part with the last one; it is not counted.
         own = first + parallel.rank
         batch = collate(batches[min(own, len(batches) - 1)])
+        # A count of 1: the sum of the nats, whatever the number of targets.
         loss = sharded.evaluate(*inputs(batch, parallel.device), 1).item()
         nats += parallel.gather(loss)[: len(batches) - first]
     return sum(nats) / math.log(2) / size

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osdn.data import open_corpus
-from osdn.data import readers as files
+from osdn.data import open_corpus, readers
 from osdn.data.corpora import standard_library
 from osdn.data.documents import content_key
+from osdn.data.files import local_file
 from osdn.errors import UserError
 
 TEXTS = [f"Dokument {i}: größer, 日本語\n" * (i % 7 + 1) for i in range(300)]
@@ -69,18 +69,18 @@ def test_file_order_is_permuted_by_the_order_alone(tmp_path):
 def test_pieces_lose_nothing(tmp_path_factory, text, separator):
     path = tmp_path_factory.mktemp("pieces") / "a.txt"
     path.write_bytes(text.encode())
-    before = files.PIECE
-    files.PIECE = 16
+    before = readers.PIECE
+    readers.PIECE = 16
     try:
-        found = list(files.read_text(path, 0, separator))
+        found = list(readers.read_text(local_file(path), 0, separator))
         joined = "".join(t + ("" if goes_on else separator or "") for t, _, _, goes_on in found)
         ending = (separator or "") if not text.endswith(separator or "\0") else ""
         assert joined == (text + ending if text else "")
         assert all(len(t.encode()) <= 16 for t, _, _, goes_on in found if goes_on)
         for i, (_, _, after, _) in enumerate(found):
-            assert list(files.read_text(path, after, separator)) == found[i + 1 :]
+            assert list(readers.read_text(local_file(path), after, separator)) == found[i + 1 :]
     finally:
-        files.PIECE = before
+        readers.PIECE = before
 
 
 def test_pieces_of_a_document_stay_on_one_side(tmp_path):
@@ -88,7 +88,7 @@ def test_pieces_of_a_document_stay_on_one_side(tmp_path):
     corpus = open_corpus(str(tmp_path / "long.txt"))
     read = list(corpus.read())
     assert len(read) >= 3 and len({d.key for d, _ in read}) == 1
-    assert all(d.text.endswith("\n") and len(d.text) <= files.PIECE for d, _ in read)
+    assert all(d.text.endswith("\n") and len(d.text) <= readers.PIECE for d, _ in read)
     resumed = list(corpus.read(position=read[0][1]))
     assert [d.key for d, _ in resumed] == [d.key for d, _ in read[1:]]
 
@@ -162,9 +162,9 @@ def test_errors_name_what_is_wrong(tmp_path, monkeypatch):
     bad = tmp_path / "latin.txt"
     bad.write_bytes("fünf\n".encode() * 50_000 + "größer".encode("latin-1"))
     assert f"{bad} is not UTF-8 at byte {50_000 * 6 + 2} (0xf6)" in error(str(bad))
-    packed = tmp_path / "texts.jsonl.gz"
+    packed = tmp_path / "texts.jsonl"
     packed.write_bytes(gzip.compress(b'{"text": "ok"}\n'))
-    assert f"{packed} is compressed; unpack it" in error(str(packed))
+    assert f"{packed} is compressed; end its name in .gz" in error(str(packed))
     lines = tmp_path / "bad.jsonl"
     lines.write_bytes(b'{"text": "ok"}\n{"text": "\xff"}\n')
     assert f"{lines} is not UTF-8 at byte 25" in error(str(lines))

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from osdn.cli.main import main
-from tests.train.tiny import HANG, curve, fields, write_texts
+from tests.train.tiny import HANG, SIGNALLED, curve, fields, pause, write_texts
 
 STEPS = 16
 
@@ -38,8 +38,9 @@ def test_interrupted_with_a_worker_the_curve_is_that_of_a_run_without(kind, numb
     recipe, curves = made
     corpus, expected = list(curves.items())[kind]
     line = ["train", str(recipe), "--out", str(tmp_path), f"data.corpus={corpus}"]
+    waiting = pause(STEPS - 1, SIGNALLED) + "from osdn.cli.main import main; sys.exit(main())"
     process = subprocess.Popen(
-        [sys.executable, "-m", "osdn", *line, "data.workers=1"], text=True,
+        [sys.executable, "-c", f"import sys\n{waiting}", *line, "data.workers=1"], text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     while process.poll() is None and not list(tmp_path.glob("checkpoints/step_*")):

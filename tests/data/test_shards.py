@@ -22,7 +22,8 @@ from osdn.data import (
     open_corpus,
     validation_rows,
 )
-from osdn.data.shards import held_out_keys, open_shards
+from osdn.data.shards import open_shards
+from osdn.data.token_corpus import held_out_keys
 from osdn.errors import UserError
 from tests.data.test_rows import deal, ranks
 from tests.train.tiny import HANG
@@ -174,7 +175,7 @@ def test_other_jobs_and_tokenizers_are_refused(texts, shards, tmp_path, capsys):
     other = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>", unk_token="?")
     with pytest.raises(UserError, match=r"tokenized with 'byte' \(258 tokens\).*\(3 tokens\)"):
         replace(source(shards), tokenizer=other)
-    with pytest.raises(UserError, match="shards cannot be one of several"):
+    with pytest.raises(UserError, match="shards cannot be one of several files"):
         open_corpus([str(shards), str(tmp_path)])
     with pytest.raises(UserError, match="text is needed here"):
         next(open_corpus(str(shards)).read())

@@ -202,11 +202,18 @@ def test_errors_are_one_line(tmp_path, checkpoint, llama, monkeypatch, capsys):
         assert message in error and error.strip().count("\n") == 0, error
 
 
-@pytest.mark.parametrize("wrong", ['"guess": 5', '"guess": "\\ud800"', '"key": "\\udfff"'])
-def test_a_field_that_is_no_text_is_named(tmp_path, wrong):
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ('"guess": 5', "expected the fields .* wrong: guess"),
+        ('"guess": "\\ud800"', "not JSON: unexpected end of hex escape"),
+        ('"key": "\\udfff"', "not JSON: lone leading surrogate"),
+    ],
+)
+def test_a_field_that_is_no_text_is_named(tmp_path, wrong, expected):
     path = tmp_path / "set.jsonl"
     path.write_text('{"text": "a", "key": "b", "value": "cd", ' + wrong + "}\n")
-    with pytest.raises(UserError, match=f"line 1: expected the fields .* wrong: {wrong[1:4]}"):
+    with pytest.raises(UserError, match=f"line 1: {expected}"):
         recall_data.read_samples(str(path))
 
 

@@ -58,6 +58,25 @@ def test_trainer_finetunes_a_converted_checkpoint(tmp_path, monkeypatch):
     assert nats[1] < nats[0] - 2
 
 
+@pytest.mark.slow
+def test_trainer_finetunes_an_upgraded_model(tmp_path, monkeypatch):
+    """50 steps, saved, loaded, generated: the loaded model is the trained one."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": 3 * TEXT[i % 20 :]}) + "\n" for i in range(64)))
+    example = load(Path("examples/upgrade_trainer.py"))
+    trainer = example.finetune(texts, tmp_path / "out", steps=50, lr=1e-2, length=96)
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[-1] < losses[0] - 2
+    trained = {k: x for k, x in trainer.model.state_dict().items() if "initial_precond" in k}
+    assert len(trained) == 3 and all((x != 1).any() for x in trained.values())
+    loaded = example.load_upgraded(tmp_path / "out" / "finetuned").eval()
+    for name, x in trainer.model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], x), name
+    made = example.continue_text(tmp_path / "out" / "finetuned", 3 * TEXT)
+    assert made.startswith(TEXT[:30]) and "memory does not know yet" in made[45:]
+
+
 own_rule = load(Path("examples/own_rule.py"))
 
 
@@ -128,7 +147,7 @@ def test_own_rules_start_from_the_weights_of_osdn(monkeypatch):
     (osdn, *rest), (own, *also) = seen
     assert rest == also == [0.01, 2]
     assert type(osdn.mixers[1]) is OSDN and type(own.mixers[1]) is own_rule.TokenStep
-    assert own.mixers[1].a_proj is not None and own.mixers[1].head_dim == 16
+    assert own.mixers[1].gamma_proj is not None and own.mixers[1].head_dim == 16
     weights = own.state_dict()
     for name, value in osdn.state_dict().items():
         assert torch.equal(weights[name], value), name

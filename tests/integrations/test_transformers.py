@@ -1,12 +1,19 @@
 """transformers' gated models compute the same with our operator in place of their functions."""
 
+import inspect
+import subprocess
+import sys
 from contextlib import nullcontext
 from importlib import import_module
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from osdn.integrations.transformers import MODELS, SIGNATURES, _modules, accelerate
+from osdn import OSDNConfig, OSDNForCausalLM
+from osdn.errors import UserError
+from osdn.integrations.transformers import accelerate, load_upgraded, upgrade
+from osdn.integrations.transformers.functions import MODELS, SIGNATURES, known_modules
 
 LINEAR = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
@@ -38,6 +45,9 @@ CONFIGS = {
 }
 
 
+OWN = {"hidden_size": 32, "num_heads": 2, "num_hidden_layers": 1, "vocab_size": 61}
+
+
 def tiny(name):
     """A random model of one kind, in float32."""
     module = import_module(f"transformers.models.{name}")
@@ -51,7 +61,7 @@ def tiny(name):
 def own_functions():
     """transformers' PyTorch functions: where FLA is installed, its GPU kernels fail on a CPU."""
     replaced = []
-    for module in _modules():
+    for module in known_modules():
         for name in SIGNATURES:
             wrapped = getattr(module, name)
             replaced.append((module, name, wrapped))
@@ -119,20 +129,20 @@ def test_packed_documents_do_not_see_each_other():
 
 
 def test_twice_is_once_and_all_is_restored():
-    before = [getattr(module, name) for module in _modules() for name in SIGNATURES]
+    before = [getattr(module, name) for module in known_modules() for name in SIGNATURES]
     outer = accelerate()
-    during = [getattr(module, name) for module in _modules() for name in SIGNATURES]
+    during = [getattr(module, name) for module in known_modules() for name in SIGNATURES]
     with accelerate():
-        inner = [getattr(module, name) for module in _modules() for name in SIGNATURES]
+        inner = [getattr(module, name) for module in known_modules() for name in SIGNATURES]
     assert inner == during and not set(during) & set(before)
-    assert [getattr(m, n) for m in _modules() for n in SIGNATURES] == during
+    assert [getattr(m, n) for m in known_modules() for n in SIGNATURES] == during
     outer.restore()
-    assert [getattr(m, n) for m in _modules() for n in SIGNATURES] == before
+    assert [getattr(m, n) for m in known_modules() for n in SIGNATURES] == before
 
 
 def test_another_signature_is_refused_before_anything_is_changed(monkeypatch):
-    module = _modules()[-1]
-    before = [getattr(m, n) for m in _modules()[:-1] for n in SIGNATURES]
+    module = known_modules()[-1]
+    before = [getattr(m, n) for m in known_modules()[:-1] for n in SIGNATURES]
 
     def other(query, key, value, decay):
         raise NotImplementedError
@@ -143,3 +153,187 @@ def test_another_signature_is_refused_before_anything_is_changed(monkeypatch):
     names = [f"transformers.models.{model}" for model in MODELS[:-1]]
     modules = [import_module(f"{n}.modeling_{n.rsplit('.', 1)[1]}") for n in names]
     assert [getattr(m, n) for m in modules for n in SIGNATURES] == before
+
+
+def everything(model, ids, mask):
+    """Logits whole, padded and in pieces with a cache, and greedy tokens."""
+    with torch.no_grad():
+        first = model(ids[:, :60], use_cache=True)
+        return (
+            model(ids).logits,
+            model(ids, attention_mask=mask).logits[mask.bool()],
+            model(ids[:, 60:], past_key_values=first.past_key_values, use_cache=True).logits,
+            model.generate(
+                ids, attention_mask=mask, max_new_tokens=12, min_new_tokens=12, do_sample=False
+            ),
+        )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_upgraded_model_computes_what_it_did(name, tmp_path):
+    """Before training; and after a change of d_1, saved and loaded, what it does then."""
+    model = tiny(name)
+    ids = torch.randint(3, 100, (2, 90), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, :17] = 0
+    before = everything(model, ids, mask)
+    assert upgrade(model) is model
+    made = everything(model, ids, mask)
+    for ours, theirs in zip(made[:3], before[:3]):
+        assert (ours - theirs).abs().max() < 1e-4
+    assert torch.equal(made[3], before[3])
+
+    layers = [layer for layer in model.modules() if hasattr(layer, "initial_precond")]
+    assert [layer.initial_precond.shape for layer in layers] == [(4, 16)] * 3
+    with torch.no_grad():
+        for layer in layers:
+            layer.initial_precond.uniform_(0.4, 1.6)
+    changed = everything(model, ids, mask)
+    assert (changed[0] - before[0]).abs().max() > 1e-3
+    assert (changed[2] - changed[0][:, 60:]).abs().max() < 1e-4  # d goes on in the cache
+    model.save_pretrained(tmp_path)
+    loaded = load_upgraded(tmp_path).eval()
+    assert type(loaded) is type(model)
+    for again, first in zip(everything(loaded, ids, mask), changed):
+        assert torch.equal(again, first)
+
+
+def test_the_preconditioner_is_that_of_the_operator():
+    """An upgraded layer's output is the reference's, from the layer's own q, k, v and gates."""
+    from osdn.integrations.transformers import upgrading
+    from osdn.ops import online_scaled_delta_rule
+
+    model = upgrade(tiny("qwen3_5").double(), eta=0.7, precond_min=0.5, precond_max=1.5)
+    layer, given = model.model.layers[0].linear_attn, []
+    with torch.no_grad():
+        layer.initial_precond.uniform_(0.3, 1.7)  # outside the box too
+    inner = inspect.getclosurevars(type(layer).forward).nonlocals["inner"]
+    names = inspect.unwrap(inner).__globals__
+    original = names["torch_chunk_gated_delta_rule"]
+
+    def recorded(*args, **options):
+        given.append((args, options))
+        given.append(original(*args, **options)[0])
+        return given[-1], None
+
+    names["torch_chunk_gated_delta_rule"] = recorded
+    try:
+        layer(torch.randn(2, 40, 32, generator=torch.Generator().manual_seed(4)).double())
+    finally:
+        names["torch_chunk_gated_delta_rule"] = original
+    (q, k, v), options = given[0]
+    q, k = (x.double().repeat_interleave(2, dim=2) for x in (q, k))
+    q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
+    length = k.norm(dim=-1, keepdim=True)
+    assert length.min() < 0.99  # keys that transformers' normalisation leaves short
+    k, v, beta = k / length, v / length, options["beta"] * length.squeeze(-1) ** 2
+    o, _, _ = online_scaled_delta_rule(
+        q, k, v, beta, log_alpha=options["g"].double(), eta=0.7, precond_min=0.5,
+        precond_max=1.5, initial_precond=layer.initial_precond.clamp(0.5, 1.5).double(),
+        backend="reference",
+    )  # fmt: skip
+    assert upgrading.RULES[0] == "torch_chunk_gated_delta_rule"
+    assert (given[1] - o).abs().max() < 1e-5 * o.abs().max()
+
+
+def test_d_1_is_trained_with_the_rest_and_beams_keep_their_own_d():
+    model = upgrade(tiny("qwen3_5")).train()
+    ids = torch.randint(3, 100, (2, 40), generator=torch.Generator().manual_seed(2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(15):
+        loss = model(ids, labels=ids).loss
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    starts = [layer.linear_attn.initial_precond for layer in model.model.layers[:3]]
+    assert losses[-1] < losses[0] - 1 and all((d != 1).any() for d in starts)
+    model.eval()
+    options = {"num_beams": 3, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    cached = model.generate(ids, **options)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
+
+
+def test_packed_documents_of_an_upgraded_layer_do_not_see_each_other():
+    layer = upgrade(tiny("qwen3_5")).model.layers[0].linear_attn
+    offsets = torch.tensor([0, 20, 50], dtype=torch.int32)
+    x = torch.randn(1, 50, 32, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad(), accelerate():
+        layer.initial_precond.uniform_(0.4, 1.6)
+        together = layer(x, cu_seq_lens_q=offsets)
+        apart = torch.cat([layer(x[:, :20]), layer(x[:, 20:])], dim=1)
+    assert (together - apart).abs().max() < 1e-5
+
+
+def test_acceleration_and_an_upgrade_do_not_disturb_each_other():
+    plain, model = tiny("qwen3_5"), upgrade(tiny("qwen3_5"))
+    ids = torch.randint(3, 100, (2, 40), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        for layer in model.model.layers[:3]:
+            layer.linear_attn.initial_precond.uniform_(0.4, 1.6)
+        before = plain(ids).logits, model(ids).logits
+        with accelerate():
+            during = plain(ids).logits, model(ids).logits
+        after = plain(ids).logits, model(ids).logits
+    for made in (during, after):
+        assert all((a - b).abs().max() < 1e-4 for a, b in zip(made, before))
+
+
+def test_what_cannot_be_upgraded_or_loaded_is_named(tmp_path):
+    model = tiny("qwen3_5")
+    model.save_pretrained(tmp_path / "plain")
+    with pytest.raises(UserError, match="expected an upgraded model, saved by osdn, got a Qwen3_5"):
+        load_upgraded(tmp_path / "plain")
+    with pytest.raises(UserError, match=r"expected the configuration of a model"):
+        load_upgraded(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="eta: expected"):
+        upgrade(model, eta=3.0)
+    with pytest.raises(ValueError, match="not upgraded yet"):
+        upgrade(upgrade(model))
+    with pytest.raises(ValueError, match="which has none"):
+        upgrade(OSDNForCausalLM(OSDNConfig(**OWN)))
+    model.save_pretrained(tmp_path / "upgraded")
+    weights = load_file(tmp_path / "upgraded" / "model.safetensors")
+    del weights["model.layers.1.linear_attn.initial_precond"]
+    save_file(weights, tmp_path / "upgraded" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"weights missing: model\.layers\.1.*initial_precond"):
+        load_upgraded(tmp_path / "upgraded")
+    code = (
+        "import sys\nfrom transformers import AutoModelForCausalLM\n"
+        "AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "upgraded")], capture_output=True, text=True
+    )
+    assert result.returncode != 0 and "osdn_qwen3_5_text" in result.stderr  # not half of it
+
+
+WITH_FLA = """
+import sys, torch
+from osdn.integrations.transformers import accelerate
+from osdn.integrations.transformers.functions import SIGNATURES, known_modules
+from tests.integrations.test_transformers import tiny
+
+if __name__ == "__main__":
+    model, ids = tiny("qwen3_5"), torch.arange(3, 93)[None]
+    with torch.no_grad():
+        with accelerate():
+            found = model(ids).logits
+            tokens = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        for module in known_modules():
+            for name in SIGNATURES:  # transformers' PyTorch functions
+                setattr(module, name, getattr(module, name).__wrapped__)
+        assert (found - model(ids).logits).abs().max() < 1e-4
+        assert torch.equal(tokens, model.generate(ids, max_new_tokens=4, min_new_tokens=4,
+                                                  do_sample=False))
+    print("fla" in sys.modules)
+"""
+
+
+def test_where_fla_is_installed_the_model_runs_on_a_cpu():
+    """In a process of its own, whose transformers takes FLA's functions where it finds them."""
+    pytest.importorskip("fla", reason="needs flash-linear-attention")
+    result = subprocess.run([sys.executable, "-c", WITH_FLA], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.split() == ["True"]

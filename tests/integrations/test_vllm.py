@@ -25,6 +25,7 @@ MODELS = {
     "beta_aware in a box": {"beta_aware": True, "precond_min": 0.5, "precond_max": 1.5},
     "delta_net": {"mixer": "delta_net", "use_output_gate": True},
     "hybrid": {"mixer": ["osdn", "attention", "delta_net", "attention"], "head_v_dim": 64},
+    "os_gdn": {"state_decay": "data", "use_output_gate": True, "head_v_dim": 64},
     # A state of more bytes than 128 tokens of attention: vLLM makes the blocks longer.
     "hybrid of long blocks": {
         "mixer": ["osdn", "attention"] * 2,
@@ -48,6 +49,7 @@ ENGINES = [
     ("beta_aware in a box", {}),
     ("delta_net", {}),
     ("hybrid", {}),
+    ("os_gdn", {}),
     # Prompts in pieces, and 26 requests in 16 places: each place is used again.
     ("apf", {**PIECES, "max_num_seqs": 16, "enable_prefix_caching": False}),
     ("hybrid", {**PIECES, "max_num_seqs": 16}),

@@ -4,11 +4,19 @@ import itertools
 
 import pytest
 import torch
-from torch.nn.functional import conv1d, pad, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import (
+    conv1d,
+    pad,
+    rms_norm,
+    scaled_dot_product_attention,
+    silu,
+    softplus,
+)
 from transformers import DynamicCache
 
 from osdn import OSDN, OSDNConfig, online_scaled_delta_rule
 from osdn.layers import attention
+from osdn.layers import osdn as mixers
 from osdn.layers.attention import Attention
 from osdn.layers.convolution import ShortConvolution
 from tests.numerics import assert_close
@@ -28,6 +36,20 @@ def build(kind=OSDN, **options):
     return layer.eval()
 
 
+class GatedOSDN(OSDN):
+    """OS-GDN: a memory that decays too."""
+
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, state_decay="data", **options)
+
+
+KINDS = [OSDN, GatedOSDN, Attention]
+
+
+def forgetful(kind):
+    return {} if kind is Attention else {"forgetting": "data"}
+
+
 def hidden(B=2, T=T, seed=1):
     return torch.randn(B, T, D, generator=torch.Generator().manual_seed(seed))
 
@@ -37,6 +59,8 @@ VARIANTS = [
     {"adaptive": False},
     {"forgetting": "data", "beta_aware": True, "eta": 0.7},
     {"precond_min": 0.6, "precond_max": 1.4, "use_output_gate": True, "head_v_dim": 24},
+    {"adaptive": False, "state_decay": "data", "use_output_gate": True, "head_v_dim": 32},
+    {"forgetting": "data", "state_decay": "data"},
 ]
 
 
@@ -54,7 +78,7 @@ def test_layer_is_its_docstring(options):
     k = convolved(layer.k_proj, layer.k_conv1d)
     v = convolved(layer.v_proj, layer.v_conv1d)
     q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
-    gamma = layer.a_proj(x).sigmoid().log() if "forgetting" in options else None
+    gamma = layer.gamma_proj(x).sigmoid().log() if "forgetting" in options else None
     rule = {"eta": 0.0, "initial_precond": None}
     if options.get("adaptive", True):
         rule = {
@@ -64,8 +88,12 @@ def test_layer_is_its_docstring(options):
             "precond_max": options.get("precond_max"),
             "initial_precond": layer.initial_precond,
         }
-    beta = layer.b_proj(x).sigmoid()
-    o, _, _ = online_scaled_delta_rule(q, k, v, beta, gamma, backend="reference", **rule)
+    beta, log_alpha = layer.b_proj(x).sigmoid(), None
+    if "state_decay" in options:
+        log_alpha = -layer.A_log.exp() * softplus(layer.a_proj(x) + layer.dt_bias)
+    o, _, _ = online_scaled_delta_rule(
+        q, k, v, beta, gamma, log_alpha=log_alpha, backend="reference", **rule
+    )
     o = rms_norm(o, (o.shape[-1],), layer.o_norm.weight, 1e-6).flatten(-2)
     if options.get("use_output_gate"):
         o = o * silu(layer.g_proj(x))
@@ -78,11 +106,11 @@ def test_delta_net_is_osdn_without_its_preconditioner():
     assert_close(osdn(hidden())[0], delta_net(hidden())[0], 1e-6)
 
 
-@pytest.mark.parametrize("kind", [OSDN, Attention])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("B", [1, 3])
 def test_padding_changes_nothing(kind, side, B):
-    layer = build(kind, **({"forgetting": "data"} if kind is OSDN else {}))
+    layer = build(kind, **forgetful(kind))
     lengths = [11, T, 3][:B]
     x, mask = hidden(B), torch.zeros(B, T, dtype=torch.long)
     for row, length in enumerate(lengths):
@@ -102,21 +130,21 @@ def test_padding_changes_nothing_where_d_starts_outside_its_box():
     assert_close(padded[:, 4:], layer(x)[0], 1e-5)
 
 
-@pytest.mark.parametrize("kind", [OSDN, Attention])
+@pytest.mark.parametrize("kind", KINDS)
 def test_packed_sequences_do_not_see_each_other(kind):
-    layer, x = build(kind, **({"forgetting": "data"} if kind is OSDN else {})), hidden(1)
+    layer, x = build(kind, **forgetful(kind)), hidden(1)
     offsets = [0, 1, 3, 4, 12, T]
     y = layer(x, cu_seqlens=torch.tensor(offsets, dtype=torch.int32))[0]
     for start, end in itertools.pairwise(offsets):
         assert_close(y[:, start:end], layer(x[:, start:end])[0], 1e-5, f"{start}:{end}")
 
 
-@pytest.mark.parametrize("kind", [OSDN, Attention])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pieces", [[T], [1] * T, [2, 1, 1, 9, 1, 5], [7, 12]])
 def test_a_sequence_in_pieces_is_the_whole(kind, pieces):
-    name = "osdn" if kind is OSDN else "attention"
+    name = "attention" if kind is Attention else "osdn"
     config = OSDNConfig(hidden_size=D, num_heads=H, num_hidden_layers=1, mixer=name)
-    layer, x = build(kind, **({"forgetting": "data"} if kind is OSDN else {})), hidden()
+    layer, x = build(kind, **forgetful(kind)), hidden()
     cache, outputs = DynamicCache(config=config), []
     with torch.no_grad():
         for piece in x.split(pieces, dim=1):
@@ -144,11 +172,36 @@ def test_bfloat16_autocast_keeps_to_the_fused_norm(recwarn):
     assert_close(y, layer(hidden())[0], 2e-2)  # bfloat16 products
 
 
-def test_gradients_reach_every_parameter():
-    layer = build(forgetting="data", use_output_gate=True, beta_aware=True).train()
+@pytest.mark.parametrize("kind", [OSDN, GatedOSDN])
+def test_gradients_reach_every_parameter(kind):
+    layer = build(kind, forgetting="data", use_output_gate=True, beta_aware=True).train()
     layer(hidden())[0].square().sum().backward()
     for name, parameter in layer.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("options", [*VARIANTS, {"forgetting": "data", "state_decay": "data"}])
+@pytest.mark.parametrize("watched", ["q_proj", "v_conv1d"])
+def test_joined_projections_give_what_separate_ones_give(options, watched, monkeypatch):
+    """Outputs and all gradients; a hook on one of them is called, so they are separate again."""
+    layer, x, found = build(**options).double().train(), hidden(1).double(), []
+    joint, separate = [], []
+    run = mixers.short_convolutions
+    monkeypatch.setattr(
+        mixers, "short_convolutions", lambda *a, **b: joint.append(1) or run(*a, **b)
+    )
+    offsets = torch.tensor([0, 7, x.shape[1]])
+    for count in (1, 0):
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y, _, _ = layer(leaf, cu_seqlens=offsets)
+        y.square().sum().backward()
+        assert (len(joint), len(separate)) == (1, 1 - count)
+        found.append({"y": y.detach(), "dx": leaf.grad})
+        found[-1] |= {name: p.grad.clone() for name, p in layer.named_parameters()}
+        layer.get_submodule(watched).register_forward_hook(lambda *_: separate.append(1))
+    for name, value in found[1].items():
+        assert_close(found[0][name], value, 1e-12, name)
 
 
 def test_packed_flash_attention_is_called_as_the_mask_means(monkeypatch):
@@ -198,13 +251,54 @@ def test_beta_reaches_two_only_where_it_may():
 def test_forgetting_keeps_its_digits_in_bfloat16():
     """log γ near logsigmoid(6.9) ≈ −0.001: the logit itself in bfloat16 would be off by 1.6%."""
     layer = build(forgetting="data")
-    torch.nn.init.normal_(layer.a_proj.weight, std=0.02)
-    torch.nn.init.constant_(layer.a_proj.bias, 6.9)
+    torch.nn.init.normal_(layer.gamma_proj.weight, std=0.02)
+    torch.nn.init.constant_(layer.gamma_proj.bias, 6.9)
     x = hidden()
-    _, exact = layer.gates(x)
+    _, exact, _ = layer.gates(x)
     with torch.autocast("cpu", torch.bfloat16):
         assert_close(layer.gates(x)[1], exact, 1e-3)
     assert_close(layer.bfloat16().float().gates(x)[1], exact, 2e-2)  # the bias is rounded itself
+
+
+def test_the_decay_keeps_its_digits_in_bfloat16():
+    """log α = −A softplus(W_a x + dt_bias): the sum and the exponent in bfloat16 would be off."""
+    layer, x = build(GatedOSDN), hidden()
+    torch.nn.init.normal_(layer.a_proj.weight, std=0.02)
+    exact = layer.gates(x)[2]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer.gates(x)[2]
+    assert found.dtype == torch.float32
+    assert_close(found, exact, 1e-3)
+
+
+def test_initial_decays_are_mamba_2s():
+    """A uniform up to 16 and Δ log-uniform in [1e-3, 0.1], in every head anew."""
+    layer = OSDN(512, 512, head_dim=1, state_decay="data")
+    A, dt = layer.A_log.exp(), softplus(layer.dt_bias)
+    assert 0 < A.min() < 0.5 and 15.5 < A.max() <= 16 and abs(A.mean() - 8) < 1
+    assert dt.min() * 1.001 >= 1e-3 and dt.max() <= 0.1 * 1.001
+    assert abs(dt.log().mean() - 0.5 * (torch.tensor(1e-3).log() + torch.tensor(0.1).log())) < 0.2
+
+
+@pytest.mark.parametrize("value", ["always", None, True])
+def test_an_unknown_state_decay_is_named(value):
+    with pytest.raises(ValueError, match="state_decay: expected 'none' or 'data', got"):
+        build(state_decay=value)
+
+
+def test_a_layer_that_was_saved_before_state_decay_loads():
+    """APF's gate had the name that Gated DeltaNet's projection has now."""
+    layer = build(forgetting="data")
+    torch.nn.init.normal_(layer.gamma_proj.weight)
+    weights = {name.replace("gamma_proj", "a_proj"): x for name, x in layer.state_dict().items()}
+    fresh = OSDN(D, H, forgetting="data")
+    fresh.load_state_dict(weights)
+    assert torch.equal(fresh(hidden())[0], layer(hidden())[0])
+    torch.nn.Sequential(OSDN(D, H, forgetting="data")).load_state_dict(
+        {f"0.{name}": x for name, x in weights.items()}
+    )
+    gated = build(GatedOSDN)
+    OSDN(D, H, state_decay="data").load_state_dict(gated.state_dict())  # its own a_proj stays
 
 
 def test_short_convolution_is_causal():

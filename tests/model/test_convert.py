@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -58,10 +59,87 @@ def test_converted_model_is_the_delta_net_it_came_from(fla_checkpoint, tmp_path)
     assert (logits(converted, ids) - expected).abs().max() > 1e-2
 
 
+@pytest.fixture
+def fla_gated(tmp_path):
+    """FLA's GatedDeltaNet, its checkpoint in tmp_path / "fla"."""
+    models = pytest.importorskip("fla.models", reason="needs flash-linear-attention")
+    torch.manual_seed(0)
+    config = models.GatedDeltaNetConfig(**SIZES, head_dim=24, allow_neg_eigval=True)
+    model = models.GatedDeltaNetForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=1.0 if "conv1d" in name else 0.3)
+            elif name.endswith("norm.weight"):
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(tmp_path / "fla")
+    return model
+
+
+def plain_gated_delta_net(model, ids):
+    """What FLA's model computes, by its own modules and its reference: its kernels need a GPU."""
+    from fla.ops.gated_delta_rule.naive import naive_recurrent_gated_delta_rule as rule
+
+    def norm(x, module):
+        return F.rms_norm(x, x.shape[-1:], module.weight, module.eps)
+
+    def convolved(x, module):
+        y = F.conv1d(F.pad(x.transpose(1, 2), (3, 0)), module.weight, groups=x.shape[-1])
+        return F.silu(y).transpose(1, 2).unflatten(-1, (2, -1))
+
+    h = model.model.embeddings(ids)
+    for block in model.model.layers:
+        a, n = block.attn, norm(h, block.attn_norm)
+        q, k = (
+            convolved(projection(n), convolution)
+            for projection, convolution in ((a.q_proj, a.q_conv1d), (a.k_proj, a.k_conv1d))
+        )
+        q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
+        v = convolved(a.v_proj(n), a.v_conv1d)
+        g = -a.A_log.exp() * F.softplus(a.a_proj(n) + a.dt_bias)
+        o = rule(q, k, v, 2 * a.b_proj(n).sigmoid(), g)[0]
+        o = norm(o, a.o_norm) * F.silu(a.g_proj(n).unflatten(-1, (2, -1)))
+        h = h + a.o_proj(o.flatten(-2))
+        m, n = block.mlp, norm(h, block.mlp_norm)
+        h = h + m.down_proj(F.silu(m.gate_proj(n)) * m.up_proj(n))
+    return model.lm_head(norm(h, model.model.norm))
+
+
+@torch.no_grad()
+def test_converted_model_is_the_gated_delta_net_it_came_from(fla_gated, tmp_path):
+    converted = convert(tmp_path / "fla", tmp_path / "osdn")
+    config = converted.config
+    assert (config.mixer, config.state_decay, config.use_output_gate) == ("osdn", "data", True)
+    assert (config.head_dim, config.head_v_dim, config.intermediate_size) == (24, 48, 256)
+    ids = torch.randint(0, 97, (2, 130), generator=torch.Generator().manual_seed(1))
+    expected = plain_gated_delta_net(fla_gated, ids)
+    assert_close(logits(converted, ids), expected, 2e-5)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "osdn")
+    assert torch.equal(logits(reloaded, ids), logits(converted, ids))
+    converted.model.layers[0].attn.initial_precond.fill_(0.5)  # it is OS-GDN all the same
+    assert (logits(converted, ids) - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("num_v_heads", 4, "num_v_heads must be num_heads = 2, got 4"),
+        ("output_gate_activation", "sigmoid", "output_gate_activation must be 'swish'"),
+        ("attnres_block_size", 2, "attnres_block_size must be None"),
+        ("head_dim", "absent", "expected a field 'head_dim', found none"),
+        ("model_type", "kda", "one of delta_net, gated_deltanet, got 'kda'"),
+    ],
+)
+def test_other_gated_layers_are_refused(fla_gated, tmp_path, field, value, said):
+    edit(tmp_path / "fla", **{field: value})
+    with pytest.raises(UserError, match=said):
+        convert(tmp_path / "fla", tmp_path / "osdn")
+
+
 def test_forgetting_starts_near_one(fla_checkpoint, tmp_path):
     layer = convert(fla_checkpoint, tmp_path / "osdn", "data").model.layers[1].attn
-    assert torch.equal(layer.a_proj.bias, torch.full((2,), 6.9))
-    assert not layer.a_proj.weight.any()
+    assert torch.equal(layer.gamma_proj.bias, torch.full((2,), 6.9))
+    assert not layer.gamma_proj.weight.any()
 
 
 def test_whoever_may_read_one_file_may_load_the_model(fla_checkpoint, tmp_path):

@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="Triton cannot be installed here")
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from osdn import OSDNForCausalLM
-from osdn.model import decoding, step
+from osdn.model import decoding, prefill, step
 from osdn.model.cache import OSDNCache
 from tests.model.tiny import build, tokens
 from tests.numerics import assert_close
@@ -24,6 +24,11 @@ MODELS = {
         "use_output_gate": True, "head_dim": 12, "head_v_dim": 20, "conv_size": 3,
     },
     "delta net": {"mixer": "delta_net", "conv_size": 1},
+    "gated delta net": {"mixer": "gated_delta_net"},
+    "the wider layer second": {"mixer": ["delta_net", "osdn"], "forgetting": "data"},
+    "all and state decay": {
+        "forgetting": "data", "state_decay": "data", "use_output_gate": True, "head_v_dim": 20,
+    },
 }  # fmt: skip
 
 
@@ -45,8 +50,10 @@ def make(**fields) -> OSDNForCausalLM:
     model = build(**sizes | fields).to(DEVICE)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name.endswith("a_proj.bias"):
+            if name.endswith("gamma_proj.bias"):
                 p.fill_(1.5)  # a γ that matters
+            elif name.endswith(("A_log", "dt_bias")):
+                p.fill_(-0.5)  # and an α
             elif "norm" in name:
                 p.uniform_(0.5, 1.5)
     return model
@@ -78,6 +85,16 @@ def test_logits_and_states_are_the_layers(fields, steps):
     for actual, expected in zip(*map(step.tensors_of, caches)):
         assert_close(actual, expected, 1e-5)
     assert caches[0].get_seq_length() == caches[1].get_seq_length() == 9
+
+
+@torch.no_grad()
+def test_a_block_in_prefill_is_the_block_with_state_decay():
+    block = make(state_decay="data", forgetting="data").model.layers[0]
+    h = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    mask = torch.ones(2, 9, dtype=torch.bool, device=DEVICE)
+    mask[1, :4] = False
+    y, _states = prefill.forward(block, h, mask, ~mask[..., None])
+    assert_close(y[mask], block(h, attention_mask=mask)[mask], 1e-5)
 
 
 @torch.no_grad()

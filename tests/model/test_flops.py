@@ -33,9 +33,14 @@ def test_a_count_by_hand():
     softmax = 2 * 2 * (2 * 8 * 100)  # q kᵀ and p v over 100 tokens, of 2 heads
     assert forward_flops(config, 100) == (dense, 2 * memory + precond + softmax)
     assert flops_per_token(config, 100) == 3 * (dense + 2 * memory + precond + softmax)
+    names = ["osdn", "gated_delta_net", "attention"]
+    gated = OSDNConfig(**SIZES, mixer=names, forgetting="data", state_decay="data")
+    decays = 2 * 2 * 8 * 12  # α S, of 2 heads in 2 layers
+    a_proj = 2 * 2 * 16 * 2
+    assert forward_flops(gated, 100) == (dense + a_proj, 2 * memory + decays + precond + softmax)
 
 
-@pytest.mark.parametrize("mixer", ["osdn", "delta_net", "attention", "hybrid"])
+@pytest.mark.parametrize("mixer", ["osdn", "delta_net", "gated_delta_net", "attention", "hybrid"])
 @pytest.mark.parametrize("gate", [False, True])
 def test_dense_products_are_those_that_pytorch_counts(mixer, gate):
     names = ["osdn", "attention", "delta_net"] if mixer == "hybrid" else mixer

@@ -150,7 +150,7 @@ def test_every_name_of_llama_is_taken():
 def test_continuous_batching_of_transformers_is_refused(mixer):
     """It would return empty lists."""
     model = build(mixer=mixer)
-    with pytest.raises(ValueError, match="generate_batch: .* use generate, or vLLM"):
+    with pytest.raises(ValueError, match=r"generate_batch: .* use generate, or vLLM"):
         model.generate_batch([[1, 2, 3]], max_new_tokens=2)
     with pytest.raises(ValueError, match="generate_batch: "):
         model.init_continuous_batching()

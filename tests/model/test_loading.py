@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import osdn
@@ -26,8 +27,58 @@ def test_forgetting_added_to_a_checkpoint_starts_near_one(tmp_path, mixer, learn
     OSDNForCausalLM(OSDNConfig(**SIZES, mixer=mixer)).save_pretrained(tmp_path)
     fields = {"mixer": "osdn", "forgetting": "data", "learn_initial_precond": learned}
     for block in AutoModelForCausalLM.from_pretrained(tmp_path, **fields).model.layers:
-        assert torch.equal(block.attn.a_proj.bias, torch.full((2,), 6.9))
-        assert not block.attn.a_proj.weight.any()
+        assert torch.equal(block.attn.gamma_proj.bias, torch.full((2,), 6.9))
+        assert not block.attn.gamma_proj.weight.any()
+
+
+BEFORE = Path("tests/fixtures/before_state_decay")  # what the version before wrote
+
+
+@pytest.mark.parametrize("state_decay", ["none", "data"])
+def test_a_checkpoint_from_before_state_decay_loads(tmp_path, state_decay):
+    """Its gate of APF is called a_proj, which is another module where there is a state decay."""
+    model, told = OSDNForCausalLM.from_pretrained(
+        BEFORE / "model", state_decay=state_decay, output_loading_info=True
+    )
+    new = ("A_log", "dt_bias", "a_proj.weight") if state_decay == "data" else ()
+    assert told["unexpected_keys"] == set()
+    assert all(name.endswith(new) for name in told["missing_keys"])
+    assert len(told["missing_keys"]) == 2 * len(new)
+    gate = load_file(BEFORE / "model" / "model.safetensors")["model.layers.1.attn.a_proj.weight"]
+    assert torch.equal(model.model.layers[1].attn.gamma_proj.weight, gate)
+    if state_decay == "none":
+        expected = torch.tensor(json.loads((BEFORE / "logits.json").read_text()))
+        assert_close(model.eval()(torch.arange(97, 113)[None]).logits[0, -1], expected, 1e-6)
+    model.save_pretrained(tmp_path)
+    again = OSDNForCausalLM.from_pretrained(tmp_path)
+    assert {"model.layers.0.attn.gamma_proj.bias"} <= load_file(
+        tmp_path / "model.safetensors"
+    ).keys()
+    for name, x in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], x), name
+
+
+def test_a_gated_model_with_forgetting_is_saved_and_loaded(tmp_path):
+    """Both gates at once: neither takes the other's weights."""
+    model = build(state_decay="data", forgetting="data")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, x in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], x), name
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+
+
+def test_loaded_decays_are_kept_and_missing_ones_made(tmp_path):
+    """A_log is drawn anew for no layer that was loaded, though d_1 is missing beside it."""
+    gated = build("gated_delta_net", use_output_gate=True)
+    gated.save_pretrained(tmp_path)
+    fields = {"mixer": "osdn", "state_decay": "data", "forgetting": "data"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, **fields)
+    for one, other in zip(model.model.layers, gated.model.layers):
+        assert torch.equal(one.attn.A_log, other.attn.A_log)
+        assert torch.equal(one.attn.dt_bias, other.attn.dt_bias)
+        assert torch.equal(one.attn.initial_precond, torch.ones(2, 16))
+    assert not torch.equal(*(block.attn.A_log for block in gated.model.layers))
 
 
 @pytest.mark.parametrize("name", ["w.bin", "../model.safetensors", "a/b.safetensors", 3])

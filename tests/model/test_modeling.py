@@ -22,6 +22,9 @@ from osdn.ops import packing
 from tests.model.tiny import MIXERS, SIZES, build, plain_loss, tokens
 from tests.numerics import assert_close
 
+GATED = {"mixer": "gated_delta_net", "head_dim": 256, "head_v_dim": 512, "num_hidden_layers": 21,
+         "use_output_gate": True}  # fmt: skip
+
 
 @pytest.mark.parametrize(
     ("fields", "count"),
@@ -30,6 +33,13 @@ from tests.numerics import assert_close
         ({}, 374_386_688 + 24 * (1024 * 8 + 8)),  # APF's gate
         ({"forgetting": "none"}, 374_386_688),
         ({"mixer": "delta_net", "hidden_size": 2048, "num_heads": 16}, 1_365_677_056),
+        # FLA's Gated DeltaNet: 21 layers, key heads of 256 over 3/4 of the width, values twice that
+        (GATED | {"num_heads": 3}, 379_764_350),
+        (GATED | {"num_heads": 6, "hidden_size": 2048}, 1_387_348_732),
+        (
+            GATED | {"num_heads": 3, "mixer": "osdn", "state_decay": "data", "forgetting": "none"},
+            379_764_350 + 21 * 3 * 256,
+        ),
     ],
 )
 def test_parameter_counts_of_the_published_sizes(fields, count):
@@ -41,8 +51,8 @@ def test_parameter_counts_of_the_published_sizes(fields, count):
 def assert_special_values(model):
     for block in model.model.layers:
         assert torch.equal(block.attn.initial_precond, torch.ones(2, 16))
-        assert torch.equal(block.attn.a_proj.bias, torch.full((2,), 6.9))
-        assert not block.attn.a_proj.weight.any()
+        assert torch.equal(block.attn.gamma_proj.bias, torch.full((2,), 6.9))
+        assert not block.attn.gamma_proj.weight.any()
         assert block.attn.q_proj.weight.std() > 0.01  # the others are initialised as usual
         assert torch.equal(block.attn.o_norm.weight, torch.ones(16))
 
@@ -66,7 +76,7 @@ def test_loaded_special_values_are_kept(tmp_path):
     model = build(forgetting="data")
     with torch.no_grad():
         model.model.layers[0].attn.initial_precond.fill_(0.5)
-        model.model.layers[1].attn.a_proj.bias.fill_(2.0)
+        model.model.layers[1].attn.gamma_proj.bias.fill_(2.0)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     for name, tensor in model.state_dict().items():

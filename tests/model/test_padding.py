@@ -8,7 +8,7 @@ import torch
 from osdn.layers.osdn import OSDN
 from osdn.model.cache import OSDNCache
 from tests.model.tiny import MIXERS, build, tokens
-from tests.numerics import assert_close
+from tests.numerics import assert_close, relative_error
 
 MASKS = 40
 T = 18
@@ -27,16 +27,33 @@ def random_masks(n, B=3, T=T):
 
 
 def in_float64(mixer, backend, **fields):
-    model = build(mixer, forgetting="data", **fields).double()
+    return with_backend(build(mixer, forgetting="data", **fields).double(), backend)
+
+
+def alone(model, ids, mask):
+    """Logits of every row's real tokens, each row by itself."""
+    return [model(row[kept][None]).logits[0] for row, kept in zip(ids, mask.bool())]
+
+
+def with_backend(model, backend):
     for module in model.modules():
         if isinstance(module, OSDN):
             module.backend = backend
     return model
 
 
-def alone(model, ids, mask):
-    """Logits of every row's real tokens, each row by itself."""
-    return [model(row[kept][None]).logits[0] for row, kept in zip(ids, mask.bool())]
+def both_ways(model, ids, mask, cut):
+    """Logits [B, T, vocabulary] in one forward, and in pieces of `cut` tokens with a cache."""
+    whole = model(ids, attention_mask=mask).logits
+    cache, logits, end = OSDNCache(model.config), [], 0
+    for piece in ids.split(cut, dim=1):
+        end += piece.shape[1]
+        given = {"attention_mask": mask[:, :end], "past_key_values": cache}
+        logits.append(model(piece, use_cache=True, **given).logits)
+    return {"one forward": whole, "pieces": torch.cat(logits, 1)}
+
+
+CUTS = [[T], [7, 5, 6], [1] * T, [10, 1, 1, 1, 5]]
 
 
 @pytest.mark.parametrize("mixer", MIXERS, ids=str)
@@ -45,20 +62,36 @@ def alone(model, ids, mask):
 def test_logits_are_those_of_each_row_alone(mixer, backend):
     """In one forward, in pieces with a cache, and token by token, over 40 random masks."""
     model = in_float64(mixer, backend)
-    cuts = [[T], [7, 5, 6], [1] * T, [10, 1, 1, 1, 5]]
     for i, mask in enumerate(random_masks(MASKS)):
         ids = tokens(3, T, seed=i)
         expected = alone(model, ids, mask)
-        found = [model(ids, attention_mask=mask).logits]
-        cache, logits, end = OSDNCache(model.config), [], 0
-        for piece in ids.split(cuts[i % 4], dim=1):
-            end += piece.shape[1]
-            given = {"attention_mask": mask[:, :end], "past_key_values": cache}
-            logits.append(model(piece, use_cache=True, **given).logits)
-        found.append(torch.cat(logits, 1))
-        for kind, result in zip(("one forward", "pieces"), found):
+        for kind, result in both_ways(model, ids, mask, CUTS[i % 4]).items():
             for row, kept in enumerate(mask.bool()):
                 assert_close(result[row, kept], expected[row], 1e-9, f"mask {i}, {kind}, row {row}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", [m for m in MIXERS if m != "attention"], ids=str)
+@torch.no_grad()
+def test_kernels_give_the_logits_of_each_row_alone(mixer):
+    """The kernels in float32 (without a GPU in Triton's interpreter), over the same masks.
+
+    The floor is the kernels' of tests/ops/running_triton.py, for each of the two blocks.
+    """
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    exact = in_float64(mixer, "chunkwise").to(device)
+    model = build(mixer, forgetting="data").to(device)
+    for i, mask in enumerate(random_masks(MASKS)):
+        ids, mask = tokens(3, T, seed=i).to(device), mask.to(device)
+        expected = alone(exact, ids, mask)
+        plain = both_ways(with_backend(model, "chunkwise"), ids, mask, CUTS[i % 4])
+        found = both_ways(with_backend(model, "triton"), ids, mask, CUTS[i % 4])
+        for kind, result in found.items():
+            for row, kept in enumerate(mask.bool()):
+                error = relative_error(plain[kind][row, kept], expected[row])
+                name = f"mask {i}, {kind}, row {row}"
+                assert_close(result[row, kept], expected[row], 2 * error + 2 * 5e-6, name)
 
 
 @pytest.mark.parametrize("mixer", MIXERS, ids=str)

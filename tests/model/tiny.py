@@ -6,7 +6,14 @@ from torch.nn.functional import cross_entropy
 from osdn import OSDNConfig, OSDNForCausalLM
 
 SIZES = {"hidden_size": 32, "num_heads": 2, "num_hidden_layers": 2, "vocab_size": 61}
-MIXERS = ["osdn", "delta_net", "attention", ["osdn", "attention"], ["attention", "delta_net"]]
+MIXERS = [
+    "osdn",
+    "delta_net",
+    "gated_delta_net",
+    "attention",
+    ["osdn", "attention"],
+    ["attention", "delta_net"],
+]
 
 
 def build(mixer="osdn", **fields):

@@ -68,7 +68,7 @@ def test_a_forked_process_makes_its_own_threads(always_threads):
     results = context.SimpleQueue()
     child = context.Process(target=_in_child, args=(x, results), daemon=True)
     child.start()
-    child.join(60)
+    child.join(1800)  # to end a hang
     assert child.exitcode == 0 and results.get() == o
 
 

@@ -133,7 +133,7 @@ def test_second_derivatives_are_refused(f):
 def test_opcheck():
     x, weight, _ = make(1, 6, 4, 3, torch.float32)
     x.requires_grad_(), weight.requires_grad_()
-    given = (x, weight, torch.tensor([0, 2, 6]), 2)
+    given = (x, [weight[:2], weight[2:3]], torch.tensor([0, 2, 6]), [2, 0])
     torch.library.opcheck(torch.ops.osdn.short_convolution.default, given)
 
 

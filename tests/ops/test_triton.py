@@ -264,8 +264,8 @@ def test_chunks_of_packed_sequences():
 @pytest.mark.filterwarnings("ignore")
 def test_custom_operator_contract():
     inputs = make_inputs(1, 17, 1, 16, 16, dtype=torch.float32)
-    tensors = list(on_device(inputs).values())
-    tensors.insert(5, None)  # log_alpha
+    x = on_device(inputs | {"log_alpha": -torch.rand(1, 17, 1), "cu_seqlens": None})
+    tensors = [x[name] for name in Operands._fields[:-1]]
     torch.library.opcheck(
         BACKENDS["triton"].rule, (*tensors, None, 1.0, True, None, None, 0.25, True)
     )

@@ -1,5 +1,7 @@
 """The Triton kernels on what is rare: hard resets, NaN, strided and unversioned index tensors."""
 
+from math import inf
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step, packing
 from osdn.ops.triton import chunks
 from osdn.ops.triton.chunks import cut
 from tests.numerics import assert_close, make_inputs
-from tests.ops.running import BOX, detached, outputs
+from tests.ops.running import BOX, detached, everything, outputs
 from tests.ops.running_triton import DEVICE, check, on_device, poisoned_memory  # noqa: F401
 
 
@@ -33,10 +35,10 @@ def test_forgetting_from_none_to_all(reset, share, otherwise, options):
     check(x | {"log_gamma": values.view(1, 100, 1)}, **options)
 
 
-@pytest.mark.parametrize("name", ["q", "k", "v", "beta", "log_gamma"])
+@pytest.mark.parametrize("name", ["q", "k", "v", "beta", "log_gamma", "log_alpha"])
 def test_a_nan_comes_out_as_one(name):
     """From its token on, in its head alone (and in the earlier tokens of its chunk of 64)."""
-    x = detached(make_inputs(1, 70, 2, 16, 16, dtype=torch.float32))
+    x = detached(make_inputs(1, 70, 2, 16, 16, alpha=name == "log_alpha", dtype=torch.float32))
     x[name][0, 66, 0] = float("nan")
     got = outputs(on_device(x), "triton", beta_aware=True, **BOX)
     o = got["o"].detach()
@@ -128,3 +130,70 @@ def test_resets_in_a_walk_of_segments(monkeypatch):
     x = detached(make_inputs(1, 257, 1, 16, 16, dtype=torch.float32))
     x["log_gamma"][:, 70:200:9] = float("-inf")
     check(x)
+
+
+RESETS = {3: -1e4, 40: -inf, 63: -1e4, 64: -inf, 65: -200.0, 100: -30.0}
+
+
+def _decaying(T: int, K: int = 16, V: int = 20, H: int = 1, **kinds) -> dict:
+    """Inputs with log_alpha, of which some tokens of head 0 forget all that came before them."""
+    x = detached(make_inputs(1, T, H, K, V, alpha=True, dtype=torch.float32, **kinds))
+    for t, value in RESETS.items():
+        if t < T:
+            x["log_alpha"][:, t, 0] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    "T, K, V, options",
+    [
+        (1, 16, 16, {}),
+        (66, 20, 70, {"beta_aware": True}),
+        (130, 40, 16, BOX),
+        (70, 16, 16, {"eta": 0.0}),
+    ],
+)
+def test_decay_of_the_state(T, K, V, options):
+    check(_decaying(T, K, V, H=2 if T == 66 else 1, gamma="eta" not in options), **options)
+
+
+def test_decay_of_packed_sequences(monkeypatch):
+    monkeypatch.setattr(chunks, "SPAN", 2)
+    offsets = torch.tensor([0, 1, 66, 210], device=DEVICE)
+    check(_decaying(210, sequences=3), cu_seqlens=offsets)
+
+
+def test_decay_in_segments(monkeypatch):
+    """Of two chunks each, whose maps decay too."""
+    monkeypatch.setattr(chunks, "SPAN", 2)
+    monkeypatch.setattr(chunks, "LEAST", 1)
+    monkeypatch.setattr(chunks, "LONG", 2)
+    check(_decaying(270))
+
+
+def test_decay_in_half_precision():
+    x = _decaying(130)
+    check(x | {name: x[name].half() for name in "qkv"})
+
+
+def test_nothing_reaches_back_over_a_reset():
+    """Gradients before it, and its own, are exactly 0 where only later tokens count."""
+    x = on_device(_decaying(140, gamma=False))
+    o = outputs(x, "triton", eta=0.0)["o"]
+    names = ("q", "k", "v", "beta", "log_alpha")
+    found = torch.autograd.grad(o[:, 64:].sum(), [x[n] for n in names])
+    assert not [n for n, y in zip(names, found) if y[:, :64].any()]
+    assert not found[-1][:, 64].any() and found[-1][:, 66:].any()
+
+
+def test_no_decay_changes_nothing():
+    """α = 1 is the rule without α, in every bit where products and sums are rounded alike."""
+    x = detached(make_inputs(1, 130, 1, 16, 20, dtype=torch.float32))
+    want = everything(on_device(x), "triton")
+    got = everything(on_device(x | {"log_alpha": torch.zeros(1, 130, 1)}), "triton")
+    assert got["dlog_alpha"].isfinite().all()
+    if DEVICE == "cpu":
+        assert not [name for name, y in want.items() if not torch.equal(got[name], y)]
+    else:  # one sum is added up in another order
+        for name, y in want.items():
+            assert_close(got[name], y, 1e-6, name)

@@ -39,12 +39,16 @@ def test_it_loads_and_every_field_resolves(path):
 
 def count_by_hand(config: OSDNConfig) -> int:
     D, H, I = config.hidden_size, config.num_heads, config.intermediate_size
-    K = D // H
+    K = config.head_dim or D // H
+    V = config.head_v_dim or K
     total = 2 * config.vocab_size * D + D
     for name in config.mixers:
-        total += 2 * D + 3 * D * I + 4 * D * D
+        values = 3 if config.use_output_gate else 2
+        total += 2 * D + 3 * D * I + D * H * (2 * K + values * V)
         if name != "attention":
-            total += D * H + 3 * 4 * D + K  # β, convolutions, norm of the output
+            total += D * H + 4 * H * (2 * K + V) + V  # β, convolutions, norm of the output
+        if name == "gated_delta_net" or (name == "osdn" and config.state_decay == "data"):
+            total += D * H + 2 * H  # a_proj; A_log and dt_bias
         if name == "osdn":
             total += H * K + (D * H + H if config.forgetting == "data" else 0)
     return total
@@ -53,17 +57,20 @@ def count_by_hand(config: OSDNConfig) -> int:
 @pytest.mark.parametrize("path", REFERENCE, ids=str)
 def test_the_reference_sizes(path):
     found = variants(path)
-    assert list(found) == ["osdn_apf", "osdn", "delta_net", "transformer", "hybrid"]
+    assert list(found) == ["osdn_apf", "osdn_muon", "osdn", "delta_net", "gated_delta_net",
+                           "os_gdn", "transformer", "hybrid"]  # fmt: skip
     counts = {}
     for name, recipe in found.items():
         config = OSDNConfig(**recipe.model)
         with torch.device("meta"):
             counts[name] = sum(p.numel() for p in OSDNForCausalLM(config).parameters())
         assert counts[name] == count_by_hand(config)
-        mixers = {"delta_net": {"delta_net"}, "transformer": {"attention"}}
+        mixers = {"delta_net": {"delta_net"}, "transformer": {"attention"},
+                  "gated_delta_net": {"gated_delta_net"}}  # fmt: skip
         assert set(config.mixers) == mixers.get(name, {"osdn"} | {"attention"} & set(config.mixers))
         assert config.mixers.count("attention") == {"transformer": 24, "hybrid": 6}.get(name, 0)
         train = recipe.train
+        assert train.optimizer.name == ("muon" if name == "osdn_muon" else "adamw")
         assert train.seq_len * train.batch_rows == 524_288 and train.seq_len == 4096
         assert (train.optimizer.lr, train.optimizer.eps, train.optimizer.clip) == (1e-3, 1e-15, 1.0)
         assert train.schedule.min_ratio == 0.1
@@ -72,3 +79,8 @@ def test_the_reference_sizes(path):
     assert load_recipe(path).resolved()["model"]["forgetting"] == "data"
     expected = {"340m": (374_386_688, 374_362_112), "1.3b": (1_365_726_208, 1_365_677_056)}
     assert (counts["osdn"], counts["delta_net"]) == expected[path.stem]
+    assert (
+        counts["os_gdn"] - counts["gated_delta_net"]
+        == 21 * {"340m": 6, "1.3b": 12}[path.stem] * 128
+    )
+    assert abs(counts["gated_delta_net"] / counts["delta_net"] - 1) < 0.02  # matched

@@ -2,8 +2,12 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -77,6 +81,42 @@ def test_torchao_int8_is_near_and_has_a_loss_in_training(checkpoint):
     assert model.train()(ids, labels=ids).loss.item() == pytest.approx(found.loss.item(), rel=1e-5)
 
 
+def test_transformers_serve_alone_completes_as_the_model_does(checkpoint, tmp_path):
+    """Its own command, in a process that imports osdn only through the checkpoint's file."""
+    pytest.importorskip("uvicorn")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()",
+               "serve", str(checkpoint), "--trust-remote-code", "--port", str(port),
+               "--device", "cpu"]  # fmt: skip
+    body = {"model": str(checkpoint), "prompt": "some text", "max_tokens": 6, "temperature": 0}
+    request = urllib.request.Request(
+        f"http://localhost:{port}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with subprocess.Popen(command, env=environment(tmp_path), cwd=tmp_path) as server:
+        try:
+            while True:
+                try:
+                    answer = json.load(opener.open(request, timeout=600))
+                    break
+                except urllib.error.HTTPError as error:
+                    pytest.fail(error.read().decode())
+                except OSError:  # not there yet
+                    assert server.poll() is None, "the server has ended"
+                    time.sleep(0.5)
+        finally:
+            server.terminate()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    ids = tokenizer("some text", return_tensors="pt").input_ids
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+    assert answer["choices"][0]["text"] == tokenizer.decode(expected, skip_special_tokens=True)
+
+
 def test_export_loaded_elsewhere_computes_the_same(checkpoint, tmp_path):
     """Saved by torch.export and run in a new process, at another length."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint).requires_grad_(False)
@@ -86,7 +126,8 @@ def test_export_loaded_elsewhere_computes_the_same(checkpoint, tmp_path):
     )
     torch.export.save(exported, tmp_path / "model.pt2")
     code = (
-        "import osdn, sys, torch\n"
+        "import sys, torch\n"
+        "from osdn import OSDNForCausalLM  # registers the operators\n"
         "model = torch.export.load(sys.argv[1]).module()\n"
         "torch.save(model(torch.arange(33)[None], use_cache=False).logits, sys.argv[2])"
     )

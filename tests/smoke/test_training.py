@@ -108,6 +108,44 @@ def test_dpo_of_trl_starts_at_log_2(checkpoint, tmp_path):
     assert trainer.train().training_loss == pytest.approx(0.693147, rel=1e-4)
 
 
+def test_grpo_of_trl_has_the_gradient_of_each_row_alone(checkpoint, tmp_path):
+    """Prompts are padded on the left, completions on the right; here neither is."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    tokenizer, model, seen = AutoTokenizer.from_pretrained(checkpoint), load(checkpoint), []
+
+    def reward(prompts, completion_ids, **_):
+        """Whatever tells the rows apart: the first token that each wrote."""
+        rewards = [float(ids[0] % 7) for ids in completion_ids]
+        seen.append((prompts, completion_ids, torch.tensor(rewards)))
+        return rewards
+
+    trainer = trl.GRPOTrainer(
+        str(checkpoint),
+        reward_funcs=reward,
+        args=trl.GRPOConfig(
+            **options(tmp_path / "out"), num_generations=2, max_completion_length=6, beta=0.0,
+            loss_type="bnpo", scale_rewards="none", logging_steps=1,
+        ),
+        train_dataset=datasets.Dataset.from_dict({"prompt": ["what is it? ", "a longer text: "]}),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    ((prompts, completions, rewards),) = seen
+    assert len(set(prompts)) == 2 and len(completions) == 4
+    pairs = rewards.view(2, 2)  # rows of one prompt follow each other
+    advantages = (pairs - pairs.mean(1, keepdim=True)).flatten()
+    assert advantages.any(), "choose another seed: a group of equal rewards has no gradient"
+    loss = torch.zeros(())
+    for prompt, completion, advantage in zip(prompts, completions, advantages):
+        ids = torch.tensor([[*tokenizer(prompt).input_ids, *completion]])
+        log_p = model(ids).logits[0, -len(completion) - 1 : -1].log_softmax(-1)
+        loss = loss - advantage * log_p.gather(-1, torch.tensor(completion)[:, None]).sum()
+    (loss / sum(map(len, completions))).backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    (logged,) = [line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line]
+    assert norm > 1e-3 and logged == pytest.approx(norm.item(), rel=1e-3)
+
+
 SCRIPT = """
 import sys
 import torch

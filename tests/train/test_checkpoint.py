@@ -13,30 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from osdn import OSDNConfig, OSDNForCausalLM
 from osdn.errors import UserError
-from osdn.train import train
+from osdn.train import Recipe, train
 from osdn.train.checkpoint import reading as checkpoint
 from osdn.train.checkpoint import writing as saving
-from tests.train.tiny import curve, recipe, write_texts
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    return write_texts(tmp_path_factory.mktemp("texts"))
-
-
-@pytest.fixture(scope="module")
-def finished(texts, tmp_path_factory):
-    return train(recipe(texts), tmp_path_factory.mktemp("finished")).out
-
-
-@pytest.fixture
-def run(finished, tmp_path):
-    """A copy of the finished run, without its model, so that it is taken up again."""
-    shutil.copytree(finished, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "model")
-    return tmp_path / "run"
+from osdn.train.distributed.parallel import Parallel
+from osdn.train.optim import fill_state, make_optimizer, named_state
+from osdn.train.recipe import Optimizer
+from tests.train.tiny import curve, recipe
 
 
 def newest(run: Path) -> Path:
@@ -47,6 +34,30 @@ def flip_a_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
+
+
+def test_a_checkpoint_from_before_state_decay_is_read(tmp_path):
+    """Its recipe has no such field, and its gate of APF another name."""
+    before = Path("tests/fixtures/before_state_decay")
+    shutil.copytree(before / "step_3", tmp_path / "step_3")
+    saved = json.loads((before / "step_3" / "recipe.json").read_text())
+    fields = {k: v for k, v in saved["model"].items() if v is not None}
+    recipe = Recipe.model_validate(saved | {"model": fields})
+    found = checkpoint.load_newest(tmp_path, recipe.resolved(), print)
+    model = OSDNForCausalLM(OSDNConfig(**fields | {"vocab_size": 258}))
+    optimizer = make_optimizer(model, Optimizer())
+    fill_state(optimizer, 3)
+    parallel = Parallel(recipe, torch.device("cpu"))
+    checkpoint.load_tensors(found.directory, named_state(model, optimizer), parallel)
+    written = load_file(before / "model" / "model.safetensors")
+    for name, x in model.state_dict().items():
+        if name != "lm_head.weight":  # tied
+            assert torch.equal(x, written[name.replace("gamma_proj", "a_proj")]), name
+    moments = optimizer.state[model.model.layers[1].attn.gamma_proj.weight]
+    assert moments["exp_avg"].any() and moments["exp_avg_sq"].any()
+    other = Recipe.model_validate(saved | {"model": fields | {"state_decay": "data"}}).resolved()
+    with pytest.raises(UserError, match=r"model\.state_decay: .* was made with None"):
+        checkpoint.load_newest(tmp_path, other, print)
 
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
@@ -68,7 +79,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, run, finished
     train(recipe(texts), run)
     told = capsys.readouterr().err
     assert f"{newest(run)} is damaged" in told and "resuming from" in told and "step_10" in told
-    assert curve(run) == curve(finished)
+    assert curve(run) == curve(finished.out)
     assert (run / "checkpoints" / "step_12.damaged").is_dir()  # kept, for whoever wants to look
     assert train(recipe(texts), run).steps == 12
 
@@ -86,7 +97,7 @@ def test_with_every_checkpoint_damaged_nothing_is_overwritten(run, texts):
 def test_a_stray_file_is_no_checkpoint(run, finished, texts):
     (run / "checkpoints" / "step_40").touch()
     assert train(recipe(texts), run).steps == 12
-    assert curve(run) == curve(finished)
+    assert curve(run) == curve(finished.out)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +111,7 @@ def test_a_stray_file_is_no_checkpoint(run, finished, texts):
 def test_a_finished_run_without_its_whole_log_is_told_in_a_line(
     damage, expected, finished, texts, tmp_path
 ):
-    shutil.copytree(finished, tmp_path / "run")
+    shutil.copytree(finished.out, tmp_path / "run")
     damage(tmp_path / "run" / "log.jsonl")
     with pytest.raises(UserError, match=rf"log\.jsonl: .*{expected}; restore it") as caught:
         train(recipe(texts), tmp_path / "run")
@@ -156,7 +167,7 @@ def test_a_full_disk_stops_nothing_but_the_save(texts, finished, tmp_path, monke
     assert "step_2 is intact" in told
     names = {p.name for p in (tmp_path / "checkpoints").iterdir()}
     assert names == {"step_2", "step_8", "step_10", "step_12"}
-    assert curve(tmp_path) == curve(finished)
+    assert curve(tmp_path) == curve(finished.out)
 
 
 @pytest.fixture
@@ -176,7 +187,7 @@ def test_files_that_cannot_grow_leave_the_training_whole(
     told = capsys.readouterr().err
     for step in range(2, 13, 2):  # each once
         assert told.count(f"WARNING: no checkpoint at step {step}: File too large") == 1
-    assert curve(tmp_path) == curve(finished)
+    assert curve(tmp_path) == curve(finished.out)
     assert not list(tmp_path.rglob("step_*"))
 
 
@@ -198,7 +209,7 @@ def test_a_disk_that_is_really_full(texts, finished, small_disk, capsys):
     assert "no checkpoint at step 4: No space left on device; training continues" in told
     assert "step_2 is intact" in told
     assert [p.name for p in (small_disk / "checkpoints").iterdir()] == ["step_2"]
-    assert curve(small_disk) == curve(finished)
+    assert curve(small_disk) == curve(finished.out)
     shutil.rmtree(small_disk / "model")
     with (small_disk / "filler").open("wb", buffering=0) as filler, suppress(OSError):
         while filler.write(bytes(4096)):
@@ -208,4 +219,4 @@ def test_a_disk_that_is_really_full(texts, finished, small_disk, capsys):
     assert "resuming from" in capsys.readouterr().err
     subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
     train(recipe(texts), small_disk)  # the same command, once there is room
-    assert curve(small_disk) == curve(finished)
+    assert curve(small_disk) == curve(finished.out)

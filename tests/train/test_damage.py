@@ -13,25 +13,7 @@ from osdn.errors import UserError
 from osdn.system.files import sha256
 from osdn.train import train
 from osdn.train.step import Stepper
-from tests.train.tiny import curve, recipe, write_texts
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    return write_texts(tmp_path_factory.mktemp("texts"))
-
-
-@pytest.fixture(scope="module")
-def finished(texts, tmp_path_factory):
-    return train(recipe(texts), tmp_path_factory.mktemp("finished")).out
-
-
-@pytest.fixture
-def run(finished, tmp_path):
-    """A copy of the finished run, without its model, so that it is resumed."""
-    shutil.copytree(finished, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "model")
-    return tmp_path / "run"
+from tests.train.tiny import curve, recipe
 
 
 @pytest.mark.parametrize("anew", [False, True])
@@ -72,7 +54,7 @@ def test_a_bad_line_within_the_log_costs_that_line_only(step, run, finished, tex
     told = capsys.readouterr().err
     assert "line 4 is not what a run writes; the file is kept as log.jsonl.damaged" in told
     assert (run / "log.jsonl.damaged").read_bytes() == b"".join(lines)
-    expected = curve(finished)
+    expected = curve(finished.out)
     assert curve(run) == expected[:3] + expected[4:]
 
 
@@ -82,7 +64,7 @@ def test_a_last_line_that_a_kill_cut_off_is_dropped_in_silence(run, finished, te
         file.write(b'{"kind": "train", "st')
     train(recipe(texts), run)
     assert "log.jsonl" not in capsys.readouterr().err.replace(str(run), "")
-    assert curve(run) == curve(finished)
+    assert curve(run) == curve(finished.out)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +115,7 @@ def test_names_that_only_look_like_a_step_are_passed_over(name, run, finished, t
     if len(name) < 250:
         (run / "checkpoints" / name).mkdir()
     train(recipe(texts), run)
-    assert curve(run) == curve(finished)
+    assert curve(run) == curve(finished.out)
 
 
 def change(state, *path, to):
@@ -267,7 +249,7 @@ def test_tensorboard_without_a_place_is_one_line(texts, finished, tmp_path, caps
     train(asked, tmp_path)
     told = capsys.readouterr().err
     assert told.count("TensorBoard: ") == 1 and "File exists; it gets nothing" in told
-    assert "Traceback" not in told and curve(tmp_path) == curve(finished)
+    assert "Traceback" not in told and curve(tmp_path) == curve(finished.out)
 
 
 def test_without_a_terminal_a_line_comes_at_once_and_every_so_often(

@@ -12,7 +12,16 @@ import pytest
 
 from osdn.errors import UserError
 from osdn.train import load_recipe, train
-from tests.train.tiny import HANG, curve, fields, start, wait_for_lines, write_texts
+from tests.train.tiny import (
+    HANG,
+    SIGNALLED,
+    curve,
+    fields,
+    pause,
+    start,
+    wait_for_lines,
+    write_texts,
+)
 
 STEPS = 40
 
@@ -41,24 +50,24 @@ def expected(recipe_path, tmp_path_factory):
 def test_killed_at_random_moments_the_curve_is_that_of_an_uninterrupted_run(
     seed, recipe_path, expected, tmp_path
 ):
-    random, kills = Random(seed), 0
-    for after in sorted(random.sample(range(1, len(expected)), 4)):
-        process = start(recipe_path, tmp_path)
+    random = Random(seed)
+    for after in sorted(random.sample(range(1, STEPS), 4)):  # lines; a step writes one or two
+        process = start(recipe_path, tmp_path, pause(STEPS - 1, "False"))
         wait_for_lines(tmp_path, after, process)
-        time.sleep(random.random() * 0.05)
+        time.sleep(random.random() * 0.05)  # any moment of the steps or saves that follow
         process.kill()  # SIGKILL
         process.join()
-        kills += process.exitcode == -signal.SIGKILL
+        assert process.exitcode == -signal.SIGKILL
     process = start(recipe_path, tmp_path)
     process.join(HANG)
-    assert kills >= 2 and process.exitcode == 0
+    assert process.exitcode == 0
     assert curve(tmp_path) == expected
     assert (tmp_path / "model" / "config.json").exists()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_polite_stop_saves_first(number, code, recipe_path, expected, tmp_path):
-    process = start(recipe_path, tmp_path)
+    process = start(recipe_path, tmp_path, pause(10, SIGNALLED))
     wait_for_lines(tmp_path, 10, process)
     os.kill(process.pid, number)
     process.join(HANG)
@@ -72,13 +81,12 @@ def test_a_polite_stop_saves_first(number, code, recipe_path, expected, tmp_path
 
 
 def test_a_second_run_in_the_same_directory_is_refused(recipe_path, expected, tmp_path):
-    out = tmp_path / "run"
-    process = start(recipe_path, out)
+    out, told = tmp_path / "run", tmp_path / "told"
+    process = start(recipe_path, out, pause(5, f"os.path.exists({str(told)!r})"))
     wait_for_lines(out, 5, process)
-    os.kill(process.pid, signal.SIGSTOP)  # however long the other takes
     with pytest.raises(UserError, match=rf"{out}: another process trains there"):
         train(load_recipe(recipe_path), out)
-    os.kill(process.pid, signal.SIGCONT)
+    told.touch()
     process.join(HANG)
     assert process.exitcode == 0 and curve(out) == expected
     assert train(load_recipe(recipe_path), out).steps == STEPS  # it is free again
@@ -86,12 +94,14 @@ def test_a_second_run_in_the_same_directory_is_refused(recipe_path, expected, tm
 
 @pytest.mark.slow
 def test_the_console_command_killed_and_given_again(recipe_path, expected, tmp_path):
-    line = [sys.executable, "-m", "osdn", "train", str(recipe_path), "--out", str(tmp_path)]
-    process = subprocess.Popen(line, stderr=subprocess.DEVNULL)
+    words = ["train", str(recipe_path), "--out", str(tmp_path)]
+    waiting = pause(STEPS - 1, "False") + "from osdn.cli.main import main; main()"
+    process = subprocess.Popen([sys.executable, "-c", waiting, *words], stderr=subprocess.DEVNULL)
     while process.poll() is None and not list(tmp_path.glob("checkpoints/step_*")):
         time.sleep(0.005)
     process.kill()
     assert process.wait() == -signal.SIGKILL
+    line = [sys.executable, "-m", "osdn", *words]
     done = subprocess.run(line, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0 and "resuming from" in done.stderr
     assert done.stdout.startswith(f"{STEPS} steps, ")

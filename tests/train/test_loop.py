@@ -22,18 +22,6 @@ from osdn.train.step import Stepper
 from tests.train.tiny import curve, fields, recipe, write_texts
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    return write_texts(tmp_path_factory.mktemp("texts"))
-
-
-@pytest.fixture(scope="module")
-def finished(texts, tmp_path_factory):
-    """A run without interruption."""
-    out = tmp_path_factory.mktemp("finished")
-    return train(recipe(texts), out)
-
-
 def test_it_learns_and_says_how_it_went(finished):
     losses = [loss for _, loss in finished.loss]
     assert [step for step, _ in finished.loss] == list(range(1, 13))
@@ -68,6 +56,21 @@ def test_the_finished_model_loads_and_has_the_bits_per_byte_of_the_log(finished,
     assert nats / math.log(2) / size == pytest.approx(finished.bits_per_byte, rel=1e-4)
 
 
+def test_the_finished_model_has_a_card_and_a_users_card_outlives_a_second_export(
+    finished, texts, tmp_path
+):
+    shutil.copytree(finished.out, tmp_path, dirs_exist_ok=True)
+    card = tmp_path / "model" / "README.md"
+    assert f"12 steps, {12 * 48 * 4:,} tokens" in card.read_text()
+    assert f"{finished.bits_per_byte:.4f} bits per byte of 600 bytes" in card.read_text()
+    for own in (None, "# Mine\n"):
+        if own:
+            card.write_text(own)
+        shutil.rmtree(tmp_path / "checkpoints" / "step_12")  # the last two steps come again
+        train(recipe(texts), tmp_path)
+        assert card.read_text() == own or (own is None and "12 steps" in card.read_text())
+
+
 def test_the_same_recipe_gives_the_same_curve_and_another_seed_another(finished, texts, tmp_path):
     assert curve(train(recipe(texts), tmp_path / "same").out) == curve(finished.out)
     other = train(recipe(texts, seed=1), tmp_path / "other")
@@ -84,8 +87,14 @@ class Killed(BaseException):
     """Stands for a kill: nothing in the code may catch it."""
 
 
-@pytest.mark.parametrize("call", range(1, 40, 5))
-@pytest.mark.parametrize("where", ["os.fsync", "os.rename"])
+@pytest.mark.parametrize(
+    ("where", "call"),
+    # A run has 6 checkpoints of 7 synced files each, and 7 renames, of which the model's is last.
+    [
+        *(("os.fsync", call) for call in range(1, 40, 5)),
+        *(("os.rename", call) for call in (1, 4, 7)),
+    ],
+)
 def test_a_stop_at_any_system_call_of_a_save_loses_nothing(
     where, call, finished, texts, tmp_path, monkeypatch
 ):
@@ -101,15 +110,10 @@ def test_a_stop_at_any_system_call_of_a_save_loses_nothing(
         return original(*args)
 
     monkeypatch.setattr(os, name, stop)
-    try:
+    with pytest.raises(Killed):
         train(recipe(texts), tmp_path)
-        stopped = False
-    except Killed:
-        stopped = True
     monkeypatch.undo()
-    assert stopped == (len(calls) >= call)
-    if stopped:
-        train(recipe(texts), tmp_path)
+    train(recipe(texts), tmp_path)
     assert curve(tmp_path) == curve(finished.out)
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == (
         finished.out / "model" / "model.safetensors"

@@ -16,6 +16,7 @@ def test_decay_falls_on_matrices_alone(tied):
         vocab_size=20,
         mixer=["osdn", "attention"],
         forgetting="data",
+        state_decay="data",
         tie_word_embeddings=tied,
     )
     model = OSDNForCausalLM(config)
@@ -25,10 +26,10 @@ def test_decay_falls_on_matrices_alone(tied):
     assert set(names.values()) == {0.0, 0.3}
     for name, value in names.items():
         kind = name.removesuffix(".weight").split(".")[-1]
-        free = ("norm", "precond", "embeddings", "bias")
+        free = ("norm", "precond", "embeddings", "bias", "A_log")
         assert (value == 0.0) == kind.endswith(free), name
     assert names["model.layers.0.attn.initial_precond"] == 0.0
-    assert names["model.layers.0.attn.a_proj.bias"] == 0.0
+    assert names["model.layers.0.attn.gamma_proj.bias"] == 0.0
     assert names["model.layers.0.attn.q_conv1d.weight"] == 0.3
     assert ("lm_head.weight" in names) != tied
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from random import Random
 
@@ -16,19 +17,30 @@ from safetensors.torch import load_file
 
 from tests.train.tiny import (
     HANG,
+    SIGNALLED,
     assert_close,
     children,
     curve,
     errors,
     fields,
     join,
+    pause,
     start_ranks,
     wait_for_lines,
     write_texts,
 )
 
-FORMS = {"DDP on 2": (2, 1), "FSDP2 on 2": (2, "all"), "DDP on 4": (4, 1), "FSDP2 on 4": (4, 4)}
-FORMS["HSDP on 4"] = (4, 2)
+# forgetting, processes, shard. With "data" the gate's bias is kept whole beside d_1.
+FORMS = [
+    pytest.param("data", 2, 1, id="DDP on 2"),
+    pytest.param("data", 2, "all", id="FSDP2 on 2"),
+    pytest.param("none", 2, "all", id="FSDP2 on 2, no gate"),
+    pytest.param("data", 4, 2, id="HSDP on 4"),
+    pytest.param("none", 2, 1, id="DDP on 2, no gate", marks=pytest.mark.slow),
+    pytest.param("data", 4, 1, id="DDP on 4", marks=pytest.mark.slow),
+    pytest.param("data", 4, 4, id="FSDP2 on 4", marks=pytest.mark.slow),
+    pytest.param("none", 4, 2, id="HSDP on 4, no gate", marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +48,10 @@ def corpus(tmp_path_factory):
     return write_texts(tmp_path_factory.mktemp("parallel") / "texts")
 
 
-@pytest.fixture(scope="module", params=["none", "data"])
-def forgetting(request, corpus, tmp_path_factory):
-    """(recipe, the run of one process)."""
-    return make_run(corpus, tmp_path_factory.mktemp(request.param), forgetting=request.param)
+@pytest.fixture(scope="module")
+def one_process(corpus, tmp_path_factory):
+    """By forgetting, (recipe, the run of one process); made when it is asked for."""
+    return cache(lambda kind: make_run(corpus, tmp_path_factory.mktemp(kind), forgetting=kind))
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +71,9 @@ def make_run(corpus: str, directory: Path, *, forgetting: str, **changes) -> tup
     return recipe, out
 
 
-@pytest.mark.parametrize(("world", "shard"), FORMS.values(), ids=FORMS)
-def test_every_form_has_the_curve_of_one_process(world, shard, forgetting, tmp_path):
-    recipe, one = forgetting
+@pytest.mark.parametrize(("forgetting", "world", "shard"), FORMS)
+def test_every_form_has_the_curve_of_one_process(forgetting, world, shard, one_process, tmp_path):
+    recipe, one = one_process(forgetting)
     out = tmp_path / "out"
     assert join(start_ranks(recipe, out, world, f"parallel.shard={shard}")) == [0] * world
     assert_close(curve(out), curve(one))
@@ -73,10 +85,13 @@ def test_every_form_has_the_curve_of_one_process(world, shard, forgetting, tmp_p
         assert errors(out, rank).read_text() == ""  # one process speaks
 
 
+@pytest.mark.parametrize("forgetting", ["data", pytest.param("none", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("shard", [1, 2])
-def test_two_processes_with_a_row_each_are_bit_equal_to_one(shard, forgetting, tmp_path):
+def test_two_processes_with_a_row_each_are_bit_equal_to_one(
+    shard, forgetting, one_process, tmp_path
+):
     """a + b = b + a, and nothing else differs, but for the order of the sum in a norm."""
-    recipe, _ = forgetting
+    recipe, _ = one_process(forgetting)
     options = ("train.batch_rows=2", "train.optimizer.clip=null", f"parallel.shard={shard}")
     assert join(start_ranks(recipe, tmp_path / "two", 2, *options)) == [0, 0]
     assert join(start_ranks(recipe, tmp_path / "one", 1, *options[:2])) == [0]
@@ -108,12 +123,18 @@ def test_a_stop_in_a_validation_saves_what_was_trained(run, tmp_path):
     assert_close(curve(out), curve(one))
 
 
-def test_four_processes_then_two_then_one(run, tmp_path):
+@pytest.mark.parametrize(
+    "stops",  # processes, shard, after which step one of them gets a signal, which
+    [[(2, "all", 5, 1)], pytest.param([(4, "all", 5, 2), (2, 1, 9, 1)], marks=pytest.mark.slow)],
+    ids=["two", "four, then two"],
+)
+def test_a_stopped_run_is_resumed_by_fewer_processes(stops, run, tmp_path):
     recipe, one = run
     out = tmp_path / "out"
-    for world, shard, lines, stopped in ((4, "all", 5, 2), (2, 1, 10, 1)):
-        processes = start_ranks(recipe, out, world, f"parallel.shard={shard}")
-        wait_for_lines(out, lines, processes[0])
+    for world, shard, step, stopped in stops:
+        waiting = {stopped: pause(step, SIGNALLED)}
+        processes = start_ranks(recipe, out, world, f"parallel.shard={shard}", rank_code=waiting)
+        wait_for_lines(out, step, processes[0])
         os.kill(processes[stopped].pid, signal.SIGTERM)  # to one of them, and all agree
         assert join(processes) == [143] * world
         logged = [line["step"] for line in curve(out) if line["kind"] == "train"]
@@ -128,7 +149,7 @@ torch.compile = functools.partial(torch.compile, backend="eager")  # all but the
 """
 
 
-@pytest.mark.parametrize("shard", [1, 2])
+@pytest.mark.parametrize("shard", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_compiled_blocks_that_are_made_again_change_nothing(shard, run, tmp_path):
     recipe, one = run
     out = tmp_path / "out"
@@ -143,15 +164,15 @@ def test_compiled_blocks_that_are_made_again_change_nothing(shard, run, tmp_path
 DTYPES = """
 import torch
 from osdn.layers import osdn as layers
-gates, start = layers.OSDN.gates, layers.OSDN.start_precond
-def checked_gates(self, x):
+operands, start = layers.OSDN.operands, layers.OSDN.start_precond
+def checked_operands(self, x, *args, **options):
     assert x.dtype == self.q_proj.weight.dtype == torch.bfloat16, (x.dtype, self.q_proj.weight)
-    assert self.a_proj.bias.dtype == torch.float32
-    return gates(self, x)
+    assert self.gamma_proj.bias.dtype == torch.float32
+    return operands(self, x, *args, **options)
 def checked_start(self):
     assert start(self).dtype == torch.float32
     return start(self)
-layers.OSDN.gates, layers.OSDN.start_precond = checked_gates, checked_start
+layers.OSDN.operands, layers.OSDN.start_precond = checked_operands, checked_start
 """
 
 
@@ -177,16 +198,21 @@ def test_bfloat16_in_compute_with_float32_where_it_matters(run, tmp_path):
     assert not torch.equal(d, d.bfloat16().float())  # learned, and not in bfloat16's steps
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_after_a_kill_of_one_process(run, tmp_path):
     recipe, one = run
     out, random = tmp_path / "out", Random(0)
+    after = random.randrange(1, 14)
+    script = tmp_path / "run.py"
+    first = "os.environ['TORCHELASTIC_RESTART_COUNT'] != '0'"  # the first attempt waits for ever
+    script.write_text(pause(after, first) + "import sys\nfrom osdn.cli.main import main\n"
+                      "if __name__ == '__main__':\n    sys.exit(main())\n")  # fmt: skip
     line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=2",
-            "--standalone", "--monitor-interval=0.1", "-m", "osdn", "train", str(recipe),
+            "--standalone", "--monitor-interval=0.1", str(script), "train", str(recipe),
             "--out", str(out), "parallel.shard=all"]  # fmt: skip
     with (tmp_path / "err").open("wb") as err:
         agent = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=err)
     log, limit = out / "log.jsonl", time.monotonic() + HANG
-    after = random.randrange(1, 14)
     while agent.poll() is None and time.monotonic() < limit:
         if log.exists() and log.read_bytes().count(b"\n") >= after:
             break

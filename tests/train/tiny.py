@@ -22,10 +22,31 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["osdn.cli.train", "osdn.ops.numba"])
 
 
-def start(recipe: Path, out: Path) -> Any:
-    """A process that does what the console command does."""
+def pause(step: int, until: str) -> str:
+    """Code after which a run waits between steps, `step` of them done, until an expression holds.
+
+    What a test does to the run then finds it there, however slow either of the two is. The
+    expression may use os and the loop's `signals`.
+    """
+    return (
+        "import os, time\n"
+        "from osdn.train.trainer import Trainer\n"
+        "asked = Trainer._asked\n"
+        "def wait(self, signals):\n"
+        f"    while self.step == {step} and not ({until}):\n"
+        "        time.sleep(0.005)\n"
+        "    return asked(self, signals)\n"
+        "Trainer._asked = wait\n"
+    )
+
+
+SIGNALLED = "signals.received"
+
+
+def start(recipe: Path, out: Path, code: str = "") -> Any:
+    """A process that runs `code` and does what the console command does."""
     line = ["train", str(recipe), "--out", str(out)]
-    code = f"import sys; from osdn.cli.main import main; sys.exit(main({line!r}))"
+    code += f"\nimport sys; from osdn.cli.main import main; sys.exit(main({line!r}))"
     process = context.Process(target=exec, args=(code, {}))
     process.start()
     return process

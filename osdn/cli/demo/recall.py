@@ -5,12 +5,11 @@ the memory has features. DeltaNet and OSDN start from the same weights and see t
 by seed. This is the experiment `by_pair` of study/recipes/mqar_cpu.yaml.
 """
 
-import json
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from osdn.evals.mqar.grid import CELLS, compare
+from osdn.evals.mqar.grid import CELLS, compare, read_outcome
 from osdn.evals.mqar.recipe import MQARRecipe
 
 NAMES = {"delta_net": "DeltaNet", "osdn": "OSDN"}
@@ -81,6 +80,6 @@ def measure(out: Path, seeds: int) -> Recall:
     compare(recipe, out)
     shares: dict[str, list[list[float]]] = {name: [] for name in NAMES}
     for cell in recipe.cells():
-        outcome = json.loads((out / CELLS / cell.file).read_text())
+        outcome = read_outcome(out / CELLS / cell.file)
         shares[cell.mixer].append(outcome["by_pair"])
     return Recall(shares)

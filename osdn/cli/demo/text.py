@@ -16,10 +16,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from osdn.cli.generate import load
-from osdn.data import open_corpus
+from osdn.data.mixture import parts_of
 from osdn.errors import UserError
 from osdn.train import TrainResult, load_recipe, train
 from osdn.train.recipe import Recipe
+from osdn.train.setup import open_data
 
 VOCABULARY = 2048  # word pieces of the help pages: 3.6 bytes each, most words are one
 SAMPLE = 8_000_000  # UTF-8 bytes of text that the tokenizer is learned from
@@ -117,16 +118,11 @@ def make_tokenizer(recipe: Recipe, out: Path) -> Path:
 
 
 def _sample(recipe: Recipe) -> Iterator[str]:
-    data, size = recipe.data, 0
-    corpus = open_corpus(
-        data.corpus,
-        text_field=data.text_field,
-        separator=data.separator,
-        subset=data.subset,
-        split=data.split,
-    )
-    for document, _ in corpus.read():
-        yield document.text
-        size += len(document.text)
-        if size > SAMPLE:
-            return
+    corpora = parts_of(open_data(recipe.data)[0])
+    for corpus in corpora:
+        size = 0
+        for document, _ in corpus.read():
+            yield document.text
+            size += len(document.text)
+            if size > SAMPLE // len(corpora):
+                break

@@ -8,7 +8,8 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from osdn.evals.mqar.task import MQARModel, Task, check_task
-from osdn.train.recipe import Optimizer, Schedule, Section
+from osdn.model.configuration import MIXERS
+from osdn.train.recipe import Optimizer, Schedule, Section, drop_later_fields
 
 
 class Setting(Section):
@@ -26,7 +27,7 @@ class Setting(Section):
 class Language(Section):
     """What all the tasks share; see osdn.evals.mqar.task.Task."""
 
-    vocab_size: int = 8192
+    vocab_size: int = 8192  # zoology's, as is power
     power: float = 0.01
     random_filler: bool = False
 
@@ -49,7 +50,7 @@ class Training(Section):
     epochs: passes over the training set, at most.
     stop_at: share of right answers in the test set at which training ends before that.
     precision: "float32", or "bfloat16" in compute, under autocast; weights are float32.
-    optimizer, schedule: as in a training recipe, but for the learning rate.
+    optimizer, schedule: as in a training recipe, but for the learning rate; AdamW only.
     device: "auto" (CUDA where there is one), or a PyTorch device name.
     processes: cells trained at a time, each with one thread where there are several.
     """
@@ -59,10 +60,17 @@ class Training(Section):
     epochs: int = Field(default=64, ge=1)
     stop_at: float = Field(default=0.99, gt=0)
     precision: Literal["float32", "bfloat16"] = "float32"
-    optimizer: Optimizer = Optimizer(beta2=0.999)
+    optimizer: Optimizer = Optimizer(beta2=0.999)  # PyTorch's beta2; zoology's schedule
     schedule: Schedule = Schedule(warmup_steps=0, min_ratio=0.0)
     device: str = "auto"
     processes: int = Field(default=1, ge=1)
+
+    @field_validator("optimizer")
+    @classmethod
+    def _adamw(cls, value: Optimizer) -> Optimizer:
+        if value.name != "adamw":
+            raise ValueError(f"name: expected adamw in MQAR, got {value.name!r}")
+        return value
 
 
 class Cell(NamedTuple):
@@ -77,6 +85,7 @@ class Cell(NamedTuple):
     @property
     def file(self) -> str:
         """The name of the file that keeps the cell's outcome."""
+        # A label is free text, and becomes part of a file's name.
         label = re.sub(r"[^\w.-]+", "_", self.mixer)
         return (
             f"{label}-T{self.setting.length}-P{self.setting.pairs}-D{self.width}"
@@ -87,7 +96,8 @@ class Cell(NamedTuple):
 class MQARRecipe(Section):
     """A grid of trainings.
 
-    mixers: label -> {mixer: osdn | delta_net | attention, and options of that layer}.
+    mixers: label -> {mixer: osdn | delta_net | gated_delta_net | attention, and options of that
+        layer}.
     tasks, widths, learning_rates, seeds: the other axes; every mixer gets all of them.
     language, model, train: what the cells share.
     """
@@ -105,9 +115,9 @@ class MQARRecipe(Section):
     @classmethod
     def _kinds(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for label, options in value.items():
-            if options.get("mixer") not in ("osdn", "delta_net", "attention"):
+            if options.get("mixer") not in MIXERS:
                 raise ValueError(
-                    f"{label}: expected mixer: osdn, delta_net or attention, "
+                    f"{label}: expected mixer: one of {', '.join(MIXERS)}, "
                     f"got {options.get('mixer')!r}"
                 )
         return value
@@ -122,6 +132,7 @@ class MQARRecipe(Section):
     @model_validator(mode="after")
     def _buildable(self) -> "MQARRecipe":
         for setting in self.tasks:
+            # All is built once on the meta device: a wrong cell is told before any is trained.
             check_task(self.task(setting))
         for label, width in product(self.mixers, self.widths):
             try:
@@ -129,6 +140,7 @@ class MQARRecipe(Section):
                     self.build(label, width)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"mixers.{label}, width {width}: {error}") from error
+        # Two equal names would be one file, and one outcome for two cells.
         names = [cell.file for cell in self.cells()]
         if len(set(names)) < len(names):
             raise ValueError("two cells of the grid are the same; name each value once")
@@ -159,10 +171,11 @@ class MQARRecipe(Section):
     def describe(self, cell: Cell) -> dict[str, Any]:
         """Everything that a cell's outcome depends on, as plain values."""
         shared = self.model_dump(mode="json", include={"language", "model", "train"})
-        for name in ("device", "processes"):
+        for name in ("device", "processes"):  # they do not change an outcome
             shared["train"].pop(name)
         if self.train.precision == "float32":  # records from before this field name none
             del shared["train"]["precision"]
+        drop_later_fields(shared)
         own = {"label": cell.mixer, **self.mixers[cell.mixer]}
         axes = {"width": cell.width, "learning_rate": cell.learning_rate, "seed": cell.seed}
         return {"mixer": own, "task": cell.setting.model_dump(), **axes, **shared}

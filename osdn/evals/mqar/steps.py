@@ -31,11 +31,13 @@ class Updates:
         self.model, self.clip = model, optimizer.clip
         self.data = [one.to(device) for one in (inputs, at, expected)]
         self.adamw = make_optimizer(model, optimizer)
+        # Counted on the device: reading a loss at each step would wait for it.
         self._finite = torch.zeros((), dtype=torch.int64, device=device)
         self._good = torch.ones((), dtype=torch.bool, device=device)
         self._launched = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
+            # A graph reads addresses: the rate is a tensor, written before each replay.
             self._rate = torch.zeros((), device=device)
             self._stream = torch.cuda.Stream(device)
             for group in self.adamw.param_groups:
@@ -59,6 +61,7 @@ class Updates:
             rows = rows.to(self._rate.device)
             if self._graph is None and self._launched >= WARM_UP:
                 self._record(rows)
+            # The last batch of an epoch may be smaller; it is launched one by one.
             if self._graph is None or rows.shape != self._rows.shape:
                 self._launch(rows)
                 self._launched += 1
@@ -83,7 +86,7 @@ class Updates:
         """One step; the gradients are None before it, so that a replay writes and does not add."""
         inputs, at, expected = (one.index_select(0, rows) for one in self.data)
         loss = F.cross_entropy(self.model(inputs, at), expected.flatten())
-        self._good &= loss.detach().isfinite()
+        self._good &= loss.detach().isfinite()  # false from the first loss on that is not finite
         self._finite += self._good
         loss.backward()
         if self.clip is not None:

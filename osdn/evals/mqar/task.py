@@ -71,13 +71,15 @@ def generate(task: Task, examples: int, *, seed: int, stream: int) -> tuple[Tens
         ValueError: a task that has no instance.
     """
     check_task(task)
+    # Two streams of one seed: training and test sequences never meet.
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(stream,)))
     half, context = task.vocab_size // 2, 2 * task.pairs
     keys = 1 + _choices(rng, examples, np.zeros(half - 1), task.pairs)
     values = half + _choices(rng, examples, np.zeros(half), task.pairs)
-    space = (task.length - context) // 2
+    space = (task.length - context) // 2  # places for queries: every second token after the pairs
+    # a small power: most queries come soon, some late
     log_p = (task.power - 1) * np.log(np.arange(1, space + 1))
-    at = context + 2 * _choices(rng, examples, log_p, task.pairs)
+    at = context + 2 * _choices(rng, examples, log_p, task.pairs)  # [examples, pairs]
 
     inputs = np.zeros((examples, task.length), dtype=np.int64)
     if task.random_filler:
@@ -96,10 +98,13 @@ def _choices(rng: np.random.Generator, rows: int, log_p: np.ndarray, size: int) 
     without replacement (Gumbel-top-k; Vieira 2014, arXiv 1903.06059).
     """
     out = np.empty((rows, size), dtype=np.int64)
+    # Rows at a time: 4 million noises, 32 MB.
     block = max(1, 2**22 // len(log_p))
     for start in range(0, rows, block):
         noisy = log_p + rng.gumbel(size=(len(out[start : start + block]), len(log_p)))
+        # The `size` largest, in no order.
         best = np.argpartition(-noisy, size - 1, axis=1)[:, :size]
+        # And now in falling order.
         order = np.argsort(-np.take_along_axis(noisy, best, axis=1), axis=1)
         out[start : start + block] = np.take_along_axis(best, order, axis=1)
     return out
@@ -134,7 +139,8 @@ class MQARModel(nn.Module):
     Args:
         vocab_size, width: sizes; width is the residual stream's.
         layers: what each layer is, "mixer" or "convolution".
-        mixer: "osdn", "delta_net" or "attention": what the layers called "mixer" are.
+        mixer: "osdn", "delta_net", "gated_delta_net" or "attention": what the layers called
+            "mixer" are.
         options: keyword arguments of osdn.layers.osdn.OSDN or osdn.layers.attention.Attention.
         init_std: standard deviation of the linear layers' and the embedding's initial weights.
         autocast: compute in bfloat16 what torch.autocast says.
@@ -160,14 +166,18 @@ class MQARModel(nn.Module):
         self.embedding = nn.Embedding(vocab_size, width)
         self.norms = nn.ModuleList(nn.RMSNorm(width, eps=1e-6) for _ in layers)
         self.mixers = nn.ModuleList()
+        # No MLP: what is compared is the mixer, and nothing else can remember.
         for layer in layers:
             if layer == "convolution":
                 self.mixers.append(Convolution(width))
             elif mixer == "attention":
                 self.mixers.append(Attention(width, **options))
             else:
+                if mixer == "gated_delta_net":
+                    options = {**options, "state_decay": "data"}
                 self.mixers.append(OSDN(width, adaptive=mixer == "osdn", **options))
         self.norm = nn.RMSNorm(width, eps=1e-6)
+        # zoology's initial values, then the special ones of our layers, which these overwrote.
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=init_std)
@@ -180,11 +190,13 @@ class MQARModel(nn.Module):
     def forward(self, inputs: Tensor, at: Tensor) -> Tensor:
         """Logits [B n, vocabulary] of inputs [B, T], after the n tokens `at` [B, n] of each row."""
         B, T = inputs.shape
+        # [B n], places in the flattened rows
         at = (at + T * torch.arange(B, device=at.device)[:, None]).flatten()
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.autocast):
             x = self.embedding(inputs)
             for norm, mixer in zip(self.norms, self.mixers):
-                x = x + mixer(norm(x))[0]
+                x = x + mixer(norm(x))[0]  # [B, T, D]
+            # Only at the queries: logits of all tokens would be most of the work.
             x = self.norm(x.flatten(0, 1).index_select(0, at))
             return F.linear(x, self.embedding.weight).float()
 
@@ -193,6 +205,7 @@ class MQARModel(nn.Module):
         total = 0
         for mixer in self.mixers:
             if isinstance(mixer, Attention):
+                # Keys and values of every token.
                 total += 2 * length * mixer.num_heads * mixer.head_dim
             else:
                 assert isinstance(mixer, OSDN | Convolution)
@@ -209,8 +222,9 @@ def answers_right(model: nn.Module, inputs: Tensor, labels: Tensor, batch: int) 
     found = []
     for x, y in zip(inputs.split(batch), labels.split(batch)):
         at, expected = asked(y)
-        best = model(x.to(device), at.to(device)).argmax(-1).cpu()
+        best = model(x.to(device), at.to(device)).argmax(-1).cpu()  # [B n]
         right = (best.view_as(expected) == expected).double()
+        # Queries come in any order. Ranks of values give each answer's pair in the row's order.
         values = x[:, 1 : 2 * expected.shape[1] : 2]
         found.append(right.gather(1, expected.argsort(1).gather(1, values.argsort(1).argsort(1))))
     return torch.cat(found)
@@ -218,7 +232,7 @@ def answers_right(model: nn.Module, inputs: Tensor, labels: Tensor, batch: int) 
 
 def asked(labels: Tensor) -> tuple[Tensor, Tensor]:
     """(which tokens of each row ask something, what is right there), [B, pairs] each."""
-    at = (labels != IGNORED).nonzero()[:, 1].view(len(labels), -1)
+    at = (labels != IGNORED).nonzero()[:, 1].view(len(labels), -1)  # equally many in each row
     return at, labels.gather(1, at)
 
 
@@ -266,10 +280,12 @@ def train(
     order = torch.Generator().manual_seed(seed)
     step = 0
     for _ in range(epochs):
+        # a new order each epoch, from the seed
         for rows in torch.randperm(examples, generator=order).split(batch_size):
             step += 1
             updates(rows, learning_rate(step, steps=steps, peak=optimizer.lr, schedule=schedule))
         right = answers_right(model, *test, batch_size)
+        # Read once an epoch: the only wait for the device.
         if (diverged := updates.finite < step) or right.mean() >= stop_at:
             break
     return Outcome(float(right.mean()), right.mean(0).tolist(), updates.finite, diverged)

@@ -57,9 +57,11 @@ class Layout:
         """The same into `out` [R, C, ...], which is returned."""
         C, steps_of = self.C, out.unflatten(0, (j - i, self.active[0], self.H))
         for steps, tokens, width in self._pieces(i, j):
-            into = steps_of[steps]
+            into = steps_of[steps]  # [n, B, H, C, ...], n steps of one width
             if width < C:
+                # Padding of zeros changes neither S nor d (β = 0, k = 0, log γ = 0).
                 into.zero_()
+            # [B, n·width, H, ...] to [n, B, H, width, ...], as a view; the copy casts as well.
             chunks = (
                 x[:, tokens].unflatten(1, (-1, width)).permute(1, 0, 3, 2, *range(4, x.ndim + 1))
             )
@@ -99,35 +101,45 @@ class RaggedLayout(Layout):
         device, C = cu_seqlens.device, self.C
         offsets = cu_seqlens.cpu().long()  # all here is made there, whatever the default device
         lengths = offsets.diff()
+        # Longest first: the sequences that are still running are then the first rows.
         order = lengths.argsort(descending=True, stable=True)
-        chunks = (lengths[order] + C - 1) // C
+        chunks = (lengths[order] + C - 1) // C  # [N], falling
         steps = torch.arange(int(chunks[0]), device="cpu")
+        # [steps]: how many sequences have more than j chunks
         active = len(chunks) - torch.searchsorted(chunks.flip(0), steps, right=True)
-        first = active.cumsum(0) - active
-        step = steps.repeat_interleave(active)
-        rank = torch.arange(len(step), device="cpu") - first[step]
+        first = active.cumsum(0) - active  # [steps]: the chunks before step j
+        step = steps.repeat_interleave(active)  # [chunks], as are rank and all below
+        rank = torch.arange(len(step), device="cpu") - first[step]  # which of the sorted sequences
+        # [chunks, C], where each token of a chunk lies in T
         token = (offsets[order][rank] + C * step)[:, None] + torch.arange(C, device="cpu")
+        # Past a sequence's end lies the next one's first token: padding, not to be read.
         real = token < offsets[order + 1][rank][:, None]
-        slots = real.flatten().nonzero()[:, 0]
+        slots = real.flatten().nonzero()[:, 0]  # [T], the places that hold a token
 
+        # As Python numbers, to cut by without a synchronization; and tensors for the device.
         self.active: list[int] = active.tolist()
         self.first = [*first.tolist(), len(step)]
         self.first_slot = [0, *real.sum(1).cumsum(0).tolist()]
         self.order, self.inverse = order.to(device), order.argsort().to(device)
+        # A place of padding loads some token that exists, and is then set to 0.
         self.token, self.padding = token.clamp(max=T - 1).to(device), ~real.to(device)
         self.slots, self.real_token = slots.to(device), token.flatten()[slots].to(device)
 
     def load_into(self, out: Tensor, x: Tensor, i: int, j: int) -> Tensor:
+        # Chunks of these steps: [b − a, H] rows
         a, b, rest = self.first[i], self.first[j], x.shape[3:]
         tokens = x.reshape(self.T, -1).index_select(0, self.token[a:b].flatten())
         into = out.unflatten(0, (b - a, self.H))
+        # [b − a, C, H, ...] to [b − a, H, C, ...]
         into.copy_(tokens.view(b - a, self.C, self.H, *rest).transpose(1, 2))
+        # Only where some chunk is not full.
         if self.first_slot[b] - self.first_slot[a] < (b - a) * self.C:
             into.masked_fill_(self.padding[a:b].view(b - a, 1, self.C, *[1] * len(rest)), 0)
         return out
 
     def store(self, chunks: Tensor, x: Tensor, i: int, j: int) -> None:
         a, b, rest = self.first[i], self.first[j], x.shape[3:]
+        # Only places that hold a token are written: padding has no place in x.
         start, stop = self.first_slot[a], self.first_slot[b]
         slots = self.slots[start:stop] - a * self.C
         tokens = chunks.view(b - a, self.H, self.C, *rest).transpose(1, 2).to(x.dtype)
@@ -143,6 +155,7 @@ class RaggedLayout(Layout):
 
 def first_rows(x: Tensor, sizes: list[int]) -> list[Tensor]:
     """The first rows of x for each step of the given sizes, which are mostly the same."""
+    # One view a size, not one a step: steps are many, and nearly all of one size.
     views = {n: x[:n] for n in set(sizes)}
     return [views[n] for n in sizes]
 
@@ -150,6 +163,14 @@ def first_rows(x: Tensor, sizes: list[int]) -> list[Tensor]:
 def chunk_size(T: int) -> int:
     """Tokens a chunk of sequences of T: LARGEST_CHUNK, or for short ones the next power of two."""
     C = SMALLEST_CHUNK
+    if isinstance(T, torch.SymInt) and torch.compiler.is_exporting():
+        # Without a branch: each would bound the lengths that the exported program takes. The
+        # factor is 1 up to C tokens, and 2 beyond.
+        size: int | torch.SymInt = C
+        while C < LARGEST_CHUNK:
+            size = size + C * torch.sym_min(1, torch.sym_max(0, T - C))
+            C *= 2
+        return size  # type: ignore[return-value]
     while min(T, LARGEST_CHUNK) > C:
         C *= 2
     return C

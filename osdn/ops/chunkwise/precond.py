@@ -79,8 +79,9 @@ class Chunks(NamedTuple):
 
 def _prepare(p: Chunks, eta: float) -> None:
     """Write L and P, the parallel part."""
-    p.L.baddbmm_(p.z, p.z.mT, beta=0, alpha=eta)
+    p.L.baddbmm_(p.z, p.z.mT, beta=0, alpha=eta)  # [R, C, K] [R, K, C]
     if p.gamma is not None and p.kept is not None:
+        # P, [R, C+1, C+1]; of it L takes P[j+1, t]
         p.L.mul_(stretches(p.gamma, p.kept)[:, 1:, :-1].mT)
 
 
@@ -90,10 +91,13 @@ def forward(p: Chunks, path: Tensor, d: Tensor, options: Options) -> bool:
     d [N·H, K] goes to the end of the group.
     """
     _prepare(p, options.eta)
+    # Most paths never leave the box. So take the one without it, then look.
     start = None if options.precond_min is None else d.clone()
+    # One pass over the group, [R, C, K], and one look; only a violation costs more.
     _without_box(p, path, d, options.eta)
     if start is None or (_inside(path, options) and _inside(d, options)):
         return False
+    # Some chunk left it, and with it all later ones start elsewhere: again, step by step.
     d.copy_(start)
     for rows in p.rows():
         _with_box(p.at(rows), path[rows], d, options)
@@ -102,22 +106,27 @@ def forward(p: Chunks, path: Tensor, d: Tensor, options: Options) -> bool:
 
 def _without_box(p: Chunks, path: Tensor, d: Tensor, eta: float) -> None:
     """path = d_1..d_C as if there were no box; d moves on."""
+    # x starts as η, so that the solve below gives η x. Without γ the terms are summed in place.
     x, terms = p.x.fill_(eta), path if p.kept is None else torch.empty_like(path)
+    # [R, K, C], [R, C, C], [R, 1, C], [R, C, 1], [R, C, K], [R, 1, K]
     pieces = (p.read().mT, p.L, x, x.mT, p.write(), terms[:, :1])
     views = (y.split(p.sizes) for y in pieces)
     steps = zip(first_rows(d.unsqueeze(1), p.sizes), p.decay(), *views)
     for now, decay, read_n, L_n, x_n, column_n, write_n, start in steps:
-        start.copy_(now)
-        x_n.baddbmm_(now, read_n, alpha=-eta)
+        start.copy_(now)  # d_1, [r, 1, K]
+        x_n.baddbmm_(now, read_n, alpha=-eta)  # η (1 − P[1, t] ⟨d_1, z_t⟩): [r, 1, K] [r, K, C]
+        # (I + L) x = that, [r, C, C] [r, C, 1]; column_n is x_n seen as a column.
         solve(L_n, column_n, upper=False, unitriangular=True, out=column_n)
         if decay is not None:
-            now.mul_(decay)
-        now.baddbmm_(x_n, write_n)
+            now.mul_(decay)  # P[1, C+1], [r, 1, 1]
+        now.baddbmm_(x_n, write_n)  # [r, 1, C] [r, C, K]
+    # terms: d_1, then what each token but the last adds, η x_t z_t, [R, C, K].
     torch.mul(p.z[:, :-1], x.mT[:, :-1], out=terms[:, 1:])
     if p.kept is None:
+        # γ = 1: every term stays whole, so d_t is the running sum.
         terms.cumsum_(1)
     else:
-        torch.bmm(p.kept[:, :-1, :-1].mT, terms, out=path)
+        torch.bmm(p.kept[:, :-1, :-1].mT, terms, out=path)  # [R, C, C] [R, C, K]
 
 
 def _with_box(p: Chunks, path: Tensor, d: Tensor, options: Options) -> None:
@@ -125,13 +134,15 @@ def _with_box(p: Chunks, path: Tensor, d: Tensor, options: Options) -> None:
     n = len(p.z)
     start = d[:n].clone()
     _without_box(p, path, d, options.eta)
+    # [r]: d_2..d_C lie in path, d_{C+1} in d. d_1 is given, and no clip acts on it.
     inside = _passing(path[:, 1:], options).flatten(1).all(1) & _passing(d[:n], options).all(1)
-    bad = inside.logical_not_().nonzero()[:, 0]
+    bad = inside.logical_not_().nonzero()[:, 0]  # [n], the rows to repair
     if len(bad):
         gamma = None if p.gamma is None else p.gamma[bad]
-        tokens = _scan(p.z[bad], gamma, start[bad], options)
+        tokens = _scan(p.z[bad], gamma, start[bad], options)  # [C+1, n, K]
         repaired = tokens[:-1].transpose(0, 1)
         path.index_copy_(0, bad, repaired)
+        # The backward reads η x: of the repaired path, not of the one without the box.
         x = 1 - torch.linalg.vecdot(repaired, p.z[bad])
         p.x.index_copy_(0, bad, x.mul_(options.eta).unsqueeze(1))
         d.index_copy_(0, bad, tokens[-1])
@@ -139,20 +150,22 @@ def _with_box(p: Chunks, path: Tensor, d: Tensor, options: Options) -> None:
 
 def _scan(z: Tensor, gamma: Tensor | None, start: Tensor, options: Options) -> Tensor:
     """The recurrence token by token over one chunk, z [R, C, K]: d_1..d_{C+1}, [C+1, R, K]."""
-    z = z.transpose(0, 1).contiguous()
+    z = z.transpose(0, 1).contiguous()  # [C, R, K]: a token's rows lie together
     path = z.new_empty(z.shape[0] + 1, *z.shape[1:])
     path[0] = start
-    pushes = (z * options.eta).unbind(0)
-    gammas = None if gamma is None else gamma.t().unsqueeze(-1).unbind(0)
+    pushes = (z * options.eta).unbind(0)  # C times [R, K]
+    gammas = None if gamma is None else gamma.t().unsqueeze(-1).unbind(0)  # C times [R, 1]
     states, u = path.unbind(0), torch.empty_like(start)
     for t, z_t in enumerate(z.unbind(0)):
         now = states[t]
-        dot = torch.linalg.vecdot(now, z_t).unsqueeze(-1)
+        dot = torch.linalg.vecdot(now, z_t).unsqueeze(-1)  # ⟨d_t, z_t⟩, [R, 1]
+        # u = γ d + η z − η ⟨d, z⟩ z, which is γ d + η x z without x's own rounding.
         if gammas is None:
             torch.add(now, pushes[t], out=u)
         else:
             torch.addcmul(pushes[t], now, gammas[t], out=u)
         u.addcmul_(dot, z_t, value=-options.eta)
+        # d_{t+1}, [R, K]
         torch.clamp(u, options.precond_min, options.precond_max, out=states[t + 1])
     return path
 
@@ -167,57 +180,66 @@ def backward(
     clipped: as forward said.
     """
     z, eta, ends = p.z, options.eta, g.new_empty(len(g), 1, g.shape[-1])
-    passed = _passed(p, path, options) if clipped else None
+    passed = _passed(p, path, options) if clipped else None  # [R, C, K], or None
+    # Σ_i P[1, i] g_i, [R, 1, K]: what the writes of the chunk ask of its d_1.
     direct = g.sum(1, keepdim=True) if p.kept is None else torch.bmm(p.kept[:, :1, :-1], g)
     a = torch.bmm(z, g.mT)  # what becomes η a, [R, 1, C]
+    # ⟨z_t, g_i⟩ [R, C, C], only for i > t, and times P[t+1, i].
     a = a.triu_(1) if p.kept is None else a.mul_(p.kept[:, 1:, :-1])
-    a = a.sum(-1).mul_(eta).unsqueeze(1)
+    a = a.sum(-1).mul_(eta).unsqueeze(1)  # over i
     repairs = []
     # L as the upper triangle of a left side: the same with left=False takes three times as long.
     pieces = (p.write().mT, p.L.mT, a, a.mT, p.read(), direct, ends)
     views = (y.split(p.sizes) for y in pieces)
     steps = list(zip(p.rows(), first_rows(lam.unsqueeze(1), p.sizes), p.decay(), *views))
     for rows, now, decay, write_n, Lt_n, a_n, column_n, read_n, direct_n, end in reversed(steps):
-        end.copy_(now)
-        a_n.baddbmm_(now, write_n, alpha=eta)
+        end.copy_(now)  # g_{C+1}, [r, 1, K], which _later reads
+        a_n.baddbmm_(now, write_n, alpha=eta)  # [r, 1, K] [r, K, C]
+        # (I + L)ᵀ a = that, [r, C, C] [r, C, 1]
         solve(Lt_n, column_n, upper=True, unitriangular=True, out=column_n)
         if decay is not None:
             now.mul_(decay)
-        now.add_(direct_n).baddbmm_(a_n, read_n, alpha=-1)
+        now.add_(direct_n).baddbmm_(a_n, read_n, alpha=-1)  # λ_1: [r, 1, C] [r, C, K]
+        # Where the clip stopped a gradient, the closed form is wrong: those rows token by token.
         if passed is not None:
             bad = _left_box(passed[rows])
             if len(bad):
-                at = bad + rows.start
+                at = bad + rows.start  # among the group's rows
                 gamma = None if p.gamma is None else p.gamma[at]
                 repaired, start = _scan_back(g[at], z[at], gamma, passed[at], ends[at, 0], eta)
+                # The earlier chunks of these rows go on from the λ that is right.
                 lam.index_copy_(0, bad, start)
                 repairs.append((at, repaired))
-    later = _later(p, g.addcmul_(z, a.mT, value=-1), ends, out)
+    later = _later(p, g.addcmul_(z, a.mT, value=-1), ends, out)  # λ_{t+1}, [R, C, K]
     for at, repaired in repairs:
         later.index_copy_(0, at, repaired)
         a.index_copy_(0, at, torch.linalg.vecdot(repaired, z[at]).mul_(eta).unsqueeze(1))
+    # γ_t ⟨λ_{t+1}, d_t⟩, [R, C]
     dlog_gamma = None if p.gamma is None else torch.linalg.vecdot(later, path).mul_(p.gamma)
+    # x holds η x and a holds η a, [R, 1, C] each.
     return later.mul_(p.x.mT).addcmul_(path, a.mT, value=-1), dlog_gamma
 
 
 def _later(p: Chunks, g: Tensor, ends: Tensor, out: Tensor) -> Tensor:
     """Σ_{i>t} P[t+1, i] g_i for every t, [R, C, K], in `out`, with g_{C+1} = ends, [R, 1, K]."""
     if p.kept is None:
+        # γ = 1: the sum over later tokens is the total less the sum up to t.
         torch.cumsum(g, 1, out=out)
         return torch.sub(out[:, -1:] + ends, out, out=out)
-    torch.bmm(p.kept[:, 1:, :-1], g, out=out)
+    torch.bmm(p.kept[:, 1:, :-1], g, out=out)  # [R, C, C] [R, C, K]
     return out.addcmul_(p.kept[:, 1:, -1:], ends)
 
 
 def _passed(p: Chunks, path: Tensor, options: Options) -> Tensor | None:
     """1 where clip passed u = γ d + η x z unchanged, else 0, in z's dtype; None if everywhere."""
-    u = path if p.gamma is None else path * p.gamma.unsqueeze(-1)
+    u = path if p.gamma is None else path * p.gamma.unsqueeze(-1)  # γ d, [R, C, K]
+    # From the d and η x that the forward saved, in the accumulation dtype: a rounded d would lie.
     passing = _passing(torch.addcmul(u, p.z, p.x.mT), options)
     return None if bool(passing.all()) else passing.to(path.dtype)
 
 
 def _left_box(passed: Tensor) -> Tensor:
-    return (passed.flatten(1).amin(1) == 0).nonzero()[:, 0]
+    return (passed.flatten(1).amin(1) == 0).nonzero()[:, 0]  # [n]
 
 
 def _scan_back(
@@ -227,14 +249,15 @@ def _scan_back(
 
     l_t = λ_{t+1} ⊙ passed_t,  λ_t = g_t + γ_t l_t − η ⟨l_t, z_t⟩ z_t.
     """
-    g, z, passed = (y.transpose(0, 1).contiguous() for y in (g, z, passed))
+    g, z, passed = (y.transpose(0, 1).contiguous() for y in (g, z, passed))  # [C, R, K]
     clipped = torch.empty_like(passed)
     gammas = None if gamma is None else gamma.t().unsqueeze(-1).unbind(0)
     tokens = list(zip(g.unbind(0), z.unbind(0), passed.unbind(0), clipped.unbind(0)))
     for t in reversed(range(len(tokens))):
         g_t, z_t, passed_t, l_t = tokens[t]
+        # The clip first, since it came last in the forward.
         torch.mul(lam, passed_t, out=l_t)
-        a = torch.linalg.vecdot(l_t, z_t).unsqueeze(-1)
+        a = torch.linalg.vecdot(l_t, z_t).unsqueeze(-1)  # [R, 1]
         torch.addcmul(g_t, a, z_t, value=-eta, out=lam)
         if gammas is None:
             lam.add_(l_t)

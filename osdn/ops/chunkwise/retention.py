@@ -17,8 +17,9 @@ def stretches(retention: Tensor, out: Tensor) -> Tensor:
     C = retention.shape[1]
     outside = retention.new_ones(C + 1, C + 1).tril_(-1)[:, :-1]  # [C+1, C]: tokens i < r
     factors = torch.addcmul(outside, 1 - outside, retention[:, None])  # [R, C+1, C]
+    # Along a row the tokens before r count as 1, so that the product begins at r.
     torch.cumprod(factors, -1, out=out[:, :, 1:])
-    out[:, :, 0] = 1
+    out[:, :, 0] = 1  # the empty stretch; triu_ leaves it only where r = c = 0
     return out.triu_()
 
 
@@ -38,7 +39,8 @@ class Decay(NamedTuple):
     @staticmethod
     def of(alpha: Tensor) -> Decay:
         R, C = alpha.shape
-        P = stretches(alpha, alpha.new_empty(R, C + 1, C + 1))
+        P = stretches(alpha, alpha.new_empty(R, C + 1, C + 1))  # [R, C+1, C+1]
+        # A write of j has its own α behind it (decay comes first), hence the shift by one.
         return Decay(P[:, 1:, 1:].mT, P[:, 0, 1:], P[:, 1:, -1], P[:, :1, -1:])
 
 

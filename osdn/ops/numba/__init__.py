@@ -33,6 +33,7 @@ from osdn.ops.packing import check_cu_seqlens
 WORTH_A_THREAD = 1 << 19  # elements of S visited (tokens × heads × K × V): about 30 µs of work
 _pools: dict[int, ThreadPoolExecutor] = {}
 if hasattr(os, "register_at_fork"):
+    # A forked child has the pools' objects but none of their threads: it would wait for ever.
     os.register_at_fork(after_in_child=_pools.clear)
 
 
@@ -44,7 +45,9 @@ def forward(
     saved = saved_like(operands, options, save)
     o = v.new_empty(v.shape, dtype=operands.dtype)
     final_state, final_precond = _copied(initial_state), _copied(initial_precond)
+    # The order is the one that walk.forward unpacks; absent tensors are arrays of size 0.
     given = _flat(operands.dtype, q, k, v, beta, log_gamma, decay=log_alpha)
+    # Written in place: the kernels start from the initial states and leave the final ones.
     out = _flat(operands.dtype, o, *saved, final_state, final_precond)
     _walk(walk.forward, operands, (_numbers(options, log_gamma), given, out))
     return o.to(v.dtype), final_state, final_precond, saved
@@ -71,12 +74,14 @@ def backward(
         None if x is None else x.new_empty(x.shape) for x in (log_gamma, log_alpha)
     )
     dstate, dprecond = _copied(dfinal_state), _copied(dfinal_precond)
+    # v and dS are read for log α's gradient only: without it they need not be copied.
     only_with_decay = (None, None) if log_alpha is None else (v, dfinal_state)
     given = _flat(dtype, do, q, k, only_with_decay[0], beta, log_gamma, decay=log_alpha)
     given += _flat(dtype, initial_state, initial_precond, e, only_with_decay[1])
     out = _flat(dtype, dq, dk, dv, dbeta, dlog_gamma, decay=dlog_alpha)
     out += _flat(dtype, dstate, dprecond)
     _walk(walk.backward, operands, (_numbers(options, log_gamma), given, out))
+    # The gates' gradients are in the accumulation dtype already, as the gates are.
     tokens = dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbeta, dlog_gamma, dlog_alpha
     return [*(x for x in tokens if x is not None), dstate, dprecond]
 
@@ -85,6 +90,7 @@ def step(token: Token, options: Options) -> Tensor:
     """o [B, H, V] for one token; state [P, H, K, V] and precond [P, H, K] change in place."""
     q, k, v, beta, log_gamma, log_alpha, state, precond, *_ = token
     (B, H, V), K, dtype = v.shape, k.shape[-1], state.dtype
+    # Row i in place i; else wherever the pool keeps it.
     if token.slots is None:
         read = write = np.arange(B)
         o = v.new_empty(v.shape, dtype=dtype)
@@ -102,6 +108,7 @@ def step(token: Token, options: Options) -> Tensor:
 
 def _copied(x: Tensor) -> Tensor:
     """A contiguous copy, made by this thread."""
+    # NumPy's copy, not PyTorch's: see the module on OpenMP threads.
     copy = x.new_empty(x.shape)
     np.copyto(copy.numpy(), x.detach().numpy())
     return copy
@@ -136,6 +143,7 @@ def _pool(x: Tensor) -> ndarray:
     if x.is_contiguous():
         return x.numpy().reshape(-1)
     row = x[0].numel()
+    # Without the gap after the last place, which may lie outside of the storage.
     return x.as_strided(((len(x) - 1) * x.stride(0) + row,), (1,)).numpy()
 
 
@@ -153,11 +161,13 @@ def _walk(kernel: Callable, operands: Operands, arguments: tuple) -> None:
     """kernel(jobs, bounds, sizes, *arguments) for all heads of all sequences."""
     (B, T, H, V), K, cu_seqlens = operands.v.shape, operands.k.shape[-1], operands.cu_seqlens
     if cu_seqlens is None:
+        # A batch is a pack of equal sequences.
         bounds = np.arange(B + 1) * T
     else:
         # Under torch.compile nobody has checked them; wrong ones would crash.
         check_cu_seqlens(cu_seqlens, operands.v)
         bounds = cu_seqlens.to(torch.int64).numpy()
+    # Heads are independent, so they are what threads share.
     jobs = (len(bounds) - 1) * H
     _run(kernel, jobs, B * T * H * K * V, (bounds, (H, K, V), *arguments))
 
@@ -169,10 +179,11 @@ def _run(kernel: Callable, jobs: int, work: int, arguments: tuple) -> None:
     if threads <= 1 or not threading.main_thread().is_alive():
         kernel((0, jobs), *arguments)
         return
+    # Two parts a thread: sequences differ in length, and the second part evens it out.
     parts = min(jobs, 2 * threads)
     edges = [jobs * part // parts for part in range(parts + 1)]
     if threads not in _pools:
         _pools[threads] = ThreadPoolExecutor(threads, "osdn")
     run = [_pools[threads].submit(kernel, edge, *arguments) for edge in pairwise(edges)]
     for part in run:
-        part.result()
+        part.result()  # waits, and raises what the kernel raised

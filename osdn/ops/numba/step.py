@@ -24,15 +24,20 @@ def step(jobs, sizes, rule, given, out, places):
     o, state, precond = out
     read, write, state_stride, precond_stride = places
     W, moves = lanes(k), rule[5]
+    # d_1 and d_2 are all there is, so two rows.
     S, w, d = scratch(k, K, W), scratch(k, 1, K), scratch(k, 2, K)
+    # No residuals are kept: an array of size 0 tells the panel so.
     none, alphas = o[:0], retentions_like(log_alpha, k)
     wide = -(-K // W) * W if moves else 0
     for job in range(jobs[0], jobs[1]):
         b, h = divmod(job, H)
+        # An empty row of a batch of fixed size.
         if read[b] < 0 or write[b] < 0:
             continue
+        # The same code as a block of one token: decoding gives the forward's bits.
         begin(d, 0, precond, read[b] * precond_stride + h * K, K)
         if moves:
+            # Row `job` of q, k and v, since T = 1
             preconditioners(d, 0, job, 1, sizes, rule, k, beta, log_gamma)
         retentions(alphas, log_alpha, job, 1, H)
         source = read[b] * state_stride + h * K * V

@@ -28,7 +28,7 @@ class Vector(types.Type):
     """As many numbers of one dtype as fill BYTES, in registers: load, store, spread, fma below."""
 
     def __init__(self, dtype):
-        self.dtype, self.lanes = dtype, BYTES * 8 // dtype.bitwidth
+        self.dtype, self.lanes = dtype, BYTES * 8 // dtype.bitwidth  # 32 of float32, 16 of float64
         scalar = ir.FloatType() if dtype.bitwidth == 32 else ir.DoubleType()
         self.llvm = ir.VectorType(scalar, self.lanes)
         super().__init__(name=f"Vector({dtype}x{self.lanes})")
@@ -37,6 +37,7 @@ class Vector(types.Type):
         """x as a vector: itself, or the number converted and put in every lane."""
         if isinstance(kind, Vector):
             return x
+        # How LLVM says "the same number in every lane": into lane 0, then shuffled everywhere.
         x, empty = context.cast(builder, x, kind, self.dtype), ir.Constant(self.llvm, ir.Undefined)
         first = ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), None)
         return builder.shuffle_vector(builder.insert_element(empty, x, first.type.element(0)),
@@ -51,6 +52,7 @@ class VectorModel(models.PrimitiveModel):
         super().__init__(manager, vector, vector.llvm)
 
 
+# No bounds check, and no wrap for negative indices: this is the inner loop.
 def _address(context, builder, kind, args, pointee):
     """The address of array[index], typed; args are the array, the index and more."""
     data = context.make_array(kind)(context, builder, args[0]).data
@@ -78,6 +80,7 @@ def load_all(typing, array, index):
     vector = Vector(array.dtype)
 
     def emit(context, builder, sig, args):
+        # Aligned to a number, not to a vector: rows of K numbers begin anywhere.
         address = _address(context, builder, array, args, vector.llvm)
         return builder.load(address, align=array.dtype.bitwidth // 8)
 
@@ -102,6 +105,7 @@ def load_some(typing, array, index, count):
     vector = Vector(array.dtype)
 
     def emit(context, builder, sig, args):
+        # Through a slot on the stack, whose other lanes are zero already.
         slot = cgutils.alloca_once_value(builder, vector.llvm(None))
         builder.store(vector.llvm(None), slot)
         address = _address(context, builder, array, args, vector.llvm)
@@ -144,6 +148,7 @@ def prefetch(typing, array, index):
     def emit(context, builder, sig, args):
         byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [byte] + [number] * 3)
+        # A hint: it reads nothing and cannot fault, so a row past the end may be asked for.
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
         address = _address(context, builder, array, args, ir.IntType(8))
         builder.call(function, [address, number(0), number(3), number(1)])
@@ -169,6 +174,7 @@ def fma(typing, a, b, c):
     """a b + c, rounded once where the machine has an instruction for it."""
 
     def combine(builder, vector, *abc):
+        # fmuladd and not fma: on a machine without the instruction fma is a call a lane.
         name = f"llvm.fmuladd.v{vector.lanes}f{vector.dtype.bitwidth}"
         kind = ir.FunctionType(vector.llvm, [vector.llvm] * 3)
         return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), abc)
@@ -181,6 +187,7 @@ def choose(typing, u, low, high, below, within, above):
     """below where u < low, above where u > high, within elsewhere (a NaN is within)."""
 
     def combine(builder, vector, u, low, high, below, within, above):
+        # Ordered comparisons are false for a NaN, which thus passes as it is.
         capped = builder.select(builder.fcmp_ordered(">", u, high), above, within)
         return builder.select(builder.fcmp_ordered("<", u, low), below, capped)
 
@@ -193,6 +200,7 @@ def total(typing, x):
 
     def emit(context, builder, sig, args):
         (y,), count = args, x.lanes
+        # By halves, and not from left to right: shorter chains, and a smaller rounding error.
         while count > 1:
             count //= 2
             kind = ir.VectorType(ir.IntType(32), count)
@@ -204,6 +212,7 @@ def total(typing, x):
     return x.dtype(x), emit
 
 
+# error_model "numpy": no check for a division by zero in the loops.
 inlined = njit(nogil=True, error_model="numpy")
 
 
@@ -214,6 +223,7 @@ def entry(function):
     machine code comes from goes into its name.
     """
     text = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    # numba names its cache files after this.
     function.__qualname__ += "_" + hashlib.sha256(text).hexdigest()[:16]
     try:
         compiled: Any = njit(nogil=True, error_model="numpy", cache=True)(function)
@@ -266,6 +276,7 @@ def scratch(like, rows, columns):
     """Unwritten rows of `columns` numbers padded to whole vectors, aligned to a cache line."""
     W = lanes(like)
     line = 64 // like.itemsize
+    # A line more than needed, so that the start can be moved to a line's border.
     array = np.empty(rows * (-(-columns // W) * W) + line, like.dtype)
     skip = (-array.ctypes.data % 64) // like.itemsize
     return array[skip:]

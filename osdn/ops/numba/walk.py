@@ -40,28 +40,36 @@ from osdn.ops.numba.vectors import (
 def forward(jobs, bounds, sizes, rule, given, out):
     """The jobs from jobs[0] to jobs[1]: given (q, k, v, beta, log γ, log α), out (o, e, state,
     precond), of which the last two hold the start before and the end after."""
+    # Scratch memory of this thread, once for all its jobs: S is a panel, d a block of rows.
     H, K, V = sizes
     q, k, v, beta, log_gamma, log_alpha = given
     o, e, state, precond = out
     W, moves, arrays = lanes(k), rule[5], (q, k, v, beta, o, e, state)
     S, w, d = scratch(k, K, W), scratch(k, 1, K), scratch(k, BLOCK + 1, K)
     alphas = retentions_like(log_alpha, k)
-    wide = -(-K // W) * W if moves else 0
+    wide = -(-K // W) * W if moves else 0  # of a row of d; 0: all tokens share the one row
     job = jobs[0]
     while job < jobs[1]:
+        # All heads of one sequence that this thread has.
         n, h = divmod(job, H)
         stop = job + min(H - h, jobs[1] - job)
+        # Blocks outside, heads inside: a block's rows are in the cache for all heads.
         for t in range(bounds[n], bounds[n + 1], BLOCK):
             T = min(BLOCK, bounds[n + 1] - t)
             for j in range(job, stop):
+                # j holds n H already: row of token t, head j − n H
                 first, at = (t - n) * H + j, j * K * V
+                # States live in the outputs: the next block finds there what this one leaves.
                 begin(d, 0, precond, j * K, K)
+                # Stage 1: d of every token of the block, [T + 1, wide].
                 if moves:
                     preconditioners(d, 0, first, T, sizes, rule, k, beta, log_gamma)
                 retentions(alphas, log_alpha, first, T, H)
+                # Stage 2: the memory, W columns at a time.
                 for p in range(0, V, W):
                     forward_panel(p, at, at, first, T, sizes, rule[4], d, wide, alphas, S, w,
                                   arrays)  # fmt: skip
+                # d after the block's last token.
                 for i in range(0, K, W):
                     store(precond, j * K + i, load_all(d, T * wide + i), K - i)
         job = stop
@@ -76,18 +84,23 @@ def backward_sequence(n, jobs, bounds, sizes, rule, given, out, scratches):
     G, w, r, alphas = scratches
     W, scale, moves = lanes(k), rule[4], rule[5]
     heads, begins, ends = jobs[1] - jobs[0], bounds[n], bounds[n + 1]
+    # d of all tokens at once, T × K a head: the reversed scan needs it from the end.
     rows, panels = ends - begins + 1 if moves else 1, -(-K // W)
     wide, length = panels * W if moves else 0, rows * panels * W
+    # [heads, rows, wide] and Sᵀ, [heads, panels, V, W]
     d, S = scratch(k, heads * rows, K), scratch(k, heads * panels * V, W)
+    # The starts: d_1, and S_0 panel by panel.
     for j in range(jobs[0], jobs[1]):
         begin(d, (j - jobs[0]) * length, precond, j * K, K)
         for p in range(panels):
             transpose(S, ((j - jobs[0]) * panels + p) * V * W, state, j, p * W, K, V)
+    # Stage 1 again, first token first: d_2 .. d_{T+1}.
     for t in range(begins, ends if moves else begins, BLOCK):
         for j in range(jobs[0], jobs[1]):
             at = (j - jobs[0]) * length + (t - begins) * wide
             first, T = (t - n) * H + j, min(BLOCK, ends - t)
             preconditioners(d, at, first, T, sizes, rule, k, beta, log_gamma)
+    # The reversed scans, last block first: phase 2's over G, then phase 1's over λ.
     for t in range(begins + (ends - begins - 1) // BLOCK * BLOCK, begins - 1, -BLOCK):
         for j in range(jobs[0], jobs[1]):
             at = (j - jobs[0]) * length + (t - begins) * wide
@@ -98,7 +111,9 @@ def backward_sequence(n, jobs, bounds, sizes, rule, given, out, scratches):
                                 (q, k, beta, e, do), (dk, dv, dbeta, dstate))  # fmt: skip
             backward_precond(j, first, T, sizes, rule, d, at, wide, r, k, beta, log_gamma,
                              (dk, dbeta, dlog_gamma, dprecond))  # fmt: skip
+    # The reads need S_t, so a last pass goes forward again, once dv is known.
     for t in range(begins, ends, BLOCK):
+        # Last log α: a sum over what the passes above have found.
         for j in range(jobs[0], jobs[1]):
             at = (j - jobs[0]) * length + (t - begins) * wide
             first, T = (t - n) * H + j, min(BLOCK, ends - t)
@@ -120,6 +135,7 @@ def backward(jobs, bounds, sizes, rule, given, out):
     v and the gradient of the final state are used only with log α."""
     H, K = sizes[:2]
     k, log_alpha = given[2], given[6]
+    # a panel of G, w, and r or λ
     rows = scratch(k, K, lanes(k)), scratch(k, 1, K), scratch(k, 1, K)
     scratches = (*rows, retentions_like(log_alpha, k))
     job = jobs[0]

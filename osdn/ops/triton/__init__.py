@@ -2,8 +2,9 @@
 
 Phase 1 makes the preconditioner's path from the keys alone: in chunks (`precond_forward`,
 `precond_backward`), and token by token from where a box clips it (`precond_tokens`). `write_keys`
-turns it into the operands of phase 2, which walks the memory (`memory_forward`, `memory_backward`).
-`decode` is one token. docs/explanation/kernels.md says what each kernel reads, writes and costs.
+turns it into the operands of phase 2, which walks the memory (`memory_forward`, `memory_backward`,
+`memory_gradients`). `decode` is one token. docs/explanation/kernels.md says what each kernel reads,
+writes and costs.
 """
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from osdn.ops.operands import Operands, Options, Token
 from osdn.ops.triton.chunks import CHUNK, Chunks, chunk_bound, cut, on_device, span_bound
-from osdn.ops.triton.memory_backward import gradients, memory_reverse
+from osdn.ops.triton.gates import Decay
+from osdn.ops.triton.memory_backward import memory_reverse
 from osdn.ops.triton.memory_forward import memory, transitions_like
+from osdn.ops.triton.memory_gradients import gradients
 from osdn.ops.triton.precond_backward import chunk_scan_reverse
 from osdn.ops.triton.precond_forward import chunk_scan, inverse_like
 from osdn.ops.triton.precond_segments import transfers_like
@@ -26,11 +29,12 @@ def forward(
     operands: Operands, options: Options, save: bool
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """(o, final_state, final_precond, saved); the contract is osdn.ops.registration's."""
-    q, k, v, beta, log_gamma, _, initial_state, initial_precond, cu_seqlens = operands
+    q, k, v, beta, log_gamma, log_alpha, initial_state, initial_precond, cu_seqlens = operands
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     with on_device(q):
         chunks = cut(q.shape[0], q.shape[1], cu_seqlens)
-        x, starts, w, A, clipped = _intermediates(k, beta, initial_precond, cu_seqlens)
+        x, starts, w, A, clipped, *pair = _intermediates(operands)
+        memory_decay = Decay(*pair)
         e, kept = _residuals(k, v, cu_seqlens) if save else (None, None)
         gates = (k, beta, log_gamma)
         if cu_seqlens is not None:
@@ -42,22 +46,27 @@ def forward(
             inverse, M = _solve_like(k, cu_seqlens, constant=True)
         else:
             precond, inverse, M = chunk_scan(*gates, initial_precond, x, starts, chunks, options)
-        write_keys(*gates, x, starts, w, A, clipped, chunks, options, repair=False)
+        made = (*gates, log_alpha, x, starts, w, A, memory_decay, clipped, chunks, options)
+        write_keys(*made, repair=False)
         if options.precond_min is not None:  # both return at once where no token left the box
             token_scan(*gates, w, x, starts, precond, clipped, chunks, options)
-            write_keys(*gates, x, starts, w, A, clipped, chunks, options, repair=True)
-        o, state, transitions = memory(q, k, w, v, A, initial_state, e, kept, chunks, options)
+            write_keys(*made, repair=True)
+        given = None if log_alpha is None else memory_decay
+        o, state, transitions = memory(
+            q, k, w, v, A, given, initial_state, e, kept, chunks, options
+        )
     if e is None or kept is None:
         return o, state, precond, []
-    return o, state, precond, [x, starts, w, A, clipped, e, kept, inverse, M, transitions]
+    saved = [x, starts, w, A, clipped, *memory_decay, e, kept, inverse, M, transitions]
+    return o, state, precond, saved
 
 
 def saved_like(operands: Operands, options: Options, save: bool) -> list[Tensor]:
     """Empty: `_intermediates`, `_residuals`, phase 1's solve, the segments' maps of the memory."""
     if not save:
         return []
-    q, k, v, beta, log_gamma, _, _, initial_precond, cu_seqlens = operands
-    made = _intermediates(k, beta, initial_precond, cu_seqlens)
+    q, k, v, _, log_gamma, *_, cu_seqlens = operands
+    made = _intermediates(operands)
     solve = _solve_like(k, cu_seqlens, options.constant_precond(log_gamma is not None))
     residuals = _residuals(k, v, cu_seqlens)
     return [*made, *residuals, *solve, transitions_like(q, v, cu_seqlens)]
@@ -78,19 +87,22 @@ def _solve_like(k: Tensor, cu_seqlens: Tensor | None, constant: bool) -> tuple[T
     return inverse_like(k), transfers_like(k, cu_seqlens)
 
 
-def _intermediates(
-    k: Tensor, beta: Tensor, precond: Tensor, cu_seqlens: Tensor | None
-) -> list[Tensor]:
-    """Empty x [B, T, H], d [chunks, H, K], w [B, T, H, K], A [B, T, H, CHUNK], and
-    clipped [N, H] int32: with a box, the number of the first chunk where d left it, or the bound.
+def _intermediates(operands: Operands) -> list[Tensor]:
+    """Empty x [B, T, H], d [chunks, H, K], w [B, T, H, K], A [B, T, H, CHUNK],
+    clipped [N, H] int32: with a box, the number of the first chunk where d left it, or the bound;
+    the two tensors of `Decay`, of no size without log_alpha.
     """
+    k, beta, precond, cu_seqlens = operands.k, operands.beta, operands.initial_precond, operands[-1]
     B, T, H, K = k.shape
+    decaying = 0 if operands.log_alpha is None else T
     return [
         beta.new_empty(beta.shape),
         beta.new_empty(chunk_bound(B, T, cu_seqlens), H, K),
         k.new_empty(k.shape),
         k.new_empty(B, T, H, CHUNK),
         precond.new_empty(precond.shape[:2], dtype=torch.int32),
+        k.new_empty(B, decaying, H, CHUNK),
+        beta.new_empty(B, decaying, H, 2),
     ]
 
 
@@ -103,16 +115,19 @@ def backward(
     options: Options,
 ) -> list[Tensor]:
     """The gradients of operands.differentiable(), in its order."""
-    q, k, _, beta, log_gamma, _, _, _, cu_seqlens = operands
-    x, starts, w, A, clipped, e, kept, inverse, M, transitions = saved
+    q, k, _, beta, log_gamma, log_alpha, _, _, cu_seqlens = operands
+    x, starts, w, A, clipped, *pair, e, kept, inverse, M, transitions = saved
+    decay = None if log_alpha is None else Decay(*pair)
     q, k, do = q.contiguous(), k.contiguous(), do.contiguous()
     dfinal_state, dfinal_precond = dfinal_state.contiguous(), dfinal_precond.contiguous()
     with on_device(q):
         chunks = cut(q.shape[0], q.shape[1], cu_seqlens)
-        dv, dw, dstate = memory_reverse(
-            q, k, w, A, e, do, dfinal_state, transitions, chunks, options
+        dv, dw, dstate, parts = memory_reverse(
+            q, k, w, A, decay, e, do, dfinal_state, transitions, chunks, options
         )
-        dq, dk = gradients(w, e, do, dv, kept, chunks, options)
+        dq, dk, dlog_alpha = gradients(
+            q, k, w, log_alpha, decay, e, do, dv, kept, parts, chunks, options
+        )
         gates = (k, beta, log_gamma)
         dbeta = torch.empty_like(beta)
         dlog_gamma = None if log_gamma is None else torch.empty_like(beta)
@@ -124,7 +139,7 @@ def backward(
         dprecond = chunk_scan_reverse(
             *gates, x, starts, inverse, M, dw, dfinal_precond, *found, clipped, chunks, options
         )
-    gates_given = [dbeta] if dlog_gamma is None else [dbeta, dlog_gamma]
+    gates_given = [x for x in (dbeta, dlog_gamma, dlog_alpha) if x is not None]
     return [dq, dk, dv, *gates_given, dstate, dprecond]
 
 

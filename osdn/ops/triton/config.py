@@ -3,8 +3,6 @@
 Fixed rather than autotuned, so that a first call compiles each kernel once and results do not
 depend on timings; chosen by benchmarks/op_gpu.py on an H100 at K = V = 128
 (docs/explanation/kernels.md).
-`gradients` with {"num_warps": 4, "num_stages": 1, "BK": 64, "BV": 128} took 0.79 ms instead of 1.02
-there; its results have not been compared with float64 on a GPU yet.
 """
 
 from functools import cache
@@ -23,7 +21,7 @@ CONFIG: dict[str, dict[str, Any]] = {
     "write_keys": {"num_warps": 1, "BK": 32},
     "memory": {"num_warps": 8, "num_stages": 2, "BV": 128},
     "memory_reverse": {"num_warps": 8, "num_stages": 2, "BV": 128},
-    "gradients": {"num_warps": 8, "num_stages": 1, "BK": 128, "BV": 128},
+    "gradients": {"num_warps": 4, "num_stages": 1, "BK": 64, "BV": 128},
     "couple": {"num_warps": 4, "BK": 128},
     "scan_reverse": {"num_warps": 4, "STAGES": 4},
     "precond_gradients": {"num_warps": 4, "BK": 32, "maxnreg": 128},
@@ -50,6 +48,9 @@ FLOAT32: dict[str, dict[str, Any]] = {
     "scan_reverse": {"num_warps": 8, "STAGES": 2},
     "precond_gradients": {"num_warps": 8, "BK": 32},
 }
+WIDE_FLOAT32: dict[str, dict[str, Any]] = {  # both
+    "gradients": {"num_warps": 8, "num_stages": 1, "BK": 16, "BV": 64},
+}
 # Shared memory a block, in bytes. `memory_reverse` takes 224 KiB with two stages, as an H100 has,
 # and 112 KiB with one: with less than the first no loads are pipelined, with less than the second
 # its blocks of V are halved.
@@ -58,7 +59,10 @@ PIPELINE_BYTES, WHOLE_BYTES = 227 * 1024, 120 * 1024
 
 def launch(name: str, x: Tensor, K: int, V: int = 1) -> dict[str, Any]:
     """The keyword arguments of one kernel's launch for head sizes K and V and data like x."""
-    special = FLOAT32 if x.dtype == torch.float32 else WIDE if max(K, V) > 128 else {}
+    wide = max(K, V) > 128
+    special = FLOAT32 if x.dtype == torch.float32 else WIDE if wide else {}
+    if special is FLOAT32 and wide:
+        special = FLOAT32 | WIDE_FLOAT32
     config = dict(special.get(name, CONFIG[name]))
     for block, size in (("BK", K), ("BV", V)):
         if block in config:

@@ -1,186 +1,219 @@
 """The short convolution's kernels: sums, SiLU and the norm in one pass over x.
 
-A program takes BLOCK rows of one head (of BD features where nothing is normed). The W shifted reads
-of a row come from the cache but for the first. The backward makes u = Σ_j w_j ⊙ x_{t−W+1+j} again:
-one kernel writes du in float32 and each program's part of dweight, another sums du over the W rows
-that read a row. Row t − j is read where no sequence starts in t − j + 1 .. t.
+    u_t = Σ_j w_{W−1−j} ⊙ x_{t−j},   z = silu(u),   y = z / sqrt(Σ_head z² + ε) with a norm
+
+    dx_t = Σ_j w_{W−1−j} ⊙ du_{t+j},   dw_{W−1−j} = Σ_t du_t ⊙ x_{t−j}
+
+A program takes one head (or 128 features where nothing is normed) of RUNS runs of LENGTH tokens and
+walks along all runs at once, one token of each at a time: tiles are [RUNS, BD]. The forward walks
+forwards with the last W inputs in registers; the backward walks backwards with these inputs, dx of
+the last W tokens while it is summed, and dw. So x, dy and dx pass through memory once, but for the
+W−1 tokens between two runs, which both take. All sums are float32.
+
+Packed, ages [T] int32 says how many tokens of its own sequence stand before a token, at most W−1:
+token t reads t − j where ages[t] ≥ j. Grid: B · blocks of RUNS · LENGTH tokens · heads.
 """
 
+# Tuples of tiles grow as the kernels are compiled, and Triton has no (*tuple, x).
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, misc"
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from osdn.ops.convolution import L2_EPS, starts_of
+from osdn.ops.convolution import L2_EPS, ages_of
 from osdn.ops.triton.chunks import on_device
 
-ELEMENTS = 2048  # of a program's tile
-WARPS = 2
-ROWS = 128  # at least, of a program of the backward, which writes one part of dweight
+# Numbers of a tile, tokens of a run, warps of a program; measured on an H200
+# (docs/log/2026-11-28-training.md). The backward makes du of W−1 more tokens than a run has.
+FORWARD = {"elements": 512, "length": 32, "warps": 2}
+BACKWARD = {"elements": 512, "length": 128, "warps": 4}
 
 
 @triton.jit
-def _sums(x, weight, starts, rows, o_d, T, D, D_END,
-          W: tl.constexpr, PACKED: tl.constexpr):  # fmt: skip
-    """u of these rows in float32; x points to the sequence's first row."""
-    inside = rows < T
-    columns = o_d < D_END
-    u = tl.zeros([rows.shape[0], o_d.shape[0]], tl.float32)
-    for j in tl.static_range(W):
-        if j > 0:
-            inside = inside & (rows >= j)
-            if PACKED:
-                inside = inside & (tl.load(starts + rows - j + 1, mask=inside, other=1) == 0)
-        p = x + (rows - j).to(tl.int64)[:, None] * D + o_d[None, :]
-        b_x = tl.load(p, mask=inside[:, None] & columns[None, :], other=0.0)
-        b_w = tl.load(weight + o_d * W + W - 1 - j, mask=columns, other=0.0)
-        u += b_x.to(tl.float32) * b_w.to(tl.float32)[None, :]
-    return u
-
-
-@triton.jit
-def _place(T, D, BLOCK: tl.constexpr, HEAD: tl.constexpr, BD: tl.constexpr, TILES: tl.constexpr):
-    """(sequence, first row, the features' numbers, their end) of this program."""
+def _place(T, D, RUNS: tl.constexpr, LENGTH: tl.constexpr, HEAD: tl.constexpr, BD: tl.constexpr):
+    """(sequence, first token of each run [RUNS], the features' numbers [BD], their end, block)."""
     ND = tl.cdiv(D, HEAD)
-    NT = tl.cdiv(T, BLOCK * TILES)
+    NT = tl.cdiv(T, RUNS * LENGTH)
     i_d = tl.program_id(0) % ND
-    i_t = tl.program_id(0) // ND % NT
-    i_b = tl.program_id(0) // ND // NT
-    return i_b, i_t * (BLOCK * TILES), i_d * HEAD + tl.arange(0, BD), min(D, (i_d + 1) * HEAD)
+    block = tl.program_id(0) // ND
+    o_t = block % NT * (RUNS * LENGTH) + tl.arange(0, RUNS) * LENGTH
+    return block // NT, o_t, i_d * HEAD + tl.arange(0, BD), min(D, (i_d + 1) * HEAD), block
+
+
+@triton.jit
+def _row(p, o_t, o_d, T, D_END, stride):
+    """These tokens' features [RUNS, BD], 0 outside of the sequence."""
+    mask = ((o_t >= 0) & (o_t < T))[:, None] & (o_d < D_END)[None, :]
+    return tl.load(p + o_t.to(tl.int64)[:, None] * stride + o_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _age(ages, o_t, T, PACKED: tl.constexpr):
+    """[RUNS] of these tokens, or what is not used."""
+    age = o_t
+    if PACKED:
+        age = tl.load(ages + o_t, mask=(o_t >= 0) & (o_t < T), other=0)
+    return age
+
+
+@triton.jit
+def _seen(b_x, age, j: tl.constexpr, PACKED: tl.constexpr):
+    """x_{t−j} in float32 [RUNS, BD], 0 where token t does not read it."""
+    b_x = b_x.to(tl.float32)
+    if PACKED and j > 0:
+        b_x = tl.where((age >= j)[:, None], b_x, 0.0)
+    return b_x
+
+
+@triton.jit
+def _tap(weight, o_d, D_END, j: tl.constexpr, W: tl.constexpr):
+    """w_{W−1−j} [1, BD], what x_{t−j} is multiplied with."""
+    b_w = tl.load(weight + o_d * W + W - 1 - j, mask=o_d < D_END, other=0.0)
+    return b_w.to(tl.float32)[None, :]
 
 
 @triton.jit(do_not_specialize=["T"])
-def forward_kernel(
-    x, weight, starts, y, T, D, eps,
-    W: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr, BD: tl.constexpr,
-    NORM: tl.constexpr, PACKED: tl.constexpr,
+def convolution_kernel(
+    x, weight, ages, y, T, D, stride, eps,
+    W: tl.constexpr, RUNS: tl.constexpr, LENGTH: tl.constexpr, HEAD: tl.constexpr,
+    BD: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """y [B, T, D]. Grid: B · blocks of rows · heads."""
-    i_b, first, o_d, D_END = _place(T, D, BLOCK, HEAD, BD, 1)
-    at = i_b.to(tl.int64) * T * D
-    rows = first + tl.arange(0, BLOCK)
-    u = _sums(x + at, weight, starts, rows, o_d, T, D, D_END, W, PACKED)
-    z = u * tl.sigmoid(u)
-    if NORM:
-        z *= tl.rsqrt(tl.sum(z * z, 1) + eps)[:, None]
-    p = y + at + rows.to(tl.int64)[:, None] * D + o_d[None, :]
-    tl.store(p, z.to(y.dtype.element_ty), mask=(rows < T)[:, None] & (o_d < D_END)[None, :])
+    """x [B, T, ·] with `stride` from token to token, y [B, T, D]."""
+    i_b, o_t, o_d, D_END, _ = _place(T, D, RUNS, LENGTH, HEAD, BD)
+    x += i_b.to(tl.int64) * T * stride
+    y += i_b.to(tl.int64) * T * D
+    before = ()  # x_{t−1}, x_{t−2} … x_{t−W+1}
+    for j in tl.static_range(1, W):
+        before = before + (_row(x, o_t - j, o_d, T, D_END, stride),)
+    coming, coming_age = _row(x, o_t, o_d, T, D_END, stride), _age(ages, o_t, T, PACKED)
+    for i in range(LENGTH):
+        t = o_t + i
+        window, age = (coming,) + before, coming_age
+        coming = _row(x, t + 1, o_d, T, D_END, stride)  # under way during the sums
+        coming_age = _age(ages, t + 1, T, PACKED)
+        u = tl.zeros([RUNS, BD], tl.float32)
+        for j in tl.static_range(W):
+            u += _seen(window[j], age, j, PACKED) * _tap(weight, o_d, D_END, j, W)
+        z = u * tl.sigmoid(u)
+        if NORM:
+            z *= tl.rsqrt(tl.sum(z * z, 1) + eps)[:, None]
+        mask = (t < T)[:, None] & (o_d < D_END)[None, :]
+        p_y = y + t.to(tl.int64)[:, None] * D + o_d[None, :]
+        tl.store(p_y, z.to(y.dtype.element_ty), mask=mask)
+        before = window[: W - 1]
 
 
 @triton.jit(do_not_specialize=["T"])
-def sums_backward_kernel(
-    dy, x, weight, starts, du, parts, T, D, eps,
-    W: tl.constexpr, BW: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr, BD: tl.constexpr,
-    TILES: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
+def convolution_backward_kernel(
+    dy, x, weight, ages, dx, parts, T, D, x_stride, dx_stride, eps,
+    W: tl.constexpr, RUNS: tl.constexpr, LENGTH: tl.constexpr, HEAD: tl.constexpr,
+    BD: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """du [B, T, D] float32; parts [B · blocks of TILES · BLOCK rows, W, D]: dweight's summands."""
-    i_b, first, o_d, D_END = _place(T, D, BLOCK, HEAD, BD, TILES)
-    at = i_b.to(tl.int64) * T * D
-    columns = o_d < D_END
-    o_w = tl.arange(0, BW)
-    part = tl.zeros([BW, BD], tl.float32)
-    for i in range(TILES):
-        rows = first + i * BLOCK + tl.arange(0, BLOCK)
-        u = _sums(x + at, weight, starts, rows, o_d, T, D, D_END, W, PACKED)
+    """dy [B, T, D], x and dx [B, T, ·]; parts [B · blocks, W, D] float32: dweight's summands."""
+    i_b, o_t, o_d, D_END, block = _place(T, D, RUNS, LENGTH, HEAD, BD)
+    dy += i_b.to(tl.int64) * T * D
+    x += i_b.to(tl.int64) * T * x_stride
+    dx += i_b.to(tl.int64) * T * dx_stride
+    last = o_t + LENGTH + W - 2  # the first tokens of the walk belong to the run behind
+    window = ()  # x_t, x_{t−1} … x_{t−W+2}
+    sums = ()  # what later tokens add to dx of these tokens
+    dws = ()
+    for j in tl.static_range(W):
+        dws = dws + (tl.zeros([RUNS, BD], tl.float32),)
+        if j < W - 1:
+            window = window + (_row(x, last - j, o_d, T, D_END, x_stride),)
+            sums = sums + (tl.zeros([RUNS, BD], tl.float32),)
+    coming = _row(x, last - W + 1, o_d, T, D_END, x_stride)
+    b_dy, coming_age = _row(dy, last, o_d, T, D_END, D), _age(ages, last, T, PACKED)
+    for i in range(LENGTH + W - 1):
+        t = last - i
+        window, age = window + (coming,), coming_age
+        dz = b_dy.to(tl.float32)
+        coming = _row(x, t - W, o_d, T, D_END, x_stride)  # under way during the sums
+        b_dy, coming_age = _row(dy, t - 1, o_d, T, D_END, D), _age(ages, t - 1, T, PACKED)
+
+        u = tl.zeros([RUNS, BD], tl.float32)
+        for j in tl.static_range(W):
+            u += _seen(window[j], age, j, PACKED) * _tap(weight, o_d, D_END, j, W)
         s = tl.sigmoid(u)
-        inside = rows < T
-        here = rows.to(tl.int64)[:, None] * D + o_d[None, :]
-        mask = inside[:, None] & columns[None, :]
-        dz = tl.load(dy + at + here, mask=mask, other=0.0).to(tl.float32)
         if NORM:
             z = u * s
-            r = tl.rsqrt(tl.sum(z * z, 1) + eps)[:, None]
-            dz = r * (dz - z * (r * r * tl.sum(dz * z, 1)[:, None]))
-        b_du = dz * s * (1 + u * (1 - s))
-        tl.store(du + at + here, b_du, mask=mask)
+            r = tl.rsqrt(tl.sum(z * z, 1) + eps)  # [RUNS]
+            along = r * r * tl.sum(dz * z, 1)
+            dz = r[:, None] * (dz - z * along[:, None])
+        du = dz * s * (1 + u * (1 - s))  # [RUNS, BD]
+
+        own = tl.where(i >= W - 1, du, 0.0)
+        new_dws, new_sums = (), ()
         for j in tl.static_range(W):
-            if j > 0:
-                inside = inside & (rows >= j)
-                if PACKED:
-                    inside = inside & (tl.load(starts + rows - j + 1, mask=inside, other=1) == 0)
-            p = x + at + (rows - j).to(tl.int64)[:, None] * D + o_d[None, :]
-            b_x = tl.load(p, mask=inside[:, None] & columns[None, :], other=0.0)
-            b_w = tl.sum(b_du * b_x.to(tl.float32), 0)
-            part += tl.where((o_w == W - 1 - j)[:, None], b_w[None, :], 0.0)
-    block = tl.program_id(0) // tl.cdiv(D, HEAD)
-    p = parts + (block.to(tl.int64) * W + o_w)[:, None] * D + o_d[None, :]
-    tl.store(p, part, mask=(o_w < W)[:, None] & columns[None, :])
-
-
-@triton.jit(do_not_specialize=["T"])
-def input_backward_kernel(
-    du, weight, starts, dx, T, D,
-    W: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr, BD: tl.constexpr,
-    PACKED: tl.constexpr,
-):  # fmt: skip
-    """dx_t = Σ_j w_{W−1−j} ⊙ du_{t+j}. Grid: B · blocks of rows · blocks of features."""
-    i_b, first, o_d, D_END = _place(T, D, BLOCK, HEAD, BD, 1)
-    at = i_b.to(tl.int64) * T * D
-    columns = o_d < D_END
-    rows = first + tl.arange(0, BLOCK)
-    inside = rows < T
-    b_dx = tl.zeros([BLOCK, BD], tl.float32)
+            new_dws = new_dws + (dws[j] + own * _seen(window[j], age, j, PACKED),)
+            part = _seen(du, age, j, PACKED) * _tap(weight, o_d, D_END, j, W)
+            if j < W - 1:
+                part += sums[j]
+            new_sums = new_sums + (part,)
+        p_dx = dx + t.to(tl.int64)[:, None] * dx_stride + o_d[None, :]
+        mask = (t < tl.where(i >= W - 1, T, 0))[:, None] & (o_d < D_END)[None, :]
+        tl.store(p_dx, new_sums[0].to(dx.dtype.element_ty), mask=mask)
+        window, sums, dws = window[1:], new_sums[1:], new_dws
     for j in tl.static_range(W):
-        if j > 0:
-            inside = inside & (rows + j < T)
-            if PACKED:
-                inside = inside & (tl.load(starts + rows + j, mask=inside, other=1) == 0)
-        p = du + at + (rows + j).to(tl.int64)[:, None] * D + o_d[None, :]
-        b_du = tl.load(p, mask=inside[:, None] & columns[None, :], other=0.0)
-        b_w = tl.load(weight + o_d * W + W - 1 - j, mask=columns, other=0.0)
-        b_dx += b_du * b_w.to(tl.float32)[None, :]
-    p = dx + at + rows.to(tl.int64)[:, None] * D + o_d[None, :]
-    mask = (rows < T)[:, None] & columns[None, :]
-    tl.store(p, b_dx.to(dx.dtype.element_ty), mask=mask)
+        p_parts = parts + (block.to(tl.int64) * W + W - 1 - j) * D + o_d
+        tl.store(p_parts, tl.sum(dws[j], 0), mask=o_d < D_END)
 
 
 def forward(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, head_dim: int | None) -> Tensor:
-    """y; the contract is osdn.ops.convolution's."""
-    x, weight = x.contiguous(), weight.contiguous()
-    T, D = x.shape[1:]
-    y = torch.empty_like(x)
+    """y, contiguous; the contract is osdn.ops.convolution's."""
+    x, weight = _rows(x), weight.contiguous()
+    (B, T, D), W = x.shape, weight.shape[1]
+    y = torch.empty(B, T, D, dtype=x.dtype, device=x.device)
     with on_device(x):
-        starts, shape = starts_of(cu_seqlens, T), _shape(D, head_dim)
-        forward_kernel[(_programs(x, shape),)](
-            x, weight, x if starts is None else starts, y, T, D, L2_EPS, W=weight.shape[1],
-            NORM=head_dim is not None, PACKED=starts is not None, num_warps=WARPS, **shape,
+        ages, shape = ages_of(cu_seqlens, T, W), _shape(D, head_dim, **FORWARD)
+        convolution_kernel[(_blocks(x, shape) * triton.cdiv(D, shape["HEAD"]),)](
+            x, weight, x if ages is None else ages, y, T, D, x.stride(1), L2_EPS, W=W,
+            NORM=head_dim is not None, PACKED=ages is not None, **shape,
         )  # fmt: skip
     return y
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, head_dim: int | None
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    cu_seqlens: Tensor | None,
+    head_dim: int | None,
+    dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(dx, dweight); the contract is osdn.ops.convolution's."""
-    dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
+    """(dx, dweight); the contract is osdn.ops.convolution's. dx: where to write it."""
+    dy, x, weight = dy.contiguous(), _rows(x), weight.contiguous()
     (B, T, D), W = x.shape, weight.shape[1]
-    du, dx = torch.empty(B, T, D, dtype=torch.float32, device=x.device), torch.empty_like(x)
+    dx = torch.empty(B, T, D, dtype=x.dtype, device=x.device) if dx is None else dx
     with on_device(x):
-        starts, shape = starts_of(cu_seqlens, T), _shape(D, head_dim)
-        sequences = x if starts is None else starts
-        tiles = triton.cdiv(ROWS, shape["BLOCK"])
-        programs = _programs(x, shape, tiles)
-        parts = du.new_empty(programs // triton.cdiv(D, shape["HEAD"]), W, D)
-        sums_backward_kernel[(programs,)](
-            dy, x, weight, sequences, du, parts, T, D, L2_EPS, W=W, BW=triton.next_power_of_2(W),
-            TILES=tiles, NORM=head_dim is not None, PACKED=starts is not None, num_warps=WARPS,
-            **shape,
-        )  # fmt: skip
-        shape = _shape(D, None)
-        input_backward_kernel[(_programs(x, shape),)](
-            du, weight, sequences, dx, T, D, W=W, PACKED=starts is not None, num_warps=WARPS,
-            **shape,
+        ages, shape = ages_of(cu_seqlens, T, W), _shape(D, head_dim, **BACKWARD)
+        blocks = _blocks(x, shape)
+        parts = torch.empty(blocks, W, D, dtype=torch.float32, device=x.device)
+        convolution_backward_kernel[(blocks * triton.cdiv(D, shape["HEAD"]),)](
+            dy, x, weight, x if ages is None else ages, dx, parts, T, D, x.stride(1), dx.stride(1),
+            L2_EPS, W=W, NORM=head_dim is not None, PACKED=ages is not None, **shape,
         )  # fmt: skip
     return dx, parts.sum(0).t().to(weight.dtype).contiguous()
 
 
-def _shape(D: int, head_dim: int | None) -> dict[str, int]:
-    """A program's features, a head's or 128, padded to a power of two, and its rows."""
+def _rows(x: Tensor) -> Tensor:
+    """x [B, T, D] itself where it is some columns of a contiguous tensor, else a copy."""
+    plain = x.stride(2) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1))
+    return x if plain else x.contiguous()
+
+
+def _shape(
+    D: int, head_dim: int | None, *, elements: int, length: int, warps: int
+) -> dict[str, int]:
+    """A program's features, a head's or 128, padded to a power of two, its runs and its warps."""
     head = min(128, D) if head_dim is None else head_dim
     padded = triton.next_power_of_2(head)
-    return {"HEAD": head, "BD": padded, "BLOCK": max(4, ELEMENTS // padded)}
+    runs = max(1, elements // padded)
+    return {"HEAD": head, "BD": padded, "RUNS": runs, "LENGTH": length, "num_warps": warps}
 
 
-def _programs(x: Tensor, shape: dict[str, int], tiles: int = 1) -> int:
-    B, T, D = x.shape
-    return B * triton.cdiv(T, shape["BLOCK"] * tiles) * triton.cdiv(D, shape["HEAD"])
+def _blocks(x: Tensor, shape: dict[str, int]) -> int:
+    return x.shape[0] * triton.cdiv(x.shape[1], shape["RUNS"] * shape["LENGTH"])

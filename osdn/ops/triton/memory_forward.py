@@ -4,6 +4,12 @@ With S the memory at a chunk's start, and w and A = (I + tril(k wᵀ, −1))⁻�
 
     e = A (v − k S),   o = scale · (q S + tril(q wᵀ) e),   S ← S + wᵀ e.
 
+With a state decay α let G_t = Σ log α from the chunk's start up to and with token t (`gates`). Then
+
+    A = (I + tril(k wᵀ ⊙ exp(G_i − G_j), −1))⁻¹,     e = A (v − exp(G) k S),
+    o = scale · (exp(G) q S + tril(q wᵀ ⊙ exp(G_i − G_j)) e),
+    S ← exp(G_C) S + wᵀ (exp(G_C − G) e).
+
 Grid: one program for a sequence, a head and BV columns of S; columns do not interact. The program
 holds Sᵀ [BV, BK] in float32 registers and writes every product as a transpose,
 
@@ -38,17 +44,18 @@ from osdn.ops.triton.chunks import (
     tile,
 )
 from osdn.ops.triton.config import launch, precision
+from osdn.ops.triton.gates import Decay, load_end, load_start, load_whole
 from osdn.ops.triton.segments import link
 
 
 @triton.jit(do_not_specialize=["T", "segment"])
 def memory_kernel(
-    q, k, w, v, A, initial, o, e, kept, final,
+    q, k, w, v, A, between, ends, initial, o, e, kept, final,
     cu_seqlens, offsets, span_offsets, scale, T, segment,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SPAN: tl.constexpr,
     IS_VARLEN: tl.constexpr, VALUES: tl.constexpr, READ: tl.constexpr, SAVE: tl.constexpr,
-    PREC: tl.constexpr,
+    HAS_ALPHA: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """o [B, T, H, V] if READ, final [N, H, K, V], and if SAVE e [B, T, H, V] and
     kept [spans, H, V, K]: Sᵀ at the start of every span, in w's dtype.
@@ -70,6 +77,8 @@ def memory_kernel(
     k += row * K
     w += row * K
     A += row * BT
+    between += row * BT
+    ends += row * 2
     v += row * V
     o += row * V
     e += row * V
@@ -100,21 +109,32 @@ def memory_kernel(
         # The residuals: three products that wait for each other, all with the left operand at hand.
         S = b_S.to(type)
         b_u = tl.dot(S, tl.trans(b_k), input_precision=PREC)  # Sᵀ kᵀ [BV, BT]
+        if HAS_ALPHA:
+            b_u *= load_start(ends, o_t, left, H)[None, :]
         if VALUES:
             b_v = load_transposed(v, o_v, V, H * V, o_t, left)  # vᵀ [BV, BT]
             b_u = b_v.to(tl.float32) - b_u
         else:
             b_u = -b_u
-        b_e = tl.dot(b_u.to(type), tl.trans(b_A), input_precision=PREC).to(type)  # eᵀ [BV, BT]
+        b_e = tl.dot(b_u.to(type), tl.trans(b_A), input_precision=PREC)  # eᵀ [BV, BT]
+        b_x = b_e  # what is left of e at the chunk's end
+        if HAS_ALPHA:
+            b_x *= load_end(ends, o_t, left, H)[None, :]
+            b_S *= load_whole(ends, left, BT, H)
+        b_e = b_e.to(type)
 
         # The reads: off that path.
         if READ:
             b_q = load_tile(q, o_t, left, H * K, o_k, K)  # [BT, BK]
             b_P = tl.dot(b_w, tl.trans(b_q), input_precision=PREC)  # (q wᵀ)ᵀ [BT, BT]
+            if HAS_ALPHA:
+                b_P *= load_transposed(between, o_t, BT, H * BT, o_t, left)  # [BT, BT]
             b_P = tl.where(causal, b_P, 0.0).to(type)
             b_o = tl.dot(S, tl.trans(b_q), input_precision=PREC)  # [BV, BT]
+            if HAS_ALPHA:
+                b_o *= load_start(ends, o_t, left, H)[None, :]
             b_o = tl.dot(b_e, b_P, b_o, input_precision=PREC)
-        b_S = tl.dot(b_e, b_w, b_S, input_precision=PREC)  # [BV, BK]
+        b_S = tl.dot(b_x.to(type), b_w, b_S, input_precision=PREC)  # [BV, BK]
         if READ:
             store_transposed(o, b_o * scale, o_v, V, H * V, o_t, left)
         if SAVE:
@@ -124,6 +144,8 @@ def memory_kernel(
         k += BT * H * K
         w += BT * H * K
         A += BT * H * BT
+        between += BT * H * BT
+        ends += BT * H * 2
         v += BT * H * V
         o += BT * H * V
         e += BT * H * V
@@ -136,6 +158,7 @@ def memory(
     w: Tensor,
     v: Tensor,
     A: Tensor,
+    decay: Decay | None,
     initial_state: Tensor,
     e: Tensor | None,
     kept: Tensor | None,
@@ -150,15 +173,15 @@ def memory(
     o, M = torch.empty_like(v), transitions_like(q, v, chunks.cu_seqlens)
     if not len(M):
         final = torch.empty_like(initial_state)
-        _walk(q, k, w, v, A, initial_state, o, e, kept, final, chunks, rule)
+        _walk(q, k, w, v, A, decay, initial_state, o, e, kept, final, chunks, rule)
         return o, final, M
     H, K, V = initial_state.shape[1:]
     U = torch.empty(len(M), H, K, V, dtype=torch.float32, device=q.device)
     segments = split(chunks, len(M) // chunks.sequences)
-    _walk(None, k, w, None, A, M, None, None, None, M, segments, rule)
-    _walk(None, k, w, v, A, U, None, None, None, U, segments, rule)
+    _walk(None, k, w, None, A, decay, M, None, None, None, M, segments, rule)
+    _walk(None, k, w, v, A, decay, U, None, None, None, U, segments, rule)
     starts, final = link(M, U, initial_state, reverse=False)
-    _walk(q, k, w, v, A, starts, o, e, kept, U, segments, rule)
+    _walk(q, k, w, v, A, decay, starts, o, e, kept, U, segments, rule)
     return o, final, M
 
 
@@ -176,6 +199,7 @@ def _walk(
     w: Tensor,
     v: Tensor | None,
     A: Tensor,
+    decay: Decay | None,
     initial: Tensor,
     o: Tensor | None,
     e: Tensor | None,
@@ -188,10 +212,12 @@ def _walk(
     (T, H, K), V = w.shape[1:], final.shape[-1]
     config = launch("memory", w, K, V)
     memory_kernel[(chunks.sequences * H * triton.cdiv(V, config["BV"]),)](
-        w if q is None else q, k, w, w if v is None else v, A, initial,
-        w if o is None else o, w if e is None else e, w if kept is None else kept, final,
+        w if q is None else q, k, w, w if v is None else v, A,
+        *(decay or (A, A)), initial, w if o is None else o,
+        w if e is None else e, w if kept is None else kept, final,
         chunks.cu_seqlens, chunks.offsets, chunks.spans.offsets, rule.scale, T, chunks.segment,
         H=H, K=K, V=V, BT=CHUNK, BK=tile(K), SPAN=cutting.SPAN,
         IS_VARLEN=chunks.offsets is not None,
-        VALUES=v is not None, READ=o is not None, SAVE=e is not None, PREC=precision(w), **config,
+        VALUES=v is not None, READ=o is not None, SAVE=e is not None,
+        HAS_ALPHA=decay is not None, PREC=precision(w), **config,
     )  # fmt: skip

@@ -35,7 +35,7 @@ from osdn.ops.triton.chunks import (
     tile,
 )
 from osdn.ops.triton.config import launch, precision
-from osdn.ops.triton.precond_gates import (
+from osdn.ops.triton.gates import (
     across,
     decay,
     decay_from_start,
@@ -66,7 +66,7 @@ def couple_kernel(
     o_t = tl.arange(0, BT)
     row = begin * H + i_h
     dd += (i_c.to(tl.int64) * H + i_h) * K
-    b_beta = load_gate(beta + row, o_t, left, H)
+    b_beta = load_gate(beta + row, o_t, left, H)  # [BT]
     pre, post, _ = load_retention(log_gamma + row, o_t, left, (0.0, 0.0), H, HAS_GAMMA)
     # Operands in bfloat16 beside bfloat16 keys, else in float32: k² in float16 could overflow.
     type: tl.constexpr = tl.bfloat16 if k.dtype.element_ty == tl.bfloat16 else tl.float32
@@ -74,18 +74,18 @@ def couple_kernel(
     for i_k in range(tl.cdiv(K, BK)):
         o_k = i_k * BK + tl.arange(0, BK)
         b_k = load_tile(k + row * K, o_t, left, H * K, o_k, K).to(tl.float32)  # [BT, BK]
-        b_dd = load_tile(dw + row * K, o_t, left, H * K, o_k, K).to(tl.float32)
+        b_dd = load_tile(dw + row * K, o_t, left, H * K, o_k, K).to(tl.float32)  # [BT, BK]
         b_dd *= b_beta[:, None] * b_k
         if MOVES:
             b_s = (b_k * b_k).to(type)
             b_G = tl.dot(b_s, tl.trans(b_dd.to(type)), b_G, input_precision=PREC)  # [BT, BT]
         if HAS_GAMMA:
             b_dd *= decay_from_start(pre)[:, None]
-        tl.store(dd + o_k, tl.sum(b_dd, 0), mask=o_k < K)
+        tl.store(dd + o_k, tl.sum(b_dd, 0), mask=o_k < K)  # [BT, BK] over the tokens
     if MOVES:
         if HAS_GAMMA:
             b_G *= decay(across(pre), down(post))
-        b_r = tl.sum(tl.where(o_t[None, :] > o_t[:, None], b_G, 0.0), 1)
+        b_r = tl.sum(tl.where(o_t[None, :] > o_t[:, None], b_G, 0.0), 1)  # over later tokens
         tl.store(r + row + o_t * H, b_r, mask=o_t < left)
 
 
@@ -126,25 +126,26 @@ def scan_reverse_kernel(
     ends += chunk
     state = (i_n.to(tl.int64) * H + i_h) * K
 
-    lam = tl.load(dfinal + state + o_k, mask=m_k, other=0.0)
+    lam = tl.load(dfinal + state + o_k, mask=m_k, other=0.0)  # [BK]
     for i in tl.range(0, NT, num_stages=STAGES):
         left = length - (NT - 1 - i) * BT
-        b_dd = tl.load(dd + o_k, mask=m_k, other=0.0)
+        b_dd = tl.load(dd + o_k, mask=m_k, other=0.0)  # [BK]
         if MOVES:
-            b_k = load_tile(k, o_t, left, H * K, o_k, K)
-            b_X = load_tile(inverse, o_t, left, H * BT, o_t, BT)
+            b_k = load_tile(k, o_t, left, H * K, o_k, K)  # [BT, BK]
+            b_X = load_tile(inverse, o_t, left, H * BT, o_t, BT)  # [BT, BT]
             tl.store(ends + o_k, lam, mask=m_k)
             pre, post, end = load_retention(log_gamma, o_t, left, (0.0, 0.0), H, HAS_GAMMA)
             b_s = b_k.to(tl.float32)
             b_s = b_s * b_s
-            b_r = tl.sum(b_s * lam[None, :], 1)
+            b_r = tl.sum(b_s * lam[None, :], 1)  # [BT, BK] over K
             if HAS_GAMMA:
                 b_r *= decay(end, post)
             b_r += load_gate(r, o_t, left, H)
             if BETA_AWARE:
                 b_b = load_gate(beta, o_t, left, H)
                 b_r *= b_b
-            b_a = tl.sum(b_X * b_r[:, None], 0)
+            # a = (I + L)⁻ᵀ (b ⊙ r), then λ at the chunk's start.
+            b_a = tl.sum(b_X * b_r[:, None], 0)  # [BT, BT] over its rows
             tl.store(a + o_t * H, b_a, mask=o_t < left)
             b_y = eta * b_a
             if BETA_AWARE:
@@ -152,7 +153,7 @@ def scan_reverse_kernel(
             if HAS_GAMMA:
                 b_y *= decay_from_start(pre)
                 lam *= decay_from_start(end)
-            lam -= tl.sum(b_s * b_y[:, None], 0)
+            lam -= tl.sum(b_s * b_y[:, None], 0)  # [BT, BK] over the tokens
         lam += b_dd
         k -= BT * H * K
         inverse -= BT * H * BT
@@ -189,30 +190,30 @@ def precond_gradients_kernel(
     dw += row * K
     dk += row * K
     chunk = (i_c.to(tl.int64) * H + i_h) * K
-    b_beta = load_gate(beta + row, o_t, left, H)
+    b_beta = load_gate(beta + row, o_t, left, H)  # [BT]
     b_db = tl.zeros([BT], tl.float32)
     if MOVES:
         b_b = tl.full([BT], 1.0, tl.float32)
         if BETA_AWARE:
             b_b = b_beta
-        b_x = eta * load_gate(x + row, o_t, left, H)
-        b_a = eta * load_gate(a + row, o_t, left, H)
+        b_x = eta * load_gate(x + row, o_t, left, H)  # [BT]
+        b_a = eta * load_gate(a + row, o_t, left, H)  # [BT]
         pre, post, end = load_retention(log_gamma + row, o_t, left, (0.0, 0.0), H, HAS_GAMMA)
         later = o_t[None, :] > o_t[:, None]
         earlier = o_t[None, :] < o_t[:, None]
         # Operands in bfloat16 beside bfloat16 keys, else in float32: float16 could overflow.
         type: tl.constexpr = tl.bfloat16 if k.dtype.element_ty == tl.bfloat16 else tl.float32
         W = tl.where(earlier, decay(down(pre), across(post)), 0.0).to(type)  # [BT, BT]
-        Wt = tl.where(later, decay(across(pre), down(post)), 0.0).to(type)
+        Wt = tl.where(later, decay(across(pre), down(post)), 0.0).to(type)  # [BT, BT]
         b_dg = tl.zeros([BT], tl.float32)
         b_ls = tl.zeros([BT], tl.float32)
         b_ds = tl.zeros([BT], tl.float32)
     for i_k in range(tl.cdiv(K, BK)):
         o_k = i_k * BK + tl.arange(0, BK)
         m_k = o_k < K
-        b_k = load_tile(k, o_t, left, H * K, o_k, K).to(tl.float32)
-        b_dw = load_tile(dw, o_t, left, H * K, o_k, K).to(tl.float32)
-        b_dk = load_tile(dk, o_t, left, H * K, o_k, K).to(tl.float32)
+        b_k = load_tile(k, o_t, left, H * K, o_k, K).to(tl.float32)  # [BT, BK]
+        b_dw = load_tile(dw, o_t, left, H * K, o_k, K).to(tl.float32)  # [BT, BK]
+        b_dk = load_tile(dk, o_t, left, H * K, o_k, K).to(tl.float32)  # [BT, BK]
         d = tl.zeros([BT, BK], tl.float32)
         d += tl.load(starts + chunk + o_k, mask=m_k, other=0.0)[None, :]
         if MOVES:
@@ -231,10 +232,11 @@ def precond_gradients_kernel(
                 # λ is what is left of terms that cancel, and bfloat16 takes too much of them.
                 b_y = (y - b_y.to(tl.float32)).to(type)
                 lam = tl.dot(Wt, b_y, lam, input_precision=PREC)
+            # From λ and d to the gradients of s and of the gates.
             ds = b_b[:, None] * (b_x[:, None] * lam - b_a[:, None] * d)
             b_dk += 2.0 * b_k * ds
             if HAS_GAMMA:
-                b_dg += tl.sum(lam * d, 1)
+                b_dg += tl.sum(lam * d, 1)  # [BT, BK] over K, as the three below
             if BETA_AWARE:
                 b_ls += tl.sum(lam * b_s, 1)
                 b_ds += tl.sum(d * b_s, 1)

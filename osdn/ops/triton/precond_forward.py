@@ -20,7 +20,7 @@ from torch import Tensor
 from osdn.ops.operands import Options
 from osdn.ops.triton.chunks import CHUNK, Chunks, load_tile, locate_chunk, locate_sequence, tile
 from osdn.ops.triton.config import launch
-from osdn.ops.triton.precond_gates import (
+from osdn.ops.triton.gates import (
     across,
     decay,
     decay_from_start,
@@ -35,8 +35,8 @@ from osdn.ops.triton.solve import SCRATCH, invert, mul_exactly, split, store_blo
 @triton.jit
 def _load_squares(p, o_t, left, o_k, K: tl.constexpr, H: tl.constexpr):
     """k ⊙ k of 16 tokens [16, BK] in float32, of bfloat16 keys as `split` leaves it."""
-    k = load_tile(p, o_t, left, H * K, o_k, K)
-    s = k.to(tl.float32) * k.to(tl.float32)
+    k = load_tile(p, o_t, left, H * K, o_k, K)  # [16, BK]
+    s = k.to(tl.float32) * k.to(tl.float32)  # [16, BK]
     if k.dtype == tl.bfloat16:
         return split(s)
     else:
@@ -46,7 +46,7 @@ def _load_squares(p, o_t, left, o_k, K: tl.constexpr, H: tl.constexpr):
 @triton.jit
 def _couple(G, b_i, pre_i, b_j, post_j):
     """A block of L below the diagonal from s sᵀ; b_j holds η b_j."""
-    return (b_i[:, None] * b_j[None, :]) * decay(down(pre_i), across(post_j)) * G
+    return (b_i[:, None] * b_j[None, :]) * decay(down(pre_i), across(post_j)) * G  # [16, 16]
 
 
 @triton.jit
@@ -74,6 +74,7 @@ def inverse_kernel(
     beta += row
     log_gamma += row
 
+    # s sᵀ, its ten blocks on and below the diagonal.
     G00 = tl.zeros([16, 16], tl.float32)
     G10, G11, G20, G21, G22 = G00, G00, G00, G00, G00
     G30, G31, G32, G33 = G00, G00, G00, G00
@@ -83,7 +84,7 @@ def inverse_kernel(
         s1 = _load_squares(k, o_s + 16, left, o_k, K, H)
         s2 = _load_squares(k, o_s + 32, left, o_k, K, H)
         s3 = _load_squares(k, o_s + 48, left, o_k, K, H)
-        G00 = mul_exactly(s0, s0, G00)
+        G00 = mul_exactly(s0, s0, G00)  # [16, BK] [BK, 16], as the next nine
         G10 = mul_exactly(s1, s0, G10)
         G11 = mul_exactly(s1, s1, G11)
         G20 = mul_exactly(s2, s0, G20)
@@ -94,6 +95,7 @@ def inverse_kernel(
         G32 = mul_exactly(s3, s2, G32)
         G33 = mul_exactly(s3, s3, G33)
 
+    # Sums of log γ and gates of the four sub-blocks, [16] each.
     pre0, post0, end = load_retention(log_gamma, o_s, left, (0.0, 0.0), H, HAS_GAMMA)
     pre1, post1, end = load_retention(log_gamma, o_s + 16, left, end, H, HAS_GAMMA)
     pre2, post2, end = load_retention(log_gamma, o_s + 32, left, end, H, HAS_GAMMA)
@@ -107,6 +109,7 @@ def inverse_kernel(
         b0 = tl.full([16], 1.0, tl.float32)
         b1, b2, b3 = b0, b0, b0
 
+    # (I + L)⁻¹, its ten blocks; L is made of s sᵀ as it goes in.
     X = invert(
         _diagonal(G00, b0, pre0, post0, eta),
         _couple(G10, b1, pre1, b0 * eta, post0),
@@ -153,30 +156,31 @@ def scan_kernel(
     starts += (first * H + i_h) * K
     state = (i_n.to(tl.int64) * H + i_h) * K
 
-    b_d = tl.load(initial + state + o_k, mask=m_k, other=0.0)
+    b_d = tl.load(initial + state + o_k, mask=m_k, other=0.0)  # [BK]
     for i_t in tl.range(0, tl.cdiv(length, BT), num_stages=STAGES):
         left = length - i_t * BT
-        b_k = load_tile(k, o_t, left, H * K, o_k, K)
-        b_X = load_tile(inverse, o_t, left, H * BT, o_t, BT)
+        b_k = load_tile(k, o_t, left, H * K, o_k, K)  # [BT, BK]
+        b_X = load_tile(inverse, o_t, left, H * BT, o_t, BT)  # [BT, BT]
         tl.store(starts + o_k, b_d, mask=m_k)
         pre, post, end = load_retention(log_gamma, o_t, left, (0.0, 0.0), H, HAS_GAMMA)
         b_s = b_k.to(tl.float32)
         b_s = b_s * b_s
-        b_r = tl.sum(b_s * b_d[None, :], 1)
+        b_r = tl.sum(b_s * b_d[None, :], 1)  # s d_start: [BT, BK] over K
         if HAS_GAMMA:
             b_r *= decay_from_start(pre)
         if BETA_AWARE:
-            b_b = load_gate(beta, o_t, left, H)
+            b_b = load_gate(beta, o_t, left, H)  # [BT]
             b_r *= b_b
-        b_x = tl.sum(b_X * (1.0 - b_r)[None, :], 1)
+        b_x = tl.sum(b_X * (1.0 - b_r)[None, :], 1)  # [BT, BT] over its columns
         tl.store(x + o_t * H, b_x, mask=o_t < left)
+        # What the chunk's tokens add to d at its end.
         b_y = eta * b_x
         if BETA_AWARE:
             b_y *= b_b
         if HAS_GAMMA:
             b_y *= decay(end, post)
             b_d *= decay_from_start(end)
-        b_d += tl.sum(b_s * b_y[:, None], 0)
+        b_d += tl.sum(b_s * b_y[:, None], 0)  # [BT, BK] over the tokens
 
         k += BT * H * K
         inverse += BT * H * BT

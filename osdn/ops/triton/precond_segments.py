@@ -33,7 +33,7 @@ from osdn.ops.triton.chunks import (
     tile,
 )
 from osdn.ops.triton.config import launch, precision
-from osdn.ops.triton.precond_gates import decay, decay_from_start, load_gate, load_retention
+from osdn.ops.triton.gates import decay, decay_from_start, load_gate, load_retention
 
 Walk = Callable[[Tensor, Chunks], Tensor]
 ROUNDS = 3
@@ -67,24 +67,25 @@ def transfer_kernel(
     beta += row
     log_gamma += row
     type = k.dtype.element_ty
-    b_M = tl.where(o_k[:, None] == o_v[None, :], 1.0, 0.0)
+    b_M = tl.where(o_k[:, None] == o_v[None, :], 1.0, 0.0)  # [BK, BV]
     for i_t in range(NT):
         left = length - i_t * BT
-        b_s = load_tile(k, o_t, left, H * K, o_k, K).to(tl.float32)
+        b_s = load_tile(k, o_t, left, H * K, o_k, K).to(tl.float32)  # [BT, BK]
         b_s *= b_s
-        b_X = load_tile(inverse, o_t, left, H * BT, o_t, BT)
+        b_X = load_tile(inverse, o_t, left, H * BT, o_t, BT)  # [BT, BT]
         pre, post, end = load_retention(log_gamma, o_t, left, (0.0, 0.0), H, HAS_GAMMA)
-        b_y = tl.dot(b_s.to(type), b_M.to(type), input_precision=PREC)
+        b_y = tl.dot(b_s.to(type), b_M.to(type), input_precision=PREC)  # [BT, BV]
         if HAS_GAMMA:
             b_y *= decay_from_start(pre)[:, None]
         if BETA_AWARE:
-            b_b = load_gate(beta, o_t, left, H)
+            b_b = load_gate(beta, o_t, left, H)  # [BT]
             b_y *= b_b[:, None]
             b_s *= b_b[:, None]
-        b_y = tl.dot(b_X.to(type), b_y.to(type), input_precision=PREC)
+        b_y = tl.dot(b_X.to(type), b_y.to(type), input_precision=PREC)  # [BT, BV]
         if HAS_GAMMA:
             b_s *= decay(end, post)[:, None]
             b_M *= decay_from_start(end)
+        # [BK, BT] [BT, BV]
         b_M -= tl.dot(tl.trans((eta * b_s).to(type)), b_y.to(type), input_precision=PREC)
 
         k += BT * H * K
@@ -114,13 +115,13 @@ def correct_kernel(
             i_s = NS - 1 - i
         at = (i_n.to(tl.int64) * NS + i_s) * H + i_h
         tl.store(starts + at * K + o_k, b_d, mask=m_k)
-        b_M = load_tile(M + at * (K * K), o_k, K, K, o_k, K)
-        delta = b_d - tl.load(guesses + at * K + o_k, mask=m_k, other=0.0)
-        b_d = tl.load(ends + at * K + o_k, mask=m_k, other=0.0)
+        b_M = load_tile(M + at * (K * K), o_k, K, K, o_k, K)  # [BK, BK]
+        delta = b_d - tl.load(guesses + at * K + o_k, mask=m_k, other=0.0)  # [BK]
+        b_d = tl.load(ends + at * K + o_k, mask=m_k, other=0.0)  # [BK]
         if REVERSE:
-            b_d += tl.sum(b_M * delta[:, None], 0)
+            b_d += tl.sum(b_M * delta[:, None], 0)  # Mᵀ δ
         else:
-            b_d += tl.sum(b_M * delta[None, :], 1)
+            b_d += tl.sum(b_M * delta[None, :], 1)  # M δ
 
 
 def transfers(

@@ -14,7 +14,7 @@ from torch import Tensor
 from osdn.ops.operands import Options
 from osdn.ops.triton.chunks import CHUNK, Chunks, locate_sequence, tile
 from osdn.ops.triton.config import launch
-from osdn.ops.triton.precond_gates import clip
+from osdn.ops.triton.gates import clip
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def _advance(p_w, p_x, t, length, d, k, gates, eta, d_min, d_max, o_k, K: tl.con
     """One token forward: writes w_t and x_t, returns d_{t+1}."""
     b_beta, b_b, b_gamma = gates
     s = k * k
-    x = 1.0 - b_b * tl.sum(d * s, 0)
+    x = 1.0 - b_b * tl.sum(d * s, 0)  # [BK] over K
     there = t < length
     w = (b_beta * d * k).to(p_w.dtype.element_ty)
     tl.store(p_w + t * (H * K) + o_k, w, mask=o_k < tl.where(there, K, 0))
@@ -94,7 +94,8 @@ def token_scan_kernel(
     state = (i_n.to(tl.int64) * H + i_h) * K
 
     t = begin * 0 + skipped * BT  # int64, as token numbers times strides must be
-    d = tl.load(starts + t // BT * (H * K) + o_k, mask=o_k < K, other=0.0)
+    d = tl.load(starts + t // BT * (H * K) + o_k, mask=o_k < K, other=0.0)  # [BK]
+    # Four tokens a round: while these go, the loads of the next four are on their way.
     k0, g0 = _load_forward(k, beta, log_gamma, t, length, o_k, K, H, HAS_GAMMA, BETA_AWARE)
     k1, g1 = _load_forward(k, beta, log_gamma, t + 1, length, o_k, K, H, HAS_GAMMA, BETA_AWARE)
     k2, g2 = _load_forward(k, beta, log_gamma, t + 2, length, o_k, K, H, HAS_GAMMA, BETA_AWARE)

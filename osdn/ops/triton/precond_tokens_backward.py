@@ -18,7 +18,7 @@ from torch import Tensor
 from osdn.ops.operands import Options
 from osdn.ops.triton.chunks import CHUNK, Chunks, locate_sequence, tile
 from osdn.ops.triton.config import launch
-from osdn.ops.triton.precond_gates import clip
+from osdn.ops.triton.gates import clip
 from osdn.ops.triton.precond_tokens import load_gates, load_row, load_scalar
 
 
@@ -65,8 +65,8 @@ def _retreat(dk, dbeta, dlog_gamma, t, length, lam, token, eta, d_min, d_max, o_
     there = t < length
     s = b_k * b_k
     u = b_gamma * d + (eta * b_b * x) * s
-    g = tl.where((u >= d_min) & (u <= d_max), lam, 0.0)
-    gs = tl.sum(g * s, 0)
+    g = tl.where((u >= d_min) & (u <= d_max), lam, 0.0)  # the clip's derivative
+    gs = tl.sum(g * s, 0)  # [BK] over K, as the sums below
     a = b_b * gs
     db = tl.sum(b_dw * d * b_k, 0)
     if BETA_AWARE:
@@ -114,10 +114,11 @@ def token_scan_reverse_kernel(
     path += state * BT
 
     zero = begin * 0  # int64, as token numbers times strides must be
-    lam = tl.load(dfinal + state + o_k, mask=o_k < K, other=0.0)
+    lam = tl.load(dfinal + state + o_k, mask=o_k < K, other=0.0)  # [BK]
     for i_t in range(tl.cdiv(length, BT) - 1, skipped - 1, -1):
         last = zero + i_t * BT
-        d = tl.load(starts + (zero + i_t) * (H * K) + o_k, mask=o_k < K, other=0.0)
+        d = tl.load(starts + (zero + i_t) * (H * K) + o_k, mask=o_k < K, other=0.0)  # [BK]
+        # Forwards over the chunk: d of every token into path, from x, which is known.
         m0 = _load_path(k, x, beta, log_gamma, last, length, o_k, K, H,
                         HAS_GAMMA, BETA_AWARE)  # fmt: skip
         m1 = _load_path(k, x, beta, log_gamma, last + 1, length, o_k, K, H,
@@ -141,6 +142,7 @@ def token_scan_reverse_kernel(
             d = _follow(path, i + 2, d, m2, eta, d_min, d_max, o_k, K)
             d = _follow(path, i + 3, d, m3, eta, d_min, d_max, o_k, K)
             m0, m1, m2, m3 = n0, n1, n2, n3
+        # And back over it, four tokens a round, with the loads of the next four on their way.
         t = last + BT - 1
         r0 = _load_backward(k, dw, dk, path, x, beta, log_gamma, t, last, length, o_k,
                             K, H, BT, HAS_GAMMA, BETA_AWARE)  # fmt: skip

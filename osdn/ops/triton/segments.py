@@ -28,7 +28,7 @@ def link_kernel(
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
     state = (i_n.to(tl.int64) * H + i_h) * (K * V)
-    b_S = load_tile(initial + state, o_k, K, V, o_v, V)
+    b_S = load_tile(initial + state, o_k, K, V, o_v, V)  # [BK, BV]
     for i in range(NS):
         i_s = i
         if REVERSE:
@@ -36,17 +36,17 @@ def link_kernel(
         at = (i_n.to(tl.int64) * NS + i_s) * H + i_h
         store_tile(starts + at * (K * V), b_S, o_k, K, V, o_v, V)
         tl.debug_barrier()  # other threads read it below
-        b_S = load_tile(U + at * (K * V), o_k, K, V, o_v, V)
+        b_S = load_tile(U + at * (K * V), o_k, K, V, o_v, V)  # [BK, BV]
         for i_j in range(tl.cdiv(K, BJ)):
             o_j = i_j * BJ + tl.arange(0, BJ)
-            b_j = load_tile(starts + at * (K * V), o_j, K, V, o_v, V)
+            b_j = load_tile(starts + at * (K * V), o_j, K, V, o_v, V)  # [BJ, BV]
             if REVERSE:
                 m = (o_k[:, None] < K) & (o_j[None, :] < K)
                 p = M + at * (K * K) + o_j[None, :] * K + o_k[:, None]
-                b_M = tl.load(p, mask=m, other=0.0)
+                b_M = tl.load(p, mask=m, other=0.0)  # Mᵀ [BK, BJ]
             else:
-                b_M = load_tile(M + at * (K * K), o_k, K, K, o_j, K)
-            b_S += tl.dot(b_M, b_j, input_precision="tf32x3")
+                b_M = load_tile(M + at * (K * K), o_k, K, K, o_j, K)  # [BK, BJ]
+            b_S += tl.dot(b_M, b_j, input_precision="tf32x3")  # [BK, BJ] [BJ, BV]
     store_tile(final + state, b_S, o_k, K, V, o_v, V)
 
 

@@ -26,7 +26,7 @@ def _substitute(p):
     for i in tl.static_range(1, 16):
         row = tl.where(column == i, 1.0, 0.0)
         for j in tl.static_range(0, i):
-            row -= tl.load(p_b + (i * 16 + j)) * X[j]
+            row -= tl.load(p_b + (i * 16 + j)) * X[j]  # [64]: L_ij of each column's block
         X = X + (row,)  # type: ignore[assignment]  # noqa: RUF005 (Triton knows no stars)
     tl.debug_barrier()  # every thread has read L
     for i in tl.static_range(0, 16):
@@ -53,7 +53,7 @@ def mul_exactly(x, y, acc):
     """acc + x yᵀ in float32 for float32 x and y: as (high, low) of `split`, in four bfloat16
     products and exactly; as tensors, as three tf32 products."""
     if isinstance(x, tl.tuple):
-        acc = tl.dot(x[0], tl.trans(y[0]), acc)
+        acc = tl.dot(x[0], tl.trans(y[0]), acc)  # [R, C] [C, R], as the rest
         acc = tl.dot(x[0], tl.trans(y[1]), acc)
         acc = tl.dot(x[1], tl.trans(y[0]), acc)
         acc = tl.dot(x[1], tl.trans(y[1]), acc)
@@ -80,6 +80,7 @@ def invert(L00, L10, L11, L20, L21, L22, L30, L31, L32, L33, scratch, PREC: tl.c
     X11 = tl.load(scratch + 256 + o_b)
     X22 = tl.load(scratch + 512 + o_b)
     X33 = tl.load(scratch + 768 + o_b)
+    # Below the diagonal, nearest first: [16, 16] products.
     X10 = -mul(mul(X11, L10, PREC), X00, PREC)
     X21 = -mul(mul(X22, L21, PREC), X11, PREC)
     X32 = -mul(mul(X33, L32, PREC), X22, PREC)

@@ -12,7 +12,7 @@ from torch import Tensor
 from osdn.ops.operands import Options, Token
 from osdn.ops.triton.chunks import load_tile, store_tile, tile
 from osdn.ops.triton.config import launch
-from osdn.ops.triton.precond_gates import clip
+from osdn.ops.triton.gates import clip
 
 
 @triton.jit

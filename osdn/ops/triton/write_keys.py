@@ -5,6 +5,8 @@ that in a chunk with start state S
 
     A = (I + tril(k wᵀ, −1))⁻¹,   e = A (v − k S).
 
+With a state decay α, k wᵀ is taken times exp(G_i − G_j), as `memory_forward` has it.
+
 One program makes a chunk and head's w and A, in sub-blocks of 16 rows. d within the chunk
 comes from its start and x, which phase 1 left: with z_j = η b_j x_j s_j and c the d at a
 sub-block's start, d_t = exp(pre_t) c + Σ_{j<t} exp(pre_t − post_j) z_j. The solve is in float32.
@@ -28,13 +30,15 @@ from osdn.ops.triton.chunks import (
     store_tile,
 )
 from osdn.ops.triton.config import launch, precision
-from osdn.ops.triton.precond_gates import (
+from osdn.ops.triton.gates import (
+    Decay,
     across,
     decay,
     decay_from_start,
     down,
     load_gate,
     load_retention,
+    store_ends,
 )
 from osdn.ops.triton.solve import SCRATCH, invert, mul, store_blocks
 
@@ -43,7 +47,7 @@ from osdn.ops.triton.solve import SCRATCH, invert, mul, store_blocks
 def _load_rule(beta, log_gamma, x, o_t, left, eta, H: tl.constexpr,
                HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, PATH: tl.constexpr):  # fmt: skip
     """Of 16 tokens: β, η b x, pre, post, and post at the end, from the sub-block's start."""
-    b_beta = load_gate(beta, o_t, left, H)
+    b_beta = load_gate(beta, o_t, left, H)  # [16]
     b_y = b_beta
     pre, post, end = (b_beta, b_beta), (b_beta, b_beta), (0.0, 0.0)
     if PATH:
@@ -63,24 +67,24 @@ def _write_key(p_k, p_w, o_t, left, o_k, c, out, box, gates, K: tl.constexpr, H:
     out becomes 1 where a d after one of these rows is outside the box (or NaN).
     """
     b_beta, b_y, pre, post, end = gates
-    k = load_tile(p_k, o_t, left, H * K, o_k, K)
+    k = load_tile(p_k, o_t, left, H * K, o_k, K)  # [16, BK]
     if STORED:
-        w = load_tile(p_w, o_t, left, H * K, o_k, K)
+        w = load_tile(p_w, o_t, left, H * K, o_k, K)  # [16, BK]
     else:
         kf = k.to(tl.float32)
         d = tl.zeros(kf.shape, tl.float32) + c[None, :]
         if PATH:
             o_s = tl.arange(0, 16)
             lower = o_s[:, None] > o_s[None, :]
-            z = b_y[:, None] * kf * kf
+            z = b_y[:, None] * kf * kf  # η b x s [16, BK]
             if HAS_GAMMA:
                 W = tl.where(lower, decay(down(pre), across(post)), 0.0)
                 d *= decay_from_start(pre)[:, None]
                 c = decay_from_start(end) * c + tl.sum(decay(end, post)[:, None] * z, 0)
             else:
                 W = tl.where(lower, 1.0, 0.0)
-                c += tl.sum(z, 0)
-            d += mul(W, z, PREC)
+                c += tl.sum(z, 0)  # [16, BK] over the tokens
+            d += mul(W, z, PREC)  # [16, 16] [16, BK]
             if BOXED:
                 d_min, d_max = box
                 inside = (d >= d_min) & (d <= d_max) | (o_s[:, None] == 0)
@@ -91,16 +95,24 @@ def _write_key(p_k, p_w, o_t, left, o_k, c, out, box, gates, K: tl.constexpr, H:
     return k, w, c, out
 
 
+@triton.jit
+def _lower(D):
+    """Zero above the diagonal of [16, 16]."""
+    o_s = tl.arange(0, 16)
+    return tl.where(o_s[:, None] >= o_s[None, :], D, 0.0)
+
+
 @triton.jit(do_not_specialize=["T"])
 def write_keys_kernel(
-    k, beta, log_gamma, x, starts, w, A, scratch, clipped,
+    k, beta, log_gamma, log_alpha, x, starts, w, A, between, ends, scratch, clipped,
     cu_seqlens, indices, eta, d_min, d_max, T,
     H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-    HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, IS_VARLEN: tl.constexpr,
-    PATH: tl.constexpr, STORED: tl.constexpr, BOXED: tl.constexpr,
+    HAS_GAMMA: tl.constexpr, HAS_ALPHA: tl.constexpr, BETA_AWARE: tl.constexpr,
+    IS_VARLEN: tl.constexpr, PATH: tl.constexpr, STORED: tl.constexpr, BOXED: tl.constexpr,
     PREC: tl.constexpr, SOLVE: tl.constexpr,
 ):  # fmt: skip
-    """w [B, T, H, K], A [B, T, H, BT], in k's dtype. Grid: chunks · H.
+    """w [B, T, H, K], A [B, T, H, BT], in k's dtype; HAS_ALPHA: between and ends of `Decay`.
+    Grid: chunks · H.
 
     starts [chunks, H, K]: d at each chunk's start; PATH: d moves within it. BOXED: lowers
     clipped [N, H] to the number of the first chunk where it leaves the box; STORED: w is there,
@@ -129,6 +141,7 @@ def write_keys_kernel(
     g2 = _load_rule(beta, log_gamma, x, o_2, left, eta, H, HAS_GAMMA, BETA_AWARE, PATH)
     g3 = _load_rule(beta, log_gamma, x, o_3, left, eta, H, HAS_GAMMA, BETA_AWARE, PATH)
 
+    # k wᵀ, its ten blocks on and below the diagonal, a block of features at a time.
     L00 = tl.zeros([16, 16], tl.float32)
     L10, L11, L20, L21, L22 = L00, L00, L00, L00, L00
     L30, L31, L32, L33 = L00, L00, L00, L00
@@ -136,7 +149,7 @@ def write_keys_kernel(
     box = (d_min, d_max)
     for i_k in range(tl.cdiv(K, BK)):
         o_k = i_k * BK + tl.arange(0, BK)
-        c = tl.load(starts + o_k, mask=o_k < K, other=0.0)
+        c = tl.load(starts + o_k, mask=o_k < K, other=0.0)  # [BK]
         k0, w0, c, out = _write_key(k, w, o_0, left, o_k, c, out, box, g0, K, H,
                                       HAS_GAMMA, PATH, STORED, BOXED, PREC)  # fmt: skip
         k1, w1, c, out = _write_key(k, w, o_1, left, o_k, c, out, box, g1, K, H,
@@ -145,7 +158,7 @@ def write_keys_kernel(
                                       HAS_GAMMA, PATH, STORED, BOXED, PREC)  # fmt: skip
         k3, w3, c, out = _write_key(k, w, o_3, left, o_k, c, out, box, g3, K, H,
                                       HAS_GAMMA, PATH, STORED, BOXED, PREC)  # fmt: skip
-        L00 += mul(k0, tl.trans(w0), PREC)
+        L00 += mul(k0, tl.trans(w0), PREC)  # k wᵀ: [16, BK] [BK, 16], as the next nine
         L10 += mul(k1, tl.trans(w0), PREC)
         L11 += mul(k1, tl.trans(w1), PREC)
         L20 += mul(k2, tl.trans(w0), PREC)
@@ -158,6 +171,32 @@ def write_keys_kernel(
 
     if BOXED and not STORED:
         tl.atomic_min(clipped, i_c, mask=tl.max(tl.max(out, 1), 0) > 0)
+    if HAS_ALPHA:
+        # The decay within the chunk: written for phase 2, and k wᵀ times it.
+        log_alpha += row
+        _, G0, end = load_retention(log_alpha, o_0, left, (0.0, 0.0), H, True)
+        _, G1, end = load_retention(log_alpha, o_1, left, end, H, True)
+        _, G2, end = load_retention(log_alpha, o_2, left, end, H, True)
+        _, G3, end = load_retention(log_alpha, o_3, left, end, H, True)
+        ends += row * 2
+        store_ends(ends, o_0, left, G0, end, H)
+        store_ends(ends, o_1, left, G1, end, H)
+        store_ends(ends, o_2, left, G2, end, H)
+        store_ends(ends, o_3, left, G3, end, H)
+        D00 = _lower(decay(down(G0), across(G0)))  # [16, 16], as those below
+        D10 = decay(down(G1), across(G0))
+        D11 = _lower(decay(down(G1), across(G1)))
+        D20 = decay(down(G2), across(G0))
+        D21 = decay(down(G2), across(G1))
+        D22 = _lower(decay(down(G2), across(G2)))
+        D30 = decay(down(G3), across(G0))
+        D31 = decay(down(G3), across(G1))
+        D32 = decay(down(G3), across(G2))
+        D33 = _lower(decay(down(G3), across(G3)))
+        L00, L10, L11, L20, L21 = L00 * D00, L10 * D10, L11 * D11, L20 * D20, L21 * D21
+        L22, L30, L31, L32, L33 = L22 * D22, L30 * D30, L31 * D31, L32 * D32, L33 * D33
+        D = (D00, D10, D11, D20, D21, D22, D30, D31, D32, D33)
+        store_blocks(between + row * BT, H * BT, left, D)
     X = invert(L00, L10, L11, L20, L21, L22, L30, L31, L32, L33,
                scratch + tl.program_id(0).to(tl.int64) * 1024, SOLVE)  # fmt: skip
     store_blocks(A + row * BT, H * BT, left, X)
@@ -167,27 +206,33 @@ def write_keys(
     k: Tensor,
     beta: Tensor,
     log_gamma: Tensor | None,
+    log_alpha: Tensor | None,
     x: Tensor,
     starts: Tensor,
     w: Tensor,
     A: Tensor,
+    memory_decay: Decay,
     clipped: Tensor,
     chunks: Chunks,
     rule: Options,
     *,
     repair: bool,
 ) -> None:
-    """Fill w and A, and with a box clipped; with repair, A from chunk `clipped` on."""
+    """Fill w and A, with log_alpha memory_decay, and with a box clipped.
+
+    With repair, only A, from chunk `clipped` on.
+    """
     T, H, K = k.shape[1:]
     boxed = rule.precond_min is not None
     if boxed and not repair:
         clipped.fill_(chunks.bound)
     write_keys_kernel[(chunks.bound * H,)](
-        k, beta, beta if log_gamma is None else log_gamma, x, starts, w, A,
+        k, beta, beta if log_gamma is None else log_gamma,
+        beta if log_alpha is None else log_alpha, x, starts, w, A, *memory_decay,
         A.new_empty(chunks.bound * H * SCRATCH, dtype=torch.float32), clipped,
         chunks.cu_seqlens, chunks.indices, rule.eta,
         rule.precond_min if boxed else 0.0, rule.precond_max if boxed else 0.0, T,
-        H=H, K=K, BT=CHUNK, HAS_GAMMA=log_gamma is not None,
+        H=H, K=K, BT=CHUNK, HAS_GAMMA=log_gamma is not None, HAS_ALPHA=log_alpha is not None,
         BETA_AWARE=rule.beta_aware, IS_VARLEN=chunks.indices is not None,
         PATH=not rule.constant_precond(log_gamma is not None), STORED=repair, BOXED=boxed,
         PREC=precision(k), SOLVE="tf32x3", **launch("write_keys", k, K),

@@ -58,6 +58,7 @@ class Keeper:
         Raises:
             UserError: the run's directory is no longer there, or no longer this run's.
         """
+        # One save at a time: two would need two copies of everything on the host.
         self.finish()
         self.parallel.from_main(self.lock.check)
         step = self.tried = counters["step"]
@@ -69,8 +70,10 @@ class Keeper:
                 log.sync()
             except OSError as error:
                 problem = error.strerror
+        # Rows of every process go into one file; rank 0's problem is everyone's.
         gathered = self.parallel.gather((rows, problem, logged))
         _, problem, logged = gathered[0]
+        # No space for a line is no space for a checkpoint.
         if problem:
             self._not_saved(step, problem)
             return
@@ -85,6 +88,7 @@ class Keeper:
     def finish(self) -> None:
         """Wait for the save that is under way, if one is."""
         try:
+            # A refusal is no end of the run: the disk may have room by the next checkpoint.
             self.saved = self._saver.finish() or self.saved
         except OSError as error:
             self._not_saved(self._saver.step, error.strerror or str(error))
@@ -98,6 +102,7 @@ class Keeper:
 
     def close(self) -> None:
         """Wait for the writer, whatever comes of it, and let go of the host's copy."""
+        # On the way out, maybe after an error of which this is a consequence.
         with suppress(OSError, RuntimeError, CheckpointException):
             self._saver.finish()
         self._saver.close()

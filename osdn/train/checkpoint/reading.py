@@ -31,13 +31,15 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY
 
 from osdn.errors import UserError
+from osdn.layers.osdn import former_names
 from osdn.system.files import TEMPORARY, sha256
 from osdn.system.outside import Malformed, Outside, parse_json, read_json
 from osdn.train.distributed.parallel import Parallel
 
 STATE, RECIPE, MANIFEST = "state.json", "recipe.json", "manifest.json"
+# DCP's name for the one file of a process
 SHARD = re.compile(r"shard-\d{5}-model-00001-of-00001\.safetensors")
-NAME = re.compile(r"step_([0-9]{1,18})")
+NAME = re.compile(r"step_([0-9]{1,18})")  # 18 digits: a step that fits in 64 bits
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 # What may differ on resumption, since the weights depend on it by rounding at most. train.steps is
@@ -101,19 +103,36 @@ def load_tensors(directory: Path, tensors: dict[str, Tensor], parallel: Parallel
     Raises:
         UserError: the checkpoint's tensors are not these.
     """
+    tensors = _as_named(directory, tensors)
+    # DCP believes a file's header, and would leave gaps unwritten.
     _check_layout(directory, tensors)
     reader = dcp.HuggingFaceStorageReader(str(directory))
     try:
         dcp.load(dict(tensors), storage_reader=reader, process_group=parallel.saving)
     except CheckpointException as error:
+        # DCP wraps what happened in a process; the cause says it.
         cause = next(iter(error.failures.values()))[0]
         if isinstance(cause, OSError | MemoryError):
             raise
         raise _other_tensors(directory, str(cause)) from error
 
 
+def _as_named(directory: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by the names that the checkpoint has for them."""
+    names: set[str] = set()
+    for path in directory.glob("*.safetensors"):
+        try:
+            with safe_open(path, framework="pt") as file:
+                names.update(file.keys())
+        except SafetensorError as error:
+            raise _refused(path) from error
+    former = {now: before for before, now in former_names(names).items()}
+    return {former.get(name, name): x for name, x in tensors.items()}
+
+
 def _check_layout(directory: Path, tensors: dict[str, Tensor]) -> None:
     """That the files' chunks make up every tensor, before DCP believes their headers."""
+    # Numbers found for each tensor, over all files. They must add up to it.
     sizes = dict.fromkeys(tensors, 0)
     for path in sorted(directory.glob("*.safetensors")):
         try:
@@ -124,6 +143,7 @@ def _check_layout(directory: Path, tensors: dict[str, Tensor]) -> None:
                     if name not in tensors or name not in chunks:
                         raise _other_tensors(directory, f"{name} is not expected in {path.name}")
                     part, whole = file.get_slice(name), tensors[name]
+                    # where this share ends in the whole
                     ends = [a + n for a, n in zip(chunks[name].saved_offsets, part.get_shape())]
                     fits = len(ends) == len(part.get_shape()) == whole.ndim
                     fits = fits and all(end <= n for end, n in zip(ends, whole.shape))
@@ -159,10 +179,12 @@ def load_newest(root: Path, recipe: dict, tell: Callable[[str], None]) -> Checkp
         UserError: all are damaged, one may hold code, or the recipe is not the run's.
     """
     found = directories(root)
+    # Newest first; a damaged one costs the steps after the one before it.
     for directory in found:
         try:
             _verify(directory)
         except _Damaged as error:
+            # Renamed and not deleted: it may hold what its owner still wants.
             aside = directory.with_name(directory.name + ".damaged")
             shutil.rmtree(aside, ignore_errors=True)
             directory.rename(aside)
@@ -175,6 +197,7 @@ def load_newest(root: Path, recipe: dict, tell: Callable[[str], None]) -> Checkp
                 f"{directory}: expected step_{state.step}, since its state is of that step; give "
                 "it that name, or move it away"
             )
+        # The one before would differ just as well, so this ends the search.
         if difference := first_difference(saved, recipe):
             key, before, now = difference
             raise UserError(
@@ -182,6 +205,7 @@ def load_newest(root: Path, recipe: dict, tell: Callable[[str], None]) -> Checkp
                 "use the old value, or give the new run a directory of its own (--out)"
             )
         return Checkpoint(directory, state)
+    # Starting anew would look like a resumed run, and lose everything without a word.
     if found or list(root.glob("step_*.damaged")):
         raise UserError(
             f"{root}: holds damaged checkpoints and no whole one; move it away to start anew"
@@ -190,6 +214,7 @@ def load_newest(root: Path, recipe: dict, tell: Callable[[str], None]) -> Checkp
 
 
 def _verify(directory: Path) -> None:
+    # Files that a run does not write are refused by name, before any is opened.
     names = {path.name for path in directory.iterdir()}
     for name in names:
         if name not in (STATE, RECIPE, MANIFEST) and not SHARD.fullmatch(name):
@@ -200,6 +225,7 @@ def _verify(directory: Path) -> None:
             )
     try:
         digests = read_json(directory / MANIFEST, dict[str, str])
+        # Both ways: no file without a digest, and none missing that has one.
         if unknown := names - {MANIFEST} - set(digests):
             raise _Damaged(f"{min(unknown)} is not in {MANIFEST}")
         for name in {STATE, RECIPE, *digests}:
@@ -229,6 +255,7 @@ def _read(path: Path, schema: type[T]) -> T:
 
 def remove_unfinished(root: Path) -> None:
     """Delete what a save that was interrupted left under a temporary name."""
+    # Only rank 0 saves here, under the run's lock, so nobody else's save is touched.
     for leftover in root.glob(f"{TEMPORARY}*"):
         shutil.rmtree(leftover)
 
@@ -237,7 +264,7 @@ def first_difference(saved: dict, now: dict, prefix: str = "") -> tuple[str, Any
     """(key, saved value, value now) of the first field that differs and is not FREE."""
     for name in [*saved, *(name for name in now if name not in saved)]:
         key, before, after = prefix + name, saved.get(name), now.get(name)
-        if isinstance(before, dict) and isinstance(after, dict):
+        if isinstance(before, dict) and isinstance(after, dict):  # sections within sections
             if found := first_difference(before, after, key + "."):
                 return found
         elif before != after and not key.startswith(FREE):

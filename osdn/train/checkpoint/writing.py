@@ -53,6 +53,7 @@ class _Writer(dcp.HuggingFaceStorageWriter):
         keep: int,
         lost: Callable[[], bool],
     ) -> None:
+        # A name that directories() does not match until it is renamed.
         self.target = root / f"step_{state['step']}"
         self.unfinished = root / f"{TEMPORARY}{self.target.name}"
         super().__init__(str(self.unfinished), save_distributed=True)
@@ -70,6 +71,7 @@ class _Writer(dcp.HuggingFaceStorageWriter):
 
     def prepare_global_plan(self, plans: list[Any]) -> list[Any]:
         """In rank 0, before anyone writes."""
+        # At the start and before the rename: a save takes minutes, and much can happen.
         self._check_place()
         self.root.mkdir(exist_ok=True)  # without its parents: a run that was removed stays removed
         remove_unfinished(self.root)
@@ -86,9 +88,11 @@ class _Writer(dcp.HuggingFaceStorageWriter):
         if not plan.items:
             future.set_result([])
             return future
+        # One file a process, by the index that DCP gave to its plan.
         path = self.unfinished / _gen_file_name(1, 1, plan.storage_data["shard_index"])
         tensors, offsets = {}, {}
         for item in plan.items:
+            # From the copy on the host: training goes on with the originals.
             tensors[item.index.fqn] = planner.resolve_data(item).contiguous()
             offsets[item.index.fqn] = {"saved_offsets": item.tensor_data.chunk.offsets}
         metadata = {CUSTOM_METADATA_KEY: json.dumps(offsets), DCP_VERSION_KEY: str(HF_DCP_VERSION)}
@@ -97,7 +101,8 @@ class _Writer(dcp.HuggingFaceStorageWriter):
         except SafetensorError as error:
             raise _refusal(error) from error
         path.chmod(self.unfinished.stat().st_mode & 0o666)  # it lets nobody else read
-        sync(path)
+        sync(path)  # before its name is made: a rename may reach the disk earlier than the content
+        # The digest is made here, where the file is in the page cache, by every process at once.
         result = WriteResult(plan.items[0].index, path.stat().st_size, {path.name: sha256(path)})
         future.set_result([result])
         return future
@@ -113,13 +118,16 @@ class _Writer(dcp.HuggingFaceStorageWriter):
         for name, content in ((STATE, self.state), (RECIPE, self.recipe)):
             (self.unfinished / name).write_text(json.dumps(content, indent=1))
             digests[name] = sha256(self.unfinished / name)
+        # Last of the files: it names all others.
         (self.unfinished / MANIFEST).write_text(json.dumps(digests, indent=1))
         for name in (STATE, RECIPE, MANIFEST):
             sync(self.unfinished / name)
         sync(self.unfinished)
         self._check_place()
+        # Atomic. Before it there is no checkpoint, after it a whole one.
         os.rename(self.unfinished, self.target)
         sync(self.root)
+        # Only after the new one is there.
         for old in directories(self.root)[self.keep :]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -149,6 +157,7 @@ class Saver:
 
     def _new_stager(self) -> DefaultStager:
         """What copies the tensors to the host."""
+        # Without pinned memory the copy waits for the device; with it, it runs beside it.
         pinned = self.parallel.device.type == "cuda"
         return DefaultStager(
             StagingOptions(
@@ -169,6 +178,7 @@ class Saver:
         mine = {  # what every process holds whole, each writes a share of
             name: tensor
             for i, (name, tensor) in enumerate(tensors.items())
+            # A sharded tensor has a part in every process; a whole one needs a single writer.
             if isinstance(tensor, DTensor) or i % size == rank
         }
         self.step = state["step"]
@@ -196,6 +206,7 @@ class Saver:
         """
         if self._pending is None:
             return None
+        # Taken first, so that a save that failed is reported once.
         pending, self._pending = self._pending, None
         assert isinstance(pending, Future)
         try:
@@ -203,8 +214,9 @@ class Saver:
         except CheckpointException as error:
             causes = [cause for cause, _ in error.failures.values()]
             refused = next((cause for cause in causes if isinstance(cause, OSError)), None)
-            if refused is None:
+            if refused is None:  # a mistake of ours: not to be taken for a full disk
                 raise causes[0] from error
+            # What was half written goes; in a directory of another run nothing is touched.
             if self.parallel.main and not self.lost():
                 shutil.rmtree(self.root / f"{TEMPORARY}step_{self.step}", ignore_errors=True)
             raise refused from error

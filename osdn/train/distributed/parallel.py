@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from osdn.errors import UserError
 from osdn.train.recipe import Recipe
 
+# All of them: RANK alone may be a scheduler's.
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 T = TypeVar("T")
@@ -62,6 +63,7 @@ class Parallel:
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         options = recipe.parallel
+        # A process by itself needs no group, and no port.
         launched = all(name in os.environ for name in LAUNCHED)
         self.rank = _number("RANK", 0) if launched else 0
         self.size = _number("WORLD_SIZE", 1) if launched else 1
@@ -71,6 +73,7 @@ class Parallel:
                 f"RANK, WORLD_SIZE: expected a rank below the number of processes, got {self.rank} "
                 f"of {self.size}; start the run with torchrun"
             )
+        # "all": FSDP2 over the whole run
         self.shard = self.size if options.shard == "all" else options.shard
         if self.size % self.shard:
             raise UserError(
@@ -87,6 +90,7 @@ class Parallel:
             self._meet(timedelta(seconds=options.timeout_seconds))
 
     def _meet(self, timeout: timedelta) -> None:
+        # Two backends on a GPU: tensors go by nccl, counts and flags by gloo, beside it.
         backend = "gloo"
         if self.device.type == "cuda":
             self.device = torch.device("cuda", _number("LOCAL_RANK", 0))
@@ -97,8 +101,9 @@ class Parallel:
         # attempt could read the addresses that the one before left there, and wait for the dead.
         store = dist.PrefixStore(f"osdn-{attempt()}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        # A group of its own: the writer's collectives must not mix with the loop's.
         self.saving = dist.new_group(backend="gloo", timeout=timeout)
-        shape = self.size // self.shard, self.shard
+        shape = self.size // self.shard, self.shard  # replicate × shard
         self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
     @property
@@ -117,7 +122,7 @@ class Parallel:
     def _reduce(self, number: int, how: Any) -> int:
         if self.size == 1:
             return number
-        x = torch.tensor(number)
+        x = torch.tensor(number)  # on the CPU: no accelerator waits for it
         dist.all_reduce(x, how)
         return int(x)
 
@@ -135,13 +140,14 @@ class Parallel:
         Raises:
             UserError: make raised it; in the other processes SystemExit, so that it is shown once.
         """
-        outcome: list[Any] = [None, None]
+        outcome: list[Any] = [None, None]  # the value, the error's message
         if self.main:
             try:
                 outcome[0] = make()
             except UserError as error:
                 outcome[1] = str(error)
         if self.size > 1:
+            # An error goes the same way as a value, so that nobody waits for one that gave up.
             dist.broadcast_object_list(outcome, src=0)
         value, message = outcome
         if message is not None:
@@ -159,6 +165,7 @@ class Parallel:
             made = make()
         except UserError as error:
             failure = error
+        # All hear of all before any of them leaves.
         failed = [rank for rank, bad in enumerate(self.gather(failure is not None)) if bad]
         if not failed:
             return made

@@ -34,12 +34,14 @@ class Heartbeat:
     def __init__(self, parallel: Parallel, *, seconds: float, tell: Callable[[str], None]) -> None:
         self.parallel, self.seconds, self.tell = parallel, seconds, tell
         self._count = 0
+        # What the user needs to find the process: rank alone is no address.
         self._who = f"host {socket.gethostname()}, pid {os.getpid()}"
         self._store: dist.Store | None = None
         self._closed = threading.Event()
         self._watcher: threading.Thread | None = None
         if parallel.size == 1:
             return
+        # A connection of its own: the group's would be busy in the collective that hangs.
         self._store = _connect(seconds)
         self.beat(0, "starting")
         dist.barrier(group=parallel.saving)  # every key is there
@@ -51,6 +53,7 @@ class Heartbeat:
         """This process begins a stage."""
         if self._store is not None:
             self._count += 1
+            # One small write a stage. Reading it all is rank 0's work.
             value = json.dumps([self._count, step, stage, self._who])
             self._store.set(f"{PREFIX}/{self.parallel.rank}", value)
 
@@ -59,14 +62,17 @@ class Heartbeat:
         seen: list[Any] = [None] * len(keys)
         since = [time.monotonic()] * len(keys)
         named: set[tuple[int, int]] = set()
+        # A quarter of the limit: named at most so much too late.
         while not self._closed.wait(self.seconds / 4):
             try:
                 values = store.multi_get([f"{PREFIX}/{key}" for key in keys])
             except (dist.DistError, RuntimeError):  # the store is gone: so is the run
                 return
             now, beats = time.monotonic(), [json.loads(value) for value in values]
+            # Equal counts mean that all wait or all work: nobody is behind.
             furthest = max(beat[0] for beat in beats)
             for rank, (count, step, stage, who) in enumerate(beats):
+                # Its own clock here: the processes' clocks are not compared.
                 if count != seen[rank]:
                     seen[rank], since[rank] = count, now
                 waited = now - since[rank]
@@ -87,6 +93,6 @@ class Heartbeat:
 def _connect(seconds: float) -> dist.Store:
     """A connection of its own to torchrun's store, apart for each restart of the processes."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    timeout = timedelta(seconds=max(30.0, seconds))
+    timeout = timedelta(seconds=max(30.0, seconds))  # for the connection, not for the run
     store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
     return dist.PrefixStore(f"osdn-{attempt()}", store)

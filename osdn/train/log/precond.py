@@ -48,6 +48,7 @@ def measured(model: OSDNForCausalLM) -> Iterator[Callable[[], Measured]]:
     hooks = []
     for i, block in enumerate(model.model.layers):
         if isinstance(block.attn, OSDN):
+            # Before the block, with its input: the layer's first half is then run once more.
             hook = _Hook(found, i)
             hooks.append(block.register_forward_pre_hook(hook, with_kwargs=True))
     try:
@@ -65,17 +66,19 @@ class _Hook:
 
     @torch.no_grad()
     def __call__(self, block: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-        hidden = block.attn_norm(args[0])  # type: ignore[operator]
+        hidden = block.attn_norm(args[0])  # type: ignore[operator]  # [1, T, D]
         self.found[self.layer] = keys(block.attn, hidden, given["cu_seqlens"])  # type: ignore[arg-type]
 
 
 def keys(layer: OSDN, hidden_states: Tensor, cu_seqlens: Tensor) -> Keys:
     """What the layer makes of the first TOKENS of hidden_states [1, T, D]."""
+    # By the layer itself, so that what is measured is what is trained.
     given = layer.operands(hidden_states, cu_seqlens=cu_seqlens)
     k, beta, start = given.k[0, :TOKENS].float(), given.beta[0, :TOKENS], given.initial_precond
     log_gamma = None if given.log_gamma is None else given.log_gamma[0, :TOKENS]
     options = {"beta_aware": False, "precond_min": None, "precond_max": None, **layer.rule}
     start = torch.ones_like(k[0]) if start is None else start.detach().clone().float()
+    # where d starts again
     sequences = [first for first in cu_seqlens[:-1].tolist() if first < TOKENS]
     return Keys(k, beta, log_gamma, start, Options(scale=1.0, **options), sequences)
 
@@ -84,6 +87,7 @@ def _by_name(layers: list[Keys]) -> Measured:
     """Layers of one rule walk together: a token costs as much for all of them as for one."""
     rows: dict[int, list[float]] = {}
     for kind in {(one.rule, one.log_gamma is None) for one in layers}:
+        # One stacked walk a rule: the walk's cost is the number of its operations.
         alike = [i for i, one in enumerate(layers) if (one.rule, one.log_gamma is None) == kind]
         rows.update(zip(alike, walk([layers[i] for i in alike]).tolist()))
     names = ("dot", "beta_dot", "clipped")
@@ -97,18 +101,20 @@ def _by_name(layers: list[Keys]) -> Measured:
 def walk(layers: list[Keys]) -> Tensor:
     """[dot, beta_dot, clipped] of layers with one rule and the same sequences, [layers, 3]."""
     rule, sequences = layers[0].rule, set(layers[0].sequences)
+    # [T, layers, H, K] and [T, layers, H]
     k, beta = (torch.stack([getattr(one, name) for one in layers], 1) for name in ("k", "beta"))
     log_gamma = None
     if layers[0].log_gamma is not None:
         log_gamma = torch.stack([one.log_gamma for one in layers], 1)  # type: ignore[misc]
-    start = d = torch.stack([one.start for one in layers])
+    start = d = torch.stack([one.start for one in layers])  # [layers, H, K]
     dot, clipped = torch.empty_like(beta), torch.zeros_like(start)
     for t in range(len(k)):
         if t in sequences:
             d = start
-        torch.sum(d * k[t].square(), -1, out=dot[t])
+        torch.sum(d * k[t].square(), -1, out=dot[t])  # ⟨d_t, s_t⟩, [layers, H]
         if rule.precond_min is not None and rule.precond_max is not None:
-            clipped += (d <= rule.precond_min) | (d >= rule.precond_max)
+            clipped += (d <= rule.precond_min) | (d >= rule.precond_max)  # [layers, H, K]
         d = adapt(d, k[t], beta[t], None if log_gamma is None else log_gamma[t], rule)
+    # Over tokens and heads; the last one over features too.
     means = dot.mean((0, 2)), (beta * dot).mean((0, 2)), clipped.mean((1, 2)) / len(k)
     return torch.stack(means, 1)

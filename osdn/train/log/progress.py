@@ -20,6 +20,7 @@ class Progress:
 
     def __init__(self, *, total: int, done: int, show: bool, about: str) -> None:
         self.total, self.done = total, done
+        # In a file a bar would be thousands of lines.
         terminal = show and sys.stderr.isatty()
         self._lines = show and not terminal
         self._bar = tqdm(total=total, initial=done, unit="step", disable=not terminal)
@@ -36,9 +37,11 @@ class Progress:
     def advance(self, shown: str) -> None:
         """A step more; `shown` is what to say of it."""
         self.done += 1
+        # refresh=False: `update` below draws it, and not more often than is seen.
         self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update()
         now = time.monotonic()
+        # a GPU's first step has nothing to show yet
         if self._lines and shown and now - self._told >= INTERVAL:
             self._told = now
             line = f"step {self.done:,} of {self.total:,}: {shown}"

@@ -95,7 +95,9 @@ class RunLog:
     ) -> None:
         self.path, self.tell, self.trackers = out / "log.jsonl", tell, list(trackers)
         self.logged = self._take_up(step, logged)  # the newest step with a line
+        # Unbuffered: a line that was written is a line that `tail -f` shows.
         self._file = self.path.open("ab", buffering=0)
+        # What is whole, to cut back to after a refusal.
         self._size = os.fstat(self._file.fileno()).st_size
         self._pending = b""
         self._told = False
@@ -106,6 +108,7 @@ class RunLog:
         A last line that is not whole is dropped, since a kill leaves one. Any other damage is told,
         and the file is kept aside, with all that it holds, before the good lines are taken over.
         """
+        # In bytes: a damaged file need not be UTF-8.
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         kept: list[bytes] = []
         bad: list[int] = []
@@ -118,9 +121,11 @@ class RunLog:
                 continue
             if not text.endswith(b"\n"):
                 bad.append(number)
+            # A validation at `step` comes again, a training line at `step` does not.
             elif line.step + (line.kind == "validation") <= step:
                 kept.append(text)
                 newest = max(newest, line.step if line.kind == "train" else 0)
+        # The last line is excused, the others are not.
         damaged = [number for number in bad if number < len(lines)]
         if damaged:
             aside = _unused(self.path.with_name("log.jsonl.damaged"))
@@ -129,6 +134,7 @@ class RunLog:
                 f"{f', and {len(damaged) - 1} more' if damaged[1:] else ''}; the file is kept as "
                 f"{aside.name}, and its other lines stay in the log"
             )
+            # Copied before anything is changed.
             shutil.copyfile(self.path, aside)
             sync(aside)
         if step and logged is not None and newest < logged:
@@ -147,14 +153,18 @@ class RunLog:
         """One line, at once; None stands for a number that is not finite."""
         if kind == "train":
             self.logged = step
+        # allow_nan=False: a NaN would be no JSON
         line = json.dumps({"kind": kind, "step": step, **values}, allow_nan=False)
+        # Lines wait here in order, so that a disk with room again gets all of them.
         self._pending += line.encode() + b"\n"
         try:
             self._flush()
+        # Training goes on: a log is worth less than the run.
         except OSError as error:
             if not self._told:
                 self.tell(f"{self.path}: {error.strerror}; its lines wait in memory")
                 self._told = True
+        # One that fails is dropped, and the others go on.
         self.trackers = [
             tracker
             for tracker in self.trackers
@@ -165,8 +175,9 @@ class RunLog:
         data = self._pending
         try:
             while data:
-                data = data[self._file.write(data) :]
+                data = data[self._file.write(data) :]  # a write may take a part of it
         except OSError:
+            # No half line stays: the next line would be glued to it.
             self._file.truncate(self._size)
             raise
         self._size += len(self._pending)
@@ -213,6 +224,7 @@ def read_result(out: Path, *, parameters: int, steps: int, nonfinite: int) -> Tr
     try:
         for text in path.read_bytes().splitlines():
             number += 1
+            # The kind first: lines of other kinds may have any fields.
             kind = parse_json(text, LogLine, "").kind
             if kind == "train":
                 step = parse_json(text, TrainLine, "")

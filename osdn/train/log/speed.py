@@ -18,6 +18,7 @@ def utilisation(
         device: one of `devices` alike.
         precision: "float32" or "bfloat16".
     """
+    # No peak is known for a CPU, whose name is then "cpu".
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     peak = peak_flops(name, getattr(torch, precision))
     return None if peak is None else round(tokens_per_s * flops / (devices * peak), 4)
@@ -34,7 +35,7 @@ def peak_memory(device: torch.device) -> int | None:
         import resource
     except ImportError:
         return None
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
@@ -45,6 +46,7 @@ class Moment:
         self.time = time.perf_counter()
         self.event: torch.cuda.Event | None = None
         if device.type == "cuda":
+            # On the stream that computes, so that it is reached when the work before it is done.
             self.event = torch.cuda.Event(enable_timing=True)
             self.event.record(torch.cuda.current_stream(device))
 

@@ -35,6 +35,7 @@ def open_trackers(
     """
     found: list[Tracker] = []
     wanted = recipe.logging.tensorboard
+    # null means "if it is there"; true means that its absence is an error.
     if find_spec("tensorboard") is not None if wanted is None else wanted:
         try:
             found.append(TensorBoard(out, step))
@@ -49,6 +50,7 @@ def flat(kind: str, values: dict[str, Value]) -> Iterator[tuple[str, float]]:
     """kind/name of every number; a list is one by layer; what is not finite is left out."""
     for name, value in values.items():
         if isinstance(value, list):
+            # A tag a layer, so that the layers' curves lie in one chart.
             for layer, number in enumerate(value):
                 if number is not None:
                     yield f"{kind}/{name}/layer_{layer}", number
@@ -81,10 +83,11 @@ class TensorBoard:
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         directory = out / "tensorboard"
         directory.mkdir(exist_ok=True)
+        # What TensorBoard's own writer calls it; it merges all files of a directory.
         place = f"{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
         self._file = (directory / f"events.out.tfevents.{place}").open("ab")
         self._writer = RecordWriter(self._file)
-        self._add(file_version="brain.Event:2")
+        self._add(file_version="brain.Event:2")  # the first record of every event file
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._add(step=step + 1, session_log=start)  # hides events of this step and later ones
 
@@ -120,10 +123,12 @@ class WeightsAndBiases:
             raise UserError(
                 "logging.wandb: needs the wandb package: pip install wandb; or set it to null"
             ) from error
+        # From the directory: a resumed run finds its own page again, without a file to lose.
         identity = blake2b(str(out.resolve()).encode(), digest_size=8).hexdigest()
         self._run = wandb.init(
             project=project, name=out.name, id=identity, resume="allow", dir=str(out), config=recipe
         )
+        # Our steps and not wandb's own count, which starts again on resumption.
         self._run.define_metric("*", step_metric="step")
 
     def write(self, kind: str, step: int, values: dict[str, Value]) -> None:
