@@ -26,6 +26,8 @@ MODELS = {
     "delta_net": {"mixer": "delta_net", "use_output_gate": True},
     "hybrid": {"mixer": ["osdn", "attention", "delta_net", "attention"], "head_v_dim": 64},
     "os_gdn": {"state_decay": "data", "use_output_gate": True, "head_v_dim": 64},
+    "gated": {"state_decay": "data", "use_output_gate": True},
+    "gated_delta_net": {"mixer": "gated_delta_net", "use_output_gate": True},
     # A state of more bytes than 128 tokens of attention: vLLM makes the blocks longer.
     "hybrid of long blocks": {
         "mixer": ["osdn", "attention"] * 2,
@@ -57,6 +59,7 @@ ENGINES = [
     ("apf", PIECES),
     ("apf", {**PIECES, "block_size": 32}),
     ("hybrid of long blocks", PIECES),
+    ("gated", PIECES),
     ("apf", {"enforce_eager": False}),
     ("hybrid", {"enforce_eager": False}),
 ]
