@@ -241,11 +241,11 @@ def read_delta(directory: Path) -> None:
 
 
 def read_report(directory: Path) -> None:
-    """A report of it, in both forms."""
-    out = directory / "report"
+    """A report of it, as a page and as Markdown; the model's name is HTML."""
+    out = directory / "report.html"
     by_command(["report", str(directory / "result.json"), "--out", str(out)])
-    page = (out / "report.md").read_text() if (out / "report.md").exists() else ""
-    assert "<script" not in page
+    for page in (out, out.with_suffix(".md")):
+        assert "<script" not in page.read_text()
 
 
 def read_records(directory: Path) -> None:
