@@ -11,11 +11,9 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
-    model_serializer,
 )
 
 from osdn.errors import UserError
@@ -151,15 +149,6 @@ class Optimizer(Section):
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     clip: float | None = Field(default=1.0, gt=0)
-
-    @model_serializer(mode="wrap")
-    def _as_before_muon(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """AdamW without Muon's fields: so checkpoints and records of before stay the same."""
-        plain: dict[str, Any] = fields(self)
-        if self.name == "adamw":
-            for later in ("name", "momentum"):
-                plain.pop(later, None)
-        return plain
 
 
 class Schedule(Section):
