@@ -22,13 +22,13 @@ runs/corpus/manifest.json:
 test: $(READY)
 	$(QUIET) $(BIN)/pytest -n 2 -m 'not slow and not smoke' $(ARGS)
 
-# PEFT, TRL, accelerate, lm_eval and torchao, in an environment of their own.
+# PEFT, TRL, accelerate, lm_eval, torchao and the servers, in an environment of their own.
 smoke: $(VENV)-smoke/ready
-	$(QUIET) $(VENV)-smoke/bin/python -m pytest -m smoke tests/smoke $(ARGS)
+	$(QUIET) $(VENV)-smoke/bin/python -m pytest tests/smoke tests/cli/test_serve.py $(ARGS)
 
 $(VENV)-smoke/ready: pyproject.toml constraints-smoke.txt
 	$(PYTHON) -m venv $(VENV)-smoke
-	$(VENV)-smoke/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-smoke.txt -e '.[cpu,eval]' pytest hypothesis peft trl torchao
+	$(VENV)-smoke/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-smoke.txt -e '.[cpu,eval,serve]' pytest hypothesis peft trl torchao openai
 	touch $@
 
 # vLLM's engine with our models, on a CPU, in an environment of its own. The packages removed again are

@@ -1,6 +1,11 @@
-"""The tiny model on a CPU: OSDN's training step over DeltaNet's, decoding by context and backend.
+"""Models on a CPU: OSDN's training step over DeltaNet's, decoding by context and backend, generate.
 
-python benchmarks/model_cpu.py [--rounds 15]
+    python benchmarks/model_cpu.py [--rounds 15]
+    OMP_NUM_THREADS=2 python benchmarks/model_cpu.py --parts generate
+
+steps     the tiny recipe's model: a training step, and decoding by forward.
+generate  tokens a second by `generate` with 10 M parameters, beside transformers' Llama of the same
+          sizes, greedy, one sequence and eight.
 
 Whatever is compared is timed in turns, so that a busy machine slows both; ratios are medians over
 the rounds of the ratio within a round, with quartiles.
@@ -11,11 +16,13 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from osdn import OSDNForCausalLM
+from osdn import OSDNConfig, OSDNForCausalLM
 from osdn.data import Batch, collate, load_tokenizer
 from osdn.train import load_recipe
 from osdn.train.optim import make_optimizer
@@ -23,18 +30,27 @@ from osdn.train.setup import make_model, make_rows
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "tiny.yaml"
 DECODED = 64  # tokens a timing
+SIZES: dict[str, Any] = {"hidden_size": 256, "num_hidden_layers": 8, "intermediate_size": 768,
+                         "vocab_size": 6144}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--parts", default="steps,generate")
+    args = parser.parse_args()
+    rounds = args.rounds
     print(
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}, {rounds} rounds"
     )
-    steps = {mixer: training_step(mixer) for mixer in ("osdn", "delta_net")}
-    report("training step, OSDN / DeltaNet", *(steps[m] for m in steps), rounds, "ms", 1e3)
+    for part in args.parts.split(","):
+        PARTS[part](rounds)
+
+
+def steps(rounds: int) -> None:
+    training = {mixer: training_step(mixer) for mixer in ("osdn", "delta_net")}
+    report("training step, OSDN / DeltaNet", *training.values(), rounds, "ms", 1e3)
     model = build("osdn")[0].eval()
     short, long = (decoding(model, context) for context in (16, 4096))
     unit = 1e3 / DECODED
@@ -43,6 +59,39 @@ def main() -> None:
     for layer in plain.model.layers:
         layer.attn.backend = "reference"
     report("decoding, reference / numba", decoding(plain, 16), short, rounds, "ms", unit)
+
+
+def generate(rounds: int) -> None:
+    models = [osdn_10m(), llama_10m()]
+    sizes = " and ".join(f"{sum(p.numel() for p in m.parameters()) / 1e6:.1f} M" for m in models)
+    print(f"generate, OSDN and Llama of {sizes} parameters, float32")
+    for batch in (1, 8):
+        ids = torch.randint(1, SIZES["vocab_size"], (batch, 16))
+        name = f"ms a token by generate, batch {batch}, OSDN / Llama"
+        ours, peer = (generation(model, ids) for model in models)
+        report(name, ours, peer, rounds, "ms", 1e3 / DECODED)
+
+
+def generation(model: Any, ids: torch.Tensor) -> Callable[[], None]:
+    """DECODED tokens by `generate`, greedily; Llama's cache grows, which is its fastest here."""
+    mask = torch.ones_like(ids)
+
+    def run() -> None:
+        model.generate(ids, attention_mask=mask, max_new_tokens=DECODED, min_new_tokens=DECODED,
+                       do_sample=False)  # fmt: skip
+
+    return run
+
+
+def osdn_10m() -> Any:
+    torch.manual_seed(0)
+    return OSDNForCausalLM(OSDNConfig(num_heads=4, pad_token_id=0, **SIZES)).eval()
+
+
+def llama_10m() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(num_attention_heads=4, num_key_value_heads=4, pad_token_id=0, **SIZES)
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def build(mixer: str) -> tuple[OSDNForCausalLM, Batch]:
@@ -104,6 +153,8 @@ def report(
         f"({np.median(a):.3f} / {np.median(b):.3f} {unit})"
     )
 
+
+PARTS = {"steps": steps, "generate": generate}
 
 if __name__ == "__main__":
     main()

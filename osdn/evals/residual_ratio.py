@@ -1,10 +1,11 @@
 """The residual ratio: how much of each token's prediction error one write leaves, layer by layer.
 
-For every token and head of the osdn and delta_net layers of a model
+For every token and head of the layers of a model that are not attention
 
     q_t = (1 − β_t⟨d_t, s_t⟩)² = f_t(S_t) / f_t(S_{t−1}),   s_t = k_t ⊙ k_t
 
-with f_t(S) = ½‖Sᵀk_t − v_t‖² (docs/explanation/operator.md). It depends only on keys and gates, so
+with f_t(S) = ½‖Sᵀk_t − v_t‖² (docs/explanation/operator.md). Where the memory decays,
+S̃_t = α_t S_{t−1} stands in place of S_{t−1}. It depends only on keys and gates, so
 other preconditioners can be tried on the same activations: the shadow ablations.
 """
 
@@ -57,7 +58,7 @@ class Activations(NamedTuple):
 
 @torch.no_grad()
 def capture(model: nn.Module, input_ids: Tensor) -> list[Activations]:
-    """The activations of every osdn and delta_net layer for one sequence, [1, T] token ids.
+    """The activations of every layer but attention for one sequence, [1, T] token ids.
 
     The layer's input is caught on its way in; keys, values and gates are made by the layer's own
     parts in the model's precision, and d by the definition, in float64.
@@ -78,7 +79,7 @@ def capture(model: nn.Module, input_ids: Tensor) -> list[Activations]:
 
 
 def mixers(model: nn.Module) -> list[OSDN]:
-    """The osdn and delta_net layers of a model, first to last."""
+    """The layers of a model that are not attention, first to last."""
     return [module for module in model.modules() if isinstance(module, OSDN)]
 
 

@@ -17,6 +17,7 @@ from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
+from osdn.integrations.vllm_batch import PagedBackend
 from osdn.layers.osdn import OSDN
 from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step
 from osdn.ops.convolution import next_history, short_convolution
@@ -45,6 +46,9 @@ class PagedOSDN(MambaBase, OSDN):
         prefill and passes on how many draft tokens were accepted.
         """
         return MambaAttentionBackendEnum.SHORT_CONV
+
+    def get_attn_backend(self) -> type[PagedBackend]:
+        return PagedBackend
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
         return state_shapes(self)
@@ -83,10 +87,13 @@ class PagedOSDN(MambaBase, OSDN):
                     batch.num_accepted_tokens,
                 )
         if batch.num_prefills:
-            end = decoded + batch.num_prefill_tokens
-            output[decoded:end] = self._run(
-                hidden_states[decoded:end],
-                batch.query_start_loc_p,
+            places: Any = slice(decoded, decoded + batch.num_prefill_tokens)
+            offsets = batch.query_start_loc_p
+            if batch.prompt_tokens is not None:
+                places, offsets = batch.prompt_tokens, batch.prompt_offsets
+            output[places] = self._run(
+                hidden_states[places],
+                offsets,
                 batch.state_indices_tensor_p,
                 batch.has_initial_states_p,
             )

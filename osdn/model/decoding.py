@@ -12,12 +12,13 @@ included, goes on as before. A second cache moves in by moving the first one out
 """
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import LinearAttentionLayer
+from transformers.cache_utils import Cache, LinearAttentionLayer
 from transformers.utils import logging
 
 from osdn.layers.convolution import ShortConvolution
@@ -39,17 +40,34 @@ logger = logging.get_logger(__name__)
 
 
 def last_logits(
-    model: Any, input_ids: Tensor | None, attention_mask: Tensor | None, cache: OSDNCache
+    model: Any,
+    cache: Cache | None,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    *,
+    use_cache: bool | None,
+    logits_to_keep: int | Tensor,
+    others: Sequence[Any],
 ) -> Tensor | None:
     """Logits [B, 1, vocabulary] after the last of these tokens [B, T]; the cache is updated.
 
     One token after a past is a step; several without one are a short prompt (`prefill`). None where
-    the layers must run instead: other tokens, gradients, autocast, or a model for which
-    `parameters_of` gives a reason.
+    the layers must run instead: a cache that `generate` has not marked, more asked for than these
+    logits, other tokens, gradients, autocast, or a model for which `parameters_of` gives a reason.
+
+    Args:
+        others: what else the forward was given; None or False is nothing.
     """
+    config = model.config
     if (
         # Cheap questions first: this is asked at every token.
-        not isinstance(input_ids, Tensor)
+        not isinstance(cache, OSDNCache)
+        or not cache.captured
+        or not (config.use_cache if use_cache is None else use_cache)
+        or config.output_hidden_states
+        or not all(x is None or x is False for x in others)
+        or not isinstance(logits_to_keep, int)
+        or not isinstance(input_ids, Tensor)
         or input_ids.ndim != 2
         or not input_ids.numel()
         or not runs_on(input_ids.device)
@@ -61,6 +79,8 @@ def last_logits(
     ):
         return None
     B, T = input_ids.shape
+    if T > 1 and logits_to_keep != 1:
+        return None
     size = 1 if T == 1 else padded(B, T)
     if T > 1 and not captures(input_ids.device):
         return None
@@ -111,8 +131,6 @@ def parameters_of(model: Any) -> list[nn.Parameter] | str:
             return "attention layers, whose cache grows"
         if block.attn.backend not in ("auto", BACKENDS[first.device.type]):
             return f"a layer with backend {block.attn.backend!r}"
-        if block.attn.a_proj is not None:  # goes when the layers' steps read log_alpha
-            return "layers with state decay"
         if max(block.attn.head_dim, block.attn.head_v_dim) > TRITON_LARGEST_HEAD:
             return f"heads larger than {TRITON_LARGEST_HEAD}"
     waiting: list[tuple[str, nn.Module]] = [("", model)]

@@ -344,20 +344,14 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             cache=past_key_values,
         )
-        named: dict[str, Any]
-        # A decoding step asks for nothing but its logits: then it may be a captured one.
-        plain = (
-            (labels is None and inputs_embeds is None and cu_seqlens is None)
-            and (use_cache or (use_cache is None and self.config.use_cache))
-            and not (output_hidden_states or self.config.output_hidden_states or output_attentions)
-            and isinstance(logits_to_keep, int)
-            and (logits_to_keep == 1 or T == 1)
-        )
-        if plain and isinstance(past_key_values, OSDNCache) and past_key_values.captured:
-            logits = last_logits(self, input_ids, attention_mask, past_key_values)
-            if logits is not None:
-                named = {CACHE: past_key_values}
-                return CausalLMOutputWithPast(logits=logits, **named)
+        named: dict[str, Any] = {CACHE: past_key_values}
+        others = (labels, inputs_embeds, cu_seqlens, output_hidden_states, output_attentions)
+        logits = last_logits(
+            self, past_key_values, input_ids, attention_mask,
+            use_cache=use_cache, logits_to_keep=logits_to_keep, others=others,
+        )  # fmt: skip
+        if logits is not None:  # a decoding step, which asks for nothing else
+            return CausalLMOutputWithPast(logits=logits, **named)
         outputs = self.model(  # labels and logits_to_keep are the head's
             input_ids,
             attention_mask,

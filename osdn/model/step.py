@@ -64,8 +64,10 @@ class DecodingStep:
             from osdn.ops.triton.products import stream_like
 
             self.hidden = stream_like(torch.zeros(batch, config.hidden_size, **like))
-        # [B, all projections of a layer]
-        self.projected = torch.zeros(batch, sum(map(len, self.layers[0].projections)), **like)
+        # [B, all projections of a layer] for each layer, in the same place
+        widths = [sum(map(len, layer.projections)) for layer in self.layers]
+        row = torch.zeros(batch * max(widths), **like)
+        self.projected = [row[: batch * width].view(batch, width) for width in widths]
         self.mixed = torch.zeros(batch, H * V, **like)  # [B, H V]
         self.inner = torch.zeros(batch, config.intermediate_size, **like)
         self.logits = torch.zeros(batch, config.vocab_size, **like)
@@ -89,10 +91,10 @@ class DecodingStep:
             # Views [B, ...] of layer i, changed in place.
             S, d, qk_history, v_history = self.views[4 * i : 4 * i + 4]
             # norm, then all projections: [B, D] [D, N]
-            project(stream, layer.attn_norm, layer.projections, self.projected, eps)
+            project(stream, layer.attn_norm, layer.projections, self.projected[i], eps)
             layer_step(
-                self.projected, self.mask, (qk_history, v_history), layer.convolutions,
-                layer.gamma_bias, layer.o_norm, S, d, self.mixed, layer.constants,
+                self.projected[i], self.mask, (qk_history, v_history), layer.convolutions,
+                layer.gamma_bias, layer.decay, layer.o_norm, S, d, self.mixed, layer.constants,
             )  # fmt: skip
             add_product(self.mixed, layer.o_proj, layer.mlp_norm, stream)
             gated_product(stream, layer.mlp_norm, layer.gate, layer.up, self.inner, eps)
@@ -103,34 +105,37 @@ class DecodingStep:
         from osdn.ops.numba.layer_step import layer_inputs
 
         h, eps, B = F.embedding(self.ids, self.embedding), self.eps, self.batch
-        rows, mask, none = self.projected.numpy(), self.mask.numpy(), h.new_empty(0)
+        mask, none = self.mask.numpy(), h.new_empty(0)
         for i, layer in enumerate(self.layers):
             S, d, *histories = self.views[4 * i : 4 * i + 4]
-            c = layer.constants
+            c, projected = layer.constants, self.projected[i]
             (H, K), V = d.shape[1:], c.value_size
             n, column = F.rms_norm(h, h.shape[-1:], layer.attn_norm, eps), 0  # [B, D]
             for weight in layer.projections:
                 # [B, D] [D, columns], side by side in one row
-                torch.mm(n, weight.t(), out=self.projected[:, column : column + len(weight)])
+                torch.mm(n, weight.t(), out=projected[:, column : column + len(weight)])
                 column += len(weight)
             bias = none if layer.gamma_bias is None else layer.gamma_bias
+            decay = layer.decay or (none, none)
             out = [h.new_empty(B, H, K), h.new_empty(B, H, K), h.new_empty(B, H, V)]  # q, k, v
-            out += [h.new_empty(B, H), h.new_empty(B, H)]  # β, log γ
+            out += [h.new_empty(B, H) for _ in range(3)]  # β, log γ, log α
             layer_inputs(
-                rows, mask, *(_flat(x) for x in histories),
-                tuple(_flat(x) for x in layer.convolutions), _flat(bias), L2_EPS,
-                c.allow_neg_eigval, tuple(x.numpy() for x in out),
+                projected.numpy(), mask, *(_flat(x) for x in histories),
+                tuple(_flat(x) for x in layer.convolutions), _flat(bias),
+                tuple(_flat(x) for x in decay), L2_EPS, c.allow_neg_eigval,
+                tuple(x.numpy() for x in out),
             )  # fmt: skip
-            q, k, v, beta, log_gamma = out
+            q, k, v, beta, log_gamma, log_alpha = out
             o, _, _ = online_scaled_delta_step(
-                q, k, v, beta, None if layer.gamma_bias is None else log_gamma, state=S, precond=d,
-                eta=c.eta, beta_aware=c.beta_aware, precond_min=c.precond_min,
+                q, k, v, beta, None if layer.gamma_bias is None else log_gamma,
+                log_alpha=None if layer.decay is None else log_alpha, state=S, precond=d, eta=c.eta,
+                beta_aware=c.beta_aware, precond_min=c.precond_min,
                 precond_max=c.precond_max, backend="numba",
             )  # fmt: skip
             o = F.rms_norm(o, (V,), layer.o_norm, c.norm_eps).flatten(1)  # [B, H, V] to [B, H V]
             if c.output_gate:
                 # The gate is the last of the projections; 0 for padding, whose o has no meaning.
-                o *= F.silu(self.projected[:, column - H * V :]) * self.mask[:, None]
+                o *= F.silu(projected[:, column - H * V :]) * self.mask[:, None]
             h = torch.addmm(h, o, layer.o_proj.t())
             n = F.rms_norm(h, h.shape[-1:], layer.mlp_norm, eps)
             inner = F.silu(n @ layer.gate.t()).mul_(n @ layer.up.t())  # [B, intermediate]
@@ -251,13 +256,16 @@ class _Layer:
     def __init__(self, block: OSDNBlock):
         mixer = block.attn
         assert isinstance(mixer, OSDN)
-        optional = [x for x in (mixer.gamma_proj, mixer.g_proj) if x is not None]
+        optional = [x for x in (mixer.gamma_proj, mixer.a_proj, mixer.g_proj) if x is not None]
         modules = [mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.b_proj, *optional]
         self.projections = [module.weight for module in modules]
         self.convolutions = (
             mixer.q_conv1d.weight, mixer.k_conv1d.weight, mixer.v_conv1d.weight,
         )  # fmt: skip
         self.gamma_bias = None if mixer.gamma_proj is None else mixer.gamma_proj.bias
+        self.decay = None
+        if mixer.A_log is not None and mixer.dt_bias is not None:
+            self.decay = (mixer.A_log, mixer.dt_bias)
         self.attn_norm, self.mlp_norm = block.attn_norm.weight, block.mlp_norm.weight
         self.o_norm, self.o_proj = mixer.o_norm.weight, mixer.o_proj.weight
         self.gate, self.up = block.mlp.gate_proj.weight, block.mlp.up_proj.weight

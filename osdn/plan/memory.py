@@ -1,6 +1,7 @@
 """Bytes that one GPU holds while it trains, part by part.
 
-With N parameters over `shard` GPUs: float32 weights 4N/shard, AdamW's moments 8N/shard, gradients
+With N parameters over `shard` GPUs: float32 weights 4N/shard, AdamW's moments 8N/shard (Muon keeps
+one, 4 bytes, of each number in the matrices of the blocks), gradients
 4N/shard (and 4N more where a sharded run accumulates several passes before it exchanges them). What
 is kept for the backward is counted from the tensors of a block (osdn/model) and of the kernels
 (saved_like of osdn/ops/triton); r bytes a number in the residual stream, c in compute. The short
@@ -11,21 +12,24 @@ from typing import NamedTuple
 
 import torch
 
+from osdn.layers.osdn import ALIGNED
 from osdn.model.configuration import OSDNConfig
 from osdn.model.loss import CHUNK_LOGITS
 from osdn.model.modeling import OSDNForCausalLM
 from osdn.plan.hardware import FRAGMENTS, RESERVE
+from osdn.train.muon import block_matrices
 from osdn.train.recipe import Train
 
 CHUNK, SPAN = 64, 8  # tokens in a chunk of the kernels, chunks in a span
 
 
 class Model(NamedTuple):
-    """Parameters in all, in the largest block, and outside the blocks."""
+    """Parameters in all, in the largest block, outside the blocks, and those Muon would take."""
 
     parameters: int
     block: int
     root: int
+    matrices: int
 
 
 def count_model(config: OSDNConfig) -> Model:
@@ -34,7 +38,8 @@ def count_model(config: OSDNConfig) -> Model:
         model = OSDNForCausalLM(config)
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.model.layers]
     total = sum(p.numel() for p in model.parameters())
-    return Model(total, max(blocks), total - sum(blocks))
+    matrices = sum(p.numel() for p in block_matrices(model))
+    return Model(total, max(blocks), total - sum(blocks), matrices)
 
 
 class Memory(NamedTuple):
@@ -67,6 +72,14 @@ def heads(config: OSDNConfig) -> tuple[int, int, int]:
     return H, K, K if config.head_v_dim is None else config.head_v_dim
 
 
+def joint_columns(config: OSDNConfig, name: str) -> int:
+    """Columns of the product that makes q, k, v and the gates of such a layer in training."""
+    H, K, V = heads(config)
+    gates = 1 + (name == "osdn" and config.forgetting == "data")
+    gates += name == "gated_delta_net" or (name == "osdn" and config.state_decay == "data")
+    return -(-H * (2 * K + V + gates) // ALIGNED) * ALIGNED
+
+
 def kernel_bytes(config: OSDNConfig, name: str, c: int) -> float:
     """What an osdn or delta_net layer's kernels keep for the backward, for one token.
 
@@ -89,7 +102,8 @@ def kept_by_block(config: OSDNConfig, name: str, train: Train, *, r: int, c: int
     widths = H * (2 * K + V) if linear else 3 * H * K
     out = c * H * (V if linear else K)  # o
     kernels = kernel_bytes(config, name, c) if linear else 4 * H
-    products = c * widths + out + 2 * c * I  # q, k, v; o; gate and up
+    joint = joint_columns(config, name) if linear else widths  # q, k, v, and the gates' logits
+    products = c * joint + out + 2 * c * I  # these; o; gate and up
     if train.activation_checkpointing == "selective":
         outputs = c * D * (1 if train.compile else 2)  # o_proj's; down_proj's, which nobody reads
         return r * D + products + outputs + kernels
@@ -112,6 +126,7 @@ def memory(config: OSDNConfig, model: Model, train: Train, *, shard: int, passes
         copies = 2.0 * (model.block if remade else N - model.root) if bfloat16 else 0.0
     else:  # the root, and a block in use beside the next one, with their gradients
         copies = (c + 4.0) * model.root + 2 * (2 * c + 4.0) * model.block
+    moments = 8.0 * N - 4.0 * (model.matrices if train.optimizer.name == "muon" else 0)
     gradients = 4.0 * N / shard + (4.0 * N if shard > 1 and passes > 1 else 0)
     kept = [kept_by_block(config, name, train, r=r, c=c) for name in config.mixers]
     plain = train.model_copy(update={"activation_checkpointing": "none"})
@@ -125,4 +140,4 @@ def memory(config: OSDNConfig, model: Model, train: Train, *, shard: int, passes
     loss += tokens * (r + cast + c) * D  # these hidden states and their gradient
     activations = tokens * (sum(kept) + r * D) + masks
     workspace = max(loss, tokens * again)
-    return Memory(4.0 * N / shard, gradients, 8.0 * N / shard, copies, activations, workspace)
+    return Memory(4.0 * N / shard, gradients, moments / shard, copies, activations, workspace)

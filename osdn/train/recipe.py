@@ -11,9 +11,11 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_serializer,
 )
 
 from osdn.errors import UserError
@@ -59,9 +61,24 @@ def _words(kinds: set[Any]) -> str:
     return "true or false" if bool in kinds else "a number"
 
 
-# Fields that came after the first checkpoints and records. A resolved recipe names them only where
-# they have another value, so that those keep their identity.
-LATER_MODEL_FIELDS = {"state_decay": "none"}
+# Fields that came after the first checkpoints and records, with what all runs did before. A
+# resolved recipe names them only where they have another value, so that those keep their identity.
+LATER_FIELDS = {
+    "model.state_decay": "none",
+    "train.optimizer.name": "adamw",
+    "train.optimizer.momentum": 0.95,  # read by Muon only
+}
+
+
+def drop_later_fields(resolved: dict[str, Any]) -> None:
+    """Delete each of LATER_FIELDS where it has the value of all runs from before the field."""
+    for key, before in LATER_FIELDS.items():
+        *sections, name = key.split(".")
+        fields = resolved
+        for section in sections:
+            fields = fields.get(section, {})
+        if name in fields and fields[name] == before:
+            del fields[name]
 
 
 S = TypeVar("S", bound=Section)
@@ -134,6 +151,15 @@ class Optimizer(Section):
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     clip: float | None = Field(default=1.0, gt=0)
+
+    @model_serializer(mode="wrap")
+    def _as_before_muon(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """AdamW without Muon's fields: so checkpoints and records of before stay the same."""
+        plain: dict[str, Any] = fields(self)
+        if self.name == "adamw":
+            for later in ("name", "momentum"):
+                plain.pop(later, None)
+        return plain
 
 
 class Schedule(Section):
@@ -255,17 +281,16 @@ class Recipe(Section):
     def resolved(self) -> dict[str, Any]:
         """Every field, the model's defaults included: plain values, for files and comparisons.
 
-        Except LATER_MODEL_FIELDS at the value that all models had before there was the field.
+        Except LATER_FIELDS at the value that all runs had before there was the field.
         """
         # With all defaults: a later version with other ones must not resume this run as its own.
         config = OSDNConfig(**self.model)
         model = {name: getattr(config, name) for name in MODEL_FIELDS}
         for name in ("vocab_size", "max_position_embeddings"):  # not known from the recipe alone
             model[name] = self.model.get(name)
-        for name, before in LATER_MODEL_FIELDS.items():
-            if model[name] == before:
-                del model[name]
-        return {**self.model_dump(mode="json"), "model": model}
+        resolved = {**self.model_dump(mode="json"), "model": model}
+        drop_later_fields(resolved)
+        return resolved
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -26,6 +26,8 @@ MODELS = {
     "delta_net": {"mixer": "delta_net", "use_output_gate": True},
     "hybrid": {"mixer": ["osdn", "attention", "delta_net", "attention"], "head_v_dim": 64},
     "os_gdn": {"state_decay": "data", "use_output_gate": True, "head_v_dim": 64},
+    "gated": {"state_decay": "data", "use_output_gate": True},
+    "gated_delta_net": {"mixer": "gated_delta_net", "use_output_gate": True},
     # A state of more bytes than 128 tokens of attention: vLLM makes the blocks longer.
     "hybrid of long blocks": {
         "mixer": ["osdn", "attention"] * 2,
@@ -57,6 +59,7 @@ ENGINES = [
     ("apf", PIECES),
     ("apf", {**PIECES, "block_size": 32}),
     ("hybrid of long blocks", PIECES),
+    ("gated", PIECES),
     ("apf", {"enforce_eager": False}),
     ("hybrid", {"enforce_eager": False}),
 ]
@@ -150,11 +153,16 @@ def test_tokens_are_those_of_generate(name, options, checkpoints):
         assert made["counts"]["vllm:prefix_cache_hits"] > 0
 
 
-@pytest.mark.parametrize("name", ["apf", "eight words", "hybrid"])
-def test_speculation_changes_no_token(name, checkpoints):
-    """Drafts of up to three tokens, most of them wrong: all states are those of right tokens."""
+@pytest.mark.parametrize(
+    ("name", "options"), [("apf", {}), ("eight words", {}), ("eight words", PIECES), ("hybrid", {})]
+)
+def test_speculation_changes_no_token(name, options, checkpoints):
+    """Drafts of up to three tokens, most of them wrong: all states are those of right tokens.
+
+    Without pieces, a new prompt of one token comes while others decode, and vLLM adds drafts to it.
+    """
     path, prompts, expected = checkpoints[name]
-    made = serve(path, prompts * 2, rounds=2, **PIECES, speculative_config=NGRAM)
+    made = serve(path, prompts * 2, rounds=2, **options, speculative_config=NGRAM)
     assert made["tokens"] == expected * 4
     drafted, right = (
         made["counts"][f"vllm:spec_decode_num_{x}"] for x in ("draft_tokens", "accepted_tokens")

@@ -24,6 +24,11 @@ MODELS = {
         "use_output_gate": True, "head_dim": 12, "head_v_dim": 20, "conv_size": 3,
     },
     "delta net": {"mixer": "delta_net", "conv_size": 1},
+    "gated delta net": {"mixer": "gated_delta_net"},
+    "the wider layer second": {"mixer": ["delta_net", "osdn"], "forgetting": "data"},
+    "all and state decay": {
+        "forgetting": "data", "state_decay": "data", "use_output_gate": True, "head_v_dim": 20,
+    },
 }  # fmt: skip
 
 
@@ -47,6 +52,8 @@ def make(**fields) -> OSDNForCausalLM:
         for name, p in model.named_parameters():
             if name.endswith("gamma_proj.bias"):
                 p.fill_(1.5)  # a γ that matters
+            elif name.endswith(("A_log", "dt_bias")):
+                p.fill_(-0.5)  # and an α
             elif "norm" in name:
                 p.uniform_(0.5, 1.5)
     return model
@@ -78,18 +85,6 @@ def test_logits_and_states_are_the_layers(fields, steps):
     for actual, expected in zip(*map(step.tensors_of, caches)):
         assert_close(actual, expected, 1e-5)
     assert caches[0].get_seq_length() == caches[1].get_seq_length() == 9
-
-
-@pytest.mark.parametrize("fields", [{"mixer": "gated_delta_net"}, {"state_decay": "data"}], ids=str)
-@torch.no_grad()
-def test_a_model_with_state_decay_goes_through_its_layers(fields, steps):
-    """The step has no log α; the layers' own one-token step has it."""
-    model, ids = make(**fields), tokens(2, 7)
-    assert decoding.parameters_of(model) == "layers with state decay"
-    found, expected = both(model, ids, max_new_tokens=5)
-    assert torch.equal(found, expected) and not steps and not decoding.captured_steps.get(model)
-    whole = model(found).logits.argmax(-1)
-    assert torch.equal(found[:, 7:], whole[:, 6:-1])
 
 
 @torch.no_grad()

@@ -1,5 +1,10 @@
 """Modules in other precisions, on other devices, exported: what is computed stays the same."""
 
+import os
+import sysconfig
+from pathlib import Path
+from shutil import which
+
 import pytest
 import torch
 from torch import nn
@@ -85,20 +90,55 @@ def test_the_loss_is_by_a_head_that_is_quantised():
     assert_close(model(ids, labels=ids).loss, expected, 1e-5)
 
 
-@pytest.mark.parametrize("mixer", MIXERS, ids=str)
-@pytest.mark.parametrize("backend", ["chunkwise", "numba"])
-def test_an_exported_model_takes_any_length(mixer, backend):
-    model = build(mixer, forgetting="data").requires_grad_(False)
+def exported(model, backend):
+    """The model as torch.export makes it from 21 tokens, for 2 to 4,096."""
     for module in model.modules():
         if isinstance(module, OSDN):
             module.backend = backend
     T = torch.export.Dim("T", min=2, max=4096)
-    exported = torch.export.export(
+    return torch.export.export(
         model,
         (tokens(),),
         {"use_cache": False},
         dynamic_shapes={"input_ids": {1: T}, "use_cache": None},
-    ).module()
-    for length in (2, 3, 21, 70):
+    )
+
+
+@pytest.mark.parametrize("backend", ["chunkwise", "numba"])
+@pytest.mark.parametrize(
+    ("mixer", "trainable"), [*((mixer, False) for mixer in MIXERS), ("osdn", True)], ids=str
+)
+def test_an_exported_model_takes_any_length(mixer, backend, trainable):
+    """Chunks of every size (8, 16, 32 tokens); where weights are trainable with their gradients."""
+    model = build(mixer, forgetting="data").requires_grad_(trainable)
+    program = exported(model, backend).module()
+    for length in (2, 3, 8, 9, 16, 17, 21, 70):
         ids = tokens(2, length, seed=length)
-        assert_close(exported(ids, use_cache=False).logits, model(ids).logits, 1e-5, f"T={length}")
+        found, expected = program(ids, use_cache=False).logits, model(ids).logits
+        assert_close(found, expected, 1e-5, f"T={length}")
+        if trainable:
+            named = dict(program.named_parameters())
+            theirs = torch.autograd.grad(found.square().sum(), list(named.values()))
+            own = torch.autograd.grad(
+                expected.square().sum(), [model.get_parameter(name) for name in named]
+            )
+            for name, one, other in zip(named, theirs, own):
+                assert_close(one, other, 1e-5, f"T={length}, gradient of {name}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    which(os.environ.get("CXX", "g++")) is None
+    or not Path(sysconfig.get_path("include"), "Python.h").exists(),
+    reason="Inductor needs a C++ compiler and Python's headers",
+)
+@pytest.mark.parametrize("backend", ["chunkwise", "numba"])
+def test_a_model_compiled_ahead_of_time_takes_any_length(backend, tmp_path):
+    """AOTInductor, whose program calls the operator through PyTorch's dispatcher."""
+    model = build(["osdn", "attention"], forgetting="data").requires_grad_(False)
+    path = str(tmp_path / "model.pt2")
+    torch._inductor.aoti_compile_and_package(exported(model, backend), package_path=path)
+    program = torch._inductor.aoti_load_package(path)
+    for length in (2, 21, 70):
+        ids = tokens(2, length, seed=length)
+        assert_close(program(ids, use_cache=False).logits, model(ids).logits, 1e-5, f"T={length}")

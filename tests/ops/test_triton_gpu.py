@@ -101,8 +101,9 @@ def test_decode_step_compiles_and_is_captured(options):
 
 
 def test_no_kernel_is_compiled_again_for_another_length_or_batch():
-    from osdn.ops.triton.memory_backward import gradients_kernel, memory_reverse_kernel
+    from osdn.ops.triton.memory_backward import memory_reverse_kernel
     from osdn.ops.triton.memory_forward import memory_kernel
+    from osdn.ops.triton.memory_gradients import gradients_kernel
     from osdn.ops.triton.precond_forward import inverse_kernel, scan_kernel
     from osdn.ops.triton.write_keys import write_keys_kernel
 

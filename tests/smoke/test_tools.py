@@ -126,7 +126,8 @@ def test_export_loaded_elsewhere_computes_the_same(checkpoint, tmp_path):
     )
     torch.export.save(exported, tmp_path / "model.pt2")
     code = (
-        "import osdn, sys, torch\n"
+        "import sys, torch\n"
+        "from osdn import OSDNForCausalLM  # registers the operators\n"
         "model = torch.export.load(sys.argv[1]).module()\n"
         "torch.save(model(torch.arange(33)[None], use_cache=False).logits, sys.argv[2])"
     )

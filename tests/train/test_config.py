@@ -5,6 +5,7 @@ import pytest
 from osdn.data import byte_tokenizer
 from osdn.errors import UserError
 from osdn.train import load_recipe
+from osdn.train.checkpoint.reading import first_difference
 from osdn.train.plain_yaml import plain_yaml
 from osdn.train.recipe import Data, Logging, Optimizer, Parallel, Recipe, Schedule, Train
 from osdn.train.setup import make_rows
@@ -196,3 +197,14 @@ def test_bombs_of_aliases_and_merges_are_refused(line):
         plain_yaml(bomb(40, line), "here")
     with pytest.raises(UserError, match="at most 20,000 values"):
         plain_yaml("a: &a [*a]", "here")
+
+
+def test_adamw_is_written_as_before_there_was_muon():
+    """Else no checkpoint of before could be resumed, and no record would be of its recipe."""
+    model = {"hidden_size": 32, "num_heads": 2}
+    plain = Recipe.model_validate({"model": model}).resolved()["train"]["optimizer"]
+    assert plain.keys() == {"lr", "beta1", "beta2", "eps", "weight_decay", "clip"}
+    train = {"optimizer": {"name": "muon"}}
+    muon = Recipe.model_validate({"model": model, "train": train}).resolved()["train"]["optimizer"]
+    assert muon.keys() - plain.keys() == {"name", "momentum"}
+    assert first_difference({"train": plain}, {"train": muon}) == ("train.name", None, "muon")

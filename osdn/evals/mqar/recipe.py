@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from osdn.evals.mqar.task import MQARModel, Task, check_task
 from osdn.model.configuration import MIXERS
-from osdn.train.recipe import Optimizer, Schedule, Section
+from osdn.train.recipe import Optimizer, Schedule, Section, drop_later_fields
 
 
 class Setting(Section):
@@ -175,6 +175,7 @@ class MQARRecipe(Section):
             shared["train"].pop(name)
         if self.train.precision == "float32":  # records from before this field name none
             del shared["train"]["precision"]
+        drop_later_fields(shared)
         own = {"label": cell.mixer, **self.mixers[cell.mixer]}
         axes = {"width": cell.width, "learning_rate": cell.learning_rate, "seed": cell.seed}
         return {"mixer": own, "task": cell.setting.model_dump(), **axes, **shared}

@@ -163,6 +163,14 @@ def first_rows(x: Tensor, sizes: list[int]) -> list[Tensor]:
 def chunk_size(T: int) -> int:
     """Tokens a chunk of sequences of T: LARGEST_CHUNK, or for short ones the next power of two."""
     C = SMALLEST_CHUNK
+    if isinstance(T, torch.SymInt) and torch.compiler.is_exporting():
+        # Without a branch: each would bound the lengths that the exported program takes. The
+        # factor is 1 up to C tokens, and 2 beyond.
+        size: int | torch.SymInt = C
+        while C < LARGEST_CHUNK:
+            size = size + C * torch.sym_min(1, torch.sym_max(0, T - C))
+            C *= 2
+        return size  # type: ignore[return-value]
     while min(T, LARGEST_CHUNK) > C:
         C *= 2
     return C

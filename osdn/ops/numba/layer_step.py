@@ -28,10 +28,12 @@ def convolved(x, row, there, history, at, weight, channel, gap):
 
 
 @entry
-def layer_inputs(rows, mask, qk_history, v_history, weights, bias, eps, double, out):
+def layer_inputs(rows, mask, qk_history, v_history, weights, bias, decay, eps, double, out):
     """rows [B, N] as `layer_step` takes them, histories flat; out (q, k [B, H, K], v [B, H, V],
-    β, log γ [B, H]); bias has no elements without forgetting."""
-    q, k, v, beta, log_gamma = out
+    β, log γ, log α [B, H]); bias has no elements without forgetting, and the two of decay, A_log
+    and dt_bias, none without a decay of the state."""
+    q, k, v, beta, log_gamma, log_alpha = out
+    A_log, dt_bias = decay
     (B, H, K), V = q.shape, v.shape[2]
     gap = weights[0].size // (H * K) - 1  # the width of the convolution less one
     for b in range(B):
@@ -59,15 +61,21 @@ def layer_inputs(rows, mask, qk_history, v_history, weights, bias, eps, double, 
                 v[b, h, i] = convolved(
                     2 * H * K + channel, row, there, v_history, at, weights[2], channel, gap
                 )
-            # A row is q, k, v, then H columns of β's logits and, with forgetting, H of γ's.
+            # A row is q, k, v, then H columns of each gate: β's, with forgetting γ's, then α's.
             column = H * (2 * K + V) + h
             beta[b, h] = (2 if double else 1) / (1 + math.exp(-row[column]))
             if bias.size:
-                a = row[column + H] + bias[h]
-                # logsigmoid(a), stable for either sign of a.
-                log_gamma[b, h] = min(a, 0) - math.log1p(math.exp(-abs(a)))
+                column += H
+                c = row[column] + bias[h]
+                # logsigmoid(c), stable for either sign of c.
+                log_gamma[b, h] = min(c, 0) - math.log1p(math.exp(-abs(c)))
+            if A_log.size:
+                a = row[column + H] + dt_bias[h]
+                softplus = max(a, 0) + math.log1p(math.exp(-abs(a)))
+                log_alpha[b, h] = -math.exp(A_log[h]) * softplus
             # Padding: such a token changes neither S nor d.
             if not there:
                 k[b, h, :] = 0
                 beta[b, h] = 0
                 log_gamma[b, h] = 0
+                log_alpha[b, h] = 0

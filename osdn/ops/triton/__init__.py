@@ -2,8 +2,9 @@
 
 Phase 1 makes the preconditioner's path from the keys alone: in chunks (`precond_forward`,
 `precond_backward`), and token by token from where a box clips it (`precond_tokens`). `write_keys`
-turns it into the operands of phase 2, which walks the memory (`memory_forward`, `memory_backward`).
-`decode` is one token. docs/explanation/kernels.md says what each kernel reads, writes and costs.
+turns it into the operands of phase 2, which walks the memory (`memory_forward`, `memory_backward`,
+`memory_gradients`). `decode` is one token. docs/explanation/kernels.md says what each kernel reads,
+writes and costs.
 """
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 from osdn.ops.operands import Operands, Options, Token
 from osdn.ops.triton.chunks import CHUNK, Chunks, chunk_bound, cut, on_device, span_bound
 from osdn.ops.triton.gates import Decay
-from osdn.ops.triton.memory_backward import gradients, memory_reverse
+from osdn.ops.triton.memory_backward import memory_reverse
 from osdn.ops.triton.memory_forward import memory, transitions_like
+from osdn.ops.triton.memory_gradients import gradients
 from osdn.ops.triton.precond_backward import chunk_scan_reverse
 from osdn.ops.triton.precond_forward import chunk_scan, inverse_like
 from osdn.ops.triton.precond_segments import transfers_like

@@ -1,11 +1,12 @@
 """One token of a whole OSDN layer between its projections, in one launch.
 
-From a row of projections [q | k | v | b | a | g] of each sequence, a program of one sequence and
-head makes
+From a row of projections [q | k | v | b | c | a | g] of each sequence, a program of one sequence
+and head makes
 
     u_c = Σ_j w_{c,j} x_{c,j}            the convolutions of q, k, v; their histories shift by one
     q, k = unit(silu(u)),  v = silu(u)
-    β = sigmoid(b) (times 2),  γ = sigmoid(a + bias)
+    β = sigmoid(b) (times 2),  γ = sigmoid(c + bias)
+    α = exp(−exp(A_log) softplus(a + dt_bias))   S decays by it before the token
     o, S, d = the online scaled delta step (osdn/ops/triton/step.py)
     y = rmsnorm(o) ⊙ silu(g)
 
@@ -57,14 +58,15 @@ def _write_history(history, b_h, b_x, o_c, m_c, W: tl.constexpr, BW: tl.constexp
 
 @triton.jit
 def layer_step_kernel(
-    p, mask, qk_history, v_history, w_q, w_k, w_v, bias, norm, S, d, o,
+    p, mask, qk_history, v_history, w_q, w_k, w_v, bias, A_log, dt_bias, norm,
+    S, d, o,
     eta, d_min, d_max, scale, norm_eps, L2_EPS,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, BW: tl.constexpr,
-    HAS_GAMMA: tl.constexpr, HAS_GATE: tl.constexpr, NEGATIVE: tl.constexpr,
-    BETA_AWARE: tl.constexpr, BOXED: tl.constexpr, EARLY: tl.constexpr,
+    HAS_GAMMA: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_GATE: tl.constexpr,
+    NEGATIVE: tl.constexpr, BETA_AWARE: tl.constexpr, BOXED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """p [B, H (2K + V + 1 (+ 1) (+ V))], mask [B] (0 where the token is padding), histories
+    """p [B, H (2K + V + 1 (+ 1) (+ 1) (+ V))], mask [B] (0 where the token is padding), histories
     [B, 2 H K, W−1] and [B, H V, W−1], w [·, W], S [B, H, K, V], d [B, H, K], o [B, H V].
     """
     if EARLY:
@@ -72,7 +74,8 @@ def layer_step_kernel(
     dtype = p.dtype.element_ty
     i_h = tl.program_id(0) % H
     i_b = (tl.program_id(0) // H).to(tl.int64)
-    row = p + i_b * (H * (2 * K + V + 1 + (1 if HAS_GAMMA else 0) + (V if HAS_GATE else 0)))
+    GATES: tl.constexpr = 1 + (1 if HAS_GAMMA else 0) + (1 if HAS_ALPHA else 0)
+    row = p + i_b * (H * (2 * K + V + GATES + (V if HAS_GATE else 0)))
     o_k = tl.arange(0, BK)
     m_k = o_k < K
     c_k = i_h * K + o_k  # channels of this head
@@ -105,7 +108,14 @@ def layer_step_kernel(
     b_beta = tl.where(there, b_beta, 0.0)
 
     b_w = b_beta * b_d * b_k
-    p_g = row + H * (2 * K + V + 1 + (1 if HAS_GAMMA else 0))
+    b_alpha = 1.0
+    if HAS_ALPHA:
+        b_a = tl.load(row + H * (2 * K + V + GATES - 1) + i_h).to(tl.float32)
+        b_a += tl.load(dt_bias + i_h).to(tl.float32)
+        b_dt = tl.maximum(b_a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(b_a)))  # softplus
+        b_alpha = tl.exp(-tl.exp(tl.load(A_log + i_h).to(tl.float32)) * b_dt)
+        b_alpha = tl.where(there, b_alpha, 1.0)
+    p_g = row + H * (2 * K + V + GATES)
     square = 0.0
     for i_v in tl.static_range((V + BV - 1) // BV):
         o_v = i_v * BV + tl.arange(0, BV)
@@ -118,6 +128,8 @@ def layer_step_kernel(
         x_v = tl.load(row + 2 * H * K + c_v, mask=m_x, other=0.0)  # [BV]
         b_hv, past_v = _read_history(h_v, w_v, c_v, m_v, W, BW)
         b_v = _convolve(x_v, past_v, w_v, c_v, m_v, W).to(dtype).to(tl.float32)
+        if HAS_ALPHA:
+            b_S *= b_alpha
         b_e = b_v - tl.sum(b_S * b_k[:, None], 0)
         b_S += b_w[:, None] * b_e[None, :]
         b_o = tl.sum(b_S * b_q[:, None], 0).to(dtype).to(tl.float32)  # [BV]
@@ -136,9 +148,9 @@ def layer_step_kernel(
         b_b = b_beta
     b_x = eta * b_b * (1.0 - b_b * tl.sum(b_d * b_s, 0))
     if HAS_GAMMA:
-        b_a = tl.load(row + H * (2 * K + V + 1) + i_h).to(tl.float32)
-        b_a += tl.load(bias + i_h).to(tl.float32)
-        b_d *= tl.where(there, tl.sigmoid(b_a), 1.0)
+        b_c = tl.load(row + H * (2 * K + V + 1) + i_h).to(tl.float32)
+        b_c += tl.load(bias + i_h).to(tl.float32)
+        b_d *= tl.where(there, tl.sigmoid(b_c), 1.0)
     b_d += b_x * b_s
     if BOXED:
         b_d = clip(b_d, d_min, d_max)
@@ -168,6 +180,7 @@ def layer_step(
     histories: tuple[Tensor, Tensor],
     convolutions: tuple[Tensor, Tensor, Tensor],
     gamma_bias: Tensor | None,
+    decay: tuple[Tensor, Tensor] | None,
     norm: Tensor,
     state: Tensor,
     precond: Tensor,
@@ -178,11 +191,12 @@ def layer_step(
 
     Args:
         projections: [B, N] in the model's dtype, columns q [H K], k [H K], v [H V], b [H], then
-            a [H] with a gamma_bias, then g [H V] with an output gate.
+            c [H] with a gamma_bias, then a [H] with a decay, then g [H V] with an output gate.
         mask: [B], 0 where the token is padding.
         histories: those of q and k [B, 2 H K, W−1] and of v [B, H V, W−1], as the layer keeps them.
         convolutions: weights of q, k and v, [channels, 1, W].
         gamma_bias: [H], or None without forgetting.  norm: [V], the output norm's weight.
+        decay: A_log and dt_bias [H], or None without a decay of the state.
         state [B, H, K, V], precond [B, H, K]: float32. All contiguous.
     """
     c, B, W = constants, len(projections), convolutions[0].shape[-1]
@@ -192,11 +206,12 @@ def layer_step(
     with on_device(projections):
         layer_step_kernel[(B * c.heads,)](
             projections, mask, *histories, *convolutions,
-            norm if gamma_bias is None else gamma_bias, norm, state, precond, out, c.eta,
+            norm if gamma_bias is None else gamma_bias, *(decay or (norm, norm)), norm,
+            state, precond, out, c.eta,
             c.precond_min if boxed else 0.0, c.precond_max if boxed else 0.0, c.scale,
             c.norm_eps, L2_EPS, H=c.heads, K=c.key_size, V=c.value_size, W=W, BK=BK,
             BV=64 if wide else tile(c.value_size), BW=triton.next_power_of_2(max(W - 1, 1)),
-            HAS_GAMMA=gamma_bias is not None, HAS_GATE=c.output_gate,
+            HAS_GAMMA=gamma_bias is not None, HAS_ALPHA=decay is not None, HAS_GATE=c.output_gate,
             NEGATIVE=c.allow_neg_eigval, BETA_AWARE=c.beta_aware, BOXED=boxed,
             num_warps=8 if wide else 4, **overlap(projections),
         )  # fmt: skip

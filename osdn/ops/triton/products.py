@@ -4,7 +4,7 @@ A step multiplies each weight by B rows only, so it costs one pass over the weig
 reads its weight once and does its neighbours' elementwise work on the way:
 
     embed          h = E[ids]                          starts the residual stream
-    project        y = rmsnorm(h) [W_0; W_1; …]ᵀ       one launch for up to six weights of one input
+    project        y = rmsnorm(h) [W_0; W_1; …]ᵀ       one launch, up to seven weights
     gated_product  y = silu(n W_gateᵀ) ⊙ (n W_upᵀ)     n = rmsnorm(h), the first half of a SwiGLU
     add_product    h ← h + x Wᵀ                        a residual connection, in place
 
@@ -31,7 +31,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from osdn.ops.triton.chunks import on_device
 from osdn.ops.triton.config import precision
 
-MOST_WEIGHTS = 6  # of one launch of `project`
+MOST_WEIGHTS = 7  # of one launch of `project`
 
 
 class Stream(NamedTuple):
@@ -125,9 +125,10 @@ def _feed(b_h, gain, p_scaled, squares, o_m, o_n, mask, B, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["B"])
 def project_kernel(
-    h, scaled, squares, gain, w_0, w_1, w_2, w_3, w_4, w_5, y, B, eps, D: tl.constexpr,
+    h, scaled, squares, gain, w_0, w_1, w_2, w_3, w_4, w_5, w_6, y, B, eps,
+    D: tl.constexpr,
     N_0: tl.constexpr, N_1: tl.constexpr, N_2: tl.constexpr, N_3: tl.constexpr,
-    N_4: tl.constexpr, N_5: tl.constexpr, P: tl.constexpr, BP: tl.constexpr,
+    N_4: tl.constexpr, N_5: tl.constexpr, N_6: tl.constexpr, P: tl.constexpr, BP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -147,6 +148,8 @@ def project_kernel(
                     w, N, column, i_n = w_4, N_4, column + N_3, i_n - (N_3 + BN - 1) // BN
                     if i_n >= (N_4 + BN - 1) // BN:
                         w, N, column, i_n = w_5, N_5, column + N_4, i_n - (N_4 + BN - 1) // BN
+                        if i_n >= (N_5 + BN - 1) // BN:
+                            w, N, column, i_n = w_6, N_6, column + N_5, i_n - (N_5 + BN - 1) // BN
     o_n = i_n * BN + tl.arange(0, BN)
     if BM == 1:
         b_w = _weight(w, o_n, N, 0, D, BK)
@@ -166,7 +169,7 @@ def project_kernel(
             b_x, b_w = _rows(scaled, o_m, i_k, B, D, BK), _weight(w, o_n, N, i_k, D, BK)
             b_y = tl.dot(b_x, tl.trans(b_w), b_y, input_precision=PRECISION)
         b_y *= _inverse_rms(squares, o_m, B, eps, D, P, BP)[:, None]
-    p_y = y + o_m.to(tl.int64)[:, None] * (N_0 + N_1 + N_2 + N_3 + N_4 + N_5) + column
+    p_y = y + o_m.to(tl.int64)[:, None] * (N_0 + N_1 + N_2 + N_3 + N_4 + N_5 + N_6) + column
     mask = (o_m[:, None] < B) & (o_n[None, :] < N)
     tl.store(p_y + o_n[None, :], b_y.to(y.dtype.element_ty), mask=mask)
 
