@@ -16,7 +16,7 @@ from osdn.data.split import is_held_out
 from osdn.errors import UserError
 from osdn.evals.evaluation import Evaluation, option
 from osdn.evals.models import LanguageModel
-from osdn.evals.results import make_result, point, score
+from osdn.evals.results import exp, make_result, point, score
 from osdn.evals.runner import Record, Sample
 from osdn.system.outside import Measure
 
@@ -197,9 +197,7 @@ class Perplexity(TextEvaluation):
         # By row, which the bootstrap draws: tokens of one row are not independent.
         nats = [sum(record["nats"]) for record in records]
         scores = [
-            score(
-                "perplexity per token", nats, [sum(r["tokens"]) for r in records], scale=math.exp
-            ),
+            score("perplexity per token", nats, [sum(r["tokens"]) for r in records], scale=exp),
             score("bits per byte", nats, [r["bytes"] * LN2 for r in records]),
         ]
         bucket, points, rows = protocol["bucket"], [], []
@@ -207,7 +205,7 @@ class Perplexity(TextEvaluation):
         for i in range(max(len(record["nats"]) for record in records)):
             there = [record for record in records if len(record["nats"]) > i]
             one = score(
-                "", [r["nats"][i] for r in there], [r["tokens"][i] for r in there], scale=math.exp
+                "", [r["nats"][i] for r in there], [r["tokens"][i] for r in there], scale=exp
             )
             points.append(point((i + 1) * bucket, one))
             span = f"{i * bucket + 1:,}–{(i + 1) * bucket:,}"

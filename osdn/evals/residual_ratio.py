@@ -9,7 +9,6 @@ S̃_t = α_t S_{t−1} stands in place of S_{t−1}. It depends only on keys and
 other preconditioners can be tried on the same activations: the shadow ablations.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self
@@ -23,7 +22,7 @@ from osdn.errors import UserError
 from osdn.evals.evaluation import Evaluation, option
 from osdn.evals.models import LanguageModel
 from osdn.evals.recall_data import read_prompts
-from osdn.evals.results import make_result, point, score
+from osdn.evals.results import exp, make_result, point, score
 from osdn.evals.runner import Record, Sample
 from osdn.layers.osdn import OSDN
 from osdn.ops import reference
@@ -126,7 +125,7 @@ def summarise_layer(layer: Activations) -> dict[str, list[list[float]]]:
 def _course(logs: np.ndarray) -> list[list[float]]:
     """[position, value, low, high] from mean log q [prompt, position]."""
     return [
-        point((i + 0.5) / POSITIONS, score("", list(logs[:, i]), scale=math.exp))
+        point((i + 0.5) / POSITIONS, score("", list(logs[:, i]), scale=exp))
         for i in range(POSITIONS)
     ]
 
@@ -202,13 +201,13 @@ class ResidualRatio(Evaluation):
         )
         layers = [layer.layer_idx for layer in mixers(model.model)]  # attention layers count, too
         scores = [
-            score(name, list(x[:, :, i, :, 0].mean((1, 2))), group="all layers", scale=math.exp)
+            score(name, list(x[:, :, i, :, 0].mean((1, 2))), group="all layers", scale=exp)
             for i, name in enumerate(names)
         ]
         rows = []
         for i, layer in enumerate(layers):
             means = x[:, i].mean((0, 2))  # [shadow, measure]
-            ratios = [f"{math.exp(value):.3g}" for value in means[:, 0]]
+            ratios = [f"{exp(value):.3g}" for value in means[:, 0]]
             rows.append([layer, *ratios, *(f"{value:.3f}" for value in means[0, 1:])])
         columns = ["layer", *(f"q, {name}" for name in names), "⟨d,s⟩", "β⟨d,s⟩", "share q > 1"]
         axes = {"x": "relative position", "y": "geometric mean of q", "log_y": True}

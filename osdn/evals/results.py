@@ -13,6 +13,7 @@ provenance          command, commit, versions, hardware, time
 """
 
 import html
+import math
 import os
 import platform
 import shlex
@@ -33,6 +34,7 @@ from osdn.system.outside import Malformed, Outside, read_json
 
 RESULT = "result.json"
 RESAMPLES = 2000  # the interval's ends are then its 50th values from either end
+LARGEST_EXPONENT = 709.0  # e to the 709 is the last that a float holds
 PACKAGES = ("osdn", "torch", "transformers", "numpy", "numba", "triton", "lm-eval", "datasets")
 
 
@@ -54,6 +56,11 @@ def bootstrap(
         ratios.append(x[chosen].sum(1) / w[chosen].sum(1))
     low, high = np.quantile(np.concatenate(ratios), [0.025, 0.975])
     return float(low), float(high)
+
+
+def exp(x: float) -> float:
+    """e to the x; infinity where floats end, as after a training that diverged."""
+    return math.inf if x > LARGEST_EXPONENT else math.exp(x)
 
 
 def score(

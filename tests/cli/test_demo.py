@@ -58,7 +58,7 @@ def test_demo_runs_all_three_parts_and_draws(capsys, tmp_path, monkeypatch):
     assert main(["demo", "--out", str(tmp_path), "--seeds", "2", *TINY]) == 0
     out = capsys.readouterr().out
     assert out.startswith("Three parts") and "minutes" in out.splitlines()[0]
-    assert "own write leaves" in out and ", 2 seeds" in out and "\n\nThe " in out
+    assert "own write leaves" in out and ", 2 seeds" in out and "\n\nThe" in out
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert len(list((tmp_path / "recall" / CELLS).iterdir())) == 4
 

@@ -127,10 +127,17 @@ def test_help_and_import_load_no_torch(words):
     [
         "import osdn; from transformers import AutoConfig, AutoModelForCausalLM",
         "from transformers import AutoConfig, AutoModelForCausalLM; import osdn",
-        "import osdn; from transformers import AutoModelForCausalLM, AutoConfig; osdn.OSDNModel",
-        "import osdn, transformers.modeling_layers; "
-        "from transformers import AutoConfig, AutoModelForCausalLM",
-        "from osdn import OSDN; from transformers import AutoConfig, AutoModelForCausalLM",
+        # A fresh interpreter imports for seven seconds of CPU time: the rarer orders are slow ones.
+        *(
+            pytest.param(order, marks=pytest.mark.slow)
+            for order in (
+                "import osdn; from transformers import AutoModelForCausalLM, AutoConfig; "
+                "osdn.OSDNModel",
+                "import osdn, transformers.modeling_layers; "
+                "from transformers import AutoConfig, AutoModelForCausalLM",
+                "from osdn import OSDN; from transformers import AutoConfig, AutoModelForCausalLM",
+            )
+        ),
     ],
 )
 def test_importing_osdn_registers_its_model(imports):

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 
 from osdn.errors import UserError
+from osdn.evals.perplexity import Perplexity
+from osdn.evals.repeats import DISTANCES, Repeats
+from osdn.evals.residual_ratio import ResidualRatio
 from osdn.evals.results import bootstrap, make_result, read_result, score, write_json
 from osdn.evals.runner import SAMPLES, measure
 
@@ -76,3 +79,24 @@ def test_results_say_where_they_come_from(tmp_path, monkeypatch):
     assert made["command"] == "osdn eval recall 'a b'"
     with pytest.raises(UserError, match="is the evaluation finished"):
         read_result(tmp_path / "other")
+
+
+HALF = {"nats": [1.0], "tokens": [2]}
+WHOLE = {"nats": [1.0] * (len(DISTANCES) + 1), "tokens": [2] * (len(DISTANCES) + 1)}
+UNEQUAL = {
+    Perplexity: [{"nats": [1.0, 2.0], "tokens": [3], "bytes": 4}],
+    Repeats: [
+        {"hits": HALF, "rest": HALF, "distance": WHOLE},
+        {"hits": WHOLE, "rest": WHOLE, "distance": WHOLE},
+    ],
+    ResidualRatio: [{"layers": [{"own": [[1.0]]}]}],
+}
+
+
+@pytest.mark.parametrize("kind", UNEQUAL)
+def test_samples_whose_lists_do_not_fit_are_refused(kind, tmp_path):
+    lines = [{"protocol": {}}, *({"id": str(i), **one} for i, one in enumerate(UNEQUAL[kind]))]
+    (tmp_path / SAMPLES).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match="not a samples file") as caught:
+        measure(tmp_path, ITEMS, None, protocol={}, batch=1, name="test", schema=kind.record)
+    assert "\n" not in str(caught.value)

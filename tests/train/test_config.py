@@ -45,7 +45,10 @@ def test_overrides_are_parsed_as_yaml_and_laid_over_the_file(path):
     ("override", "expected"),
     [
         ("train.optimiser.lr=1", "train: no field 'optimiser'; did you mean 'optimizer'?"),
-        ("train.optimizer.learning=1", "train.optimizer: no field 'learning'; there are lr, beta1"),
+        (
+            "train.optimizer.learning=1",
+            "train.optimizer: no field 'learning'; there are name, lr, beta1",
+        ),
         ("modle.eta=1", "recipe: no field 'modle'; did you mean 'model'?"),
         ("model.hiden_size=8", "model: no field 'hiden_size'; did you mean 'hidden_size'?"),
         ("model.mixer=delta_nett", "model: mixer: expected one of"),

@@ -25,7 +25,7 @@ from osdn.train.setup import open_data
 VOCABULARY = 2048  # word pieces of the help pages: 3.6 bytes each, most words are one
 SAMPLE = 8_000_000  # UTF-8 bytes of text that the tokenizer is learned from
 END = "<|end|>"
-PROMPT = "The "
+PROMPT = "The"  # no space after it: the next piece brings its own
 SIZES = [
     "train.steps=1500",
     "train.seq_len=256",
@@ -80,6 +80,7 @@ def write(recipe: Recipe, out: Path) -> Written:
         max_new_tokens=PASSAGE_TOKENS,
         do_sample=True,
         temperature=0.5,
+        top_p=0.9,  # of what so small a model thinks unlikely, most is no word
         top_k=0,  # from all tokens; transformers' default is the 50 likeliest
         pad_token_id=tokenizer.eos_token_id,
     )

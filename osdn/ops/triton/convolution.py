@@ -33,13 +33,13 @@ BACKWARD = {"elements": 512, "length": 128, "warps": 4}
 
 @triton.jit
 def _place(T, D, RUNS: tl.constexpr, LENGTH: tl.constexpr, HEAD: tl.constexpr, BD: tl.constexpr):
-    """(sequence, first token of each run [RUNS], the features' numbers [BD], their end, block)."""
+    """(sequence, first token, the features' numbers [BD], their end, block of tokens)."""
     ND = tl.cdiv(D, HEAD)
     NT = tl.cdiv(T, RUNS * LENGTH)
     i_d = tl.program_id(0) % ND
     block = tl.program_id(0) // ND
-    o_t = block % NT * (RUNS * LENGTH) + tl.arange(0, RUNS) * LENGTH
-    return block // NT, o_t, i_d * HEAD + tl.arange(0, BD), min(D, (i_d + 1) * HEAD), block
+    first = block % NT * (RUNS * LENGTH)
+    return block // NT, first, i_d * HEAD + tl.arange(0, BD), min(D, (i_d + 1) * HEAD), block
 
 
 @triton.jit
@@ -81,14 +81,15 @@ def convolution_kernel(
     BD: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """x [B, T, ·] with `stride` from token to token, y [B, T, D]."""
-    i_b, o_t, o_d, D_END, _ = _place(T, D, RUNS, LENGTH, HEAD, BD)
+    i_b, first, o_d, D_END, _ = _place(T, D, RUNS, LENGTH, HEAD, BD)
+    o_t = first + tl.arange(0, RUNS) * LENGTH  # the first token of each run
     x += i_b.to(tl.int64) * T * stride
     y += i_b.to(tl.int64) * T * D
     before = ()  # x_{t−1}, x_{t−2} … x_{t−W+1}
     for j in tl.static_range(1, W):
         before = before + (_row(x, o_t - j, o_d, T, D_END, stride),)
     coming, coming_age = _row(x, o_t, o_d, T, D_END, stride), _age(ages, o_t, T, PACKED)
-    for i in range(LENGTH):
+    for i in range(min(LENGTH, T - first)):
         t = o_t + i
         window, age = (coming,) + before, coming_age
         coming = _row(x, t + 1, o_d, T, D_END, stride)  # under way during the sums
@@ -112,11 +113,13 @@ def convolution_backward_kernel(
     BD: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """dy [B, T, D], x and dx [B, T, ·]; parts [B · blocks, W, D] float32: dweight's summands."""
-    i_b, o_t, o_d, D_END, block = _place(T, D, RUNS, LENGTH, HEAD, BD)
+    i_b, first, o_d, D_END, block = _place(T, D, RUNS, LENGTH, HEAD, BD)
     dy += i_b.to(tl.int64) * T * D
     x += i_b.to(tl.int64) * T * x_stride
     dx += i_b.to(tl.int64) * T * dx_stride
-    last = o_t + LENGTH + W - 2  # the first tokens of the walk belong to the run behind
+    # The walk starts with W − 1 tokens of the run behind, or at the sequence's end if it is nearer.
+    steps = min(LENGTH + W - 1, T - first)
+    last = first + tl.arange(0, RUNS) * LENGTH + steps - 1
     window = ()  # x_t, x_{t−1} … x_{t−W+2}
     sums = ()  # what later tokens add to dx of these tokens
     dws = ()
@@ -127,8 +130,9 @@ def convolution_backward_kernel(
             sums = sums + (tl.zeros([RUNS, BD], tl.float32),)
     coming = _row(x, last - W + 1, o_d, T, D_END, x_stride)
     b_dy, coming_age = _row(dy, last, o_d, T, D_END, D), _age(ages, last, T, PACKED)
-    for i in range(LENGTH + W - 1):
+    for i in range(steps):
         t = last - i
+        mine = steps - i <= LENGTH  # not of the run behind
         window, age = window + (coming,), coming_age
         dz = b_dy.to(tl.float32)
         coming = _row(x, t - W, o_d, T, D_END, x_stride)  # under way during the sums
@@ -145,7 +149,7 @@ def convolution_backward_kernel(
             dz = r[:, None] * (dz - z * along[:, None])
         du = dz * s * (1 + u * (1 - s))  # [RUNS, BD]
 
-        own = tl.where(i >= W - 1, du, 0.0)
+        own = tl.where(mine, du, 0.0)
         new_dws, new_sums = (), ()
         for j in tl.static_range(W):
             new_dws = new_dws + (dws[j] + own * _seen(window[j], age, j, PACKED),)
@@ -154,7 +158,7 @@ def convolution_backward_kernel(
                 part += sums[j]
             new_sums = new_sums + (part,)
         p_dx = dx + t.to(tl.int64)[:, None] * dx_stride + o_d[None, :]
-        mask = (t < tl.where(i >= W - 1, T, 0))[:, None] & (o_d < D_END)[None, :]
+        mask = (t < tl.where(mine, T, 0))[:, None] & (o_d < D_END)[None, :]
         tl.store(p_dx, new_sums[0].to(dx.dtype.element_ty), mask=mask)
         window, sums, dws = window[1:], new_sums[1:], new_dws
     for j in tl.static_range(W):
