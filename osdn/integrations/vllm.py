@@ -113,21 +113,11 @@ class OSDNForCausalLM(nn.Module, HasInnerState, IsHybrid):
     """The language model that vLLM builds for a checkpoint of osdn.OSDNForCausalLM.
 
     Pure models and hybrids with attention layers alike. Tensor and pipeline parallelism are
-    refused.
+    refused (`vllm_plugin.refuse`).
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
-        parallel = vllm_config.parallel_config
-        for option in ("tensor_parallel_size", "pipeline_parallel_size"):
-            if (size := getattr(parallel, option)) != 1:
-                raise ValueError(f"{option}: OSDN models are served with 1, got {size}")
-        drafts = vllm_config.speculative_config
-        if drafts is not None and drafts.method != "ngram":
-            raise ValueError(
-                f"speculative_config: OSDN models are served with method 'ngram', got "
-                f"{drafts.method!r}"
-            )
         self.config = vllm_config.model_config.hf_config
         self.model = PagedModel(vllm_config=vllm_config, prefix=f"{prefix}model")
         self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)

@@ -23,6 +23,7 @@ def register() -> None:
 
         @classmethod
         def verify_and_update_config(cls, vllm_config: Any) -> None:
+            refuse(vllm_config)
             cache = vllm_config.cache_config
             if current_platform.is_cpu():
                 fix_block_size(cache)
@@ -34,6 +35,23 @@ def register() -> None:
     AutoConfig.register(OSDNConfig.model_type, OSDNConfig, exist_ok=True)
     ModelRegistry.register_model("OSDNForCausalLM", "osdn.integrations.vllm:OSDNForCausalLM")
     MODELS_CONFIG_MAP["OSDNForCausalLM"] = OSDNEngineConfig
+
+
+def refuse(vllm_config: Any) -> None:
+    """Raise for what OSDN models are not served with, before any process is started.
+
+    Raises:
+        ValueError: tensor or pipeline parallelism, or speculation with another method than ngram.
+    """
+    for option in ("tensor_parallel_size", "pipeline_parallel_size"):
+        if (size := getattr(vllm_config.parallel_config, option)) != 1:
+            raise ValueError(f"{option}: OSDN models are served with 1, got {size}")
+    drafts = vllm_config.speculative_config
+    if drafts is not None and drafts.method != "ngram":
+        raise ValueError(
+            "speculative_config: OSDN models are served with the method 'ngram', got "
+            f"{drafts.method!r}"
+        )
 
 
 def fix_block_size(cache: Any) -> None:

@@ -8,11 +8,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from osdn import OSDNConfig, OSDNForCausalLM
+from osdn.integrations.vllm_plugin import refuse
 
 pytest.importorskip("vllm", reason="vLLM is not installed (make vllm)")
 pytestmark = pytest.mark.vllm
@@ -41,10 +43,6 @@ PIECES = {"max_num_batched_tokens": 64}
 NGRAM = {
     "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3
 }  # fmt: skip
-REFUSED = [
-    {"tensor_parallel_size": 2},
-    {"speculative_config": {"method": "suffix", "num_speculative_tokens": 3}},
-]
 ENGINES = [
     ("osdn", {}),
     ("apf", {}),
@@ -171,9 +169,19 @@ def test_speculation_changes_no_token(name, options, checkpoints):
     assert right > 0 or name != "eight words"
 
 
-@pytest.mark.parametrize("options", REFUSED, ids=lambda options: next(iter(options)))
-def test_what_is_not_served_is_refused(options, checkpoints):
+def test_parallel_models_are_refused_before_anything_starts(checkpoints):
     path, prompts, _ = checkpoints["apf"]
-    (name,) = options
-    with pytest.raises(EngineFailed, match=f"ValueError: {name}: OSDN models are served"):
-        serve(path, prompts[:1], **options)
+    with pytest.raises(EngineFailed, match="tensor_parallel_size: OSDN models are served with 1"):
+        serve(path, prompts[:1], tensor_parallel_size=2)
+
+
+def test_other_drafts_are_refused():
+    parallel = SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1)
+    for method in ("ngram", "eagle", "suffix"):
+        drafts = SimpleNamespace(method=method)
+        config = SimpleNamespace(parallel_config=parallel, speculative_config=drafts)
+        if method == "ngram":
+            refuse(config)
+            continue
+        with pytest.raises(ValueError, match=f"speculative_config: .* 'ngram', got '{method}'"):
+            refuse(config)
