@@ -67,7 +67,8 @@ def test_recall_takes_the_outcomes_by_model_and_seed(tmp_path, monkeypatch):
     def compare(recipe, out):
         for cell in recipe.cells():
             share = cell.seed / 100 + (cell.mixer == "osdn") / 10
-            write_json(out / CELLS / cell.file, {"by_pair": [share] * recall.PAIRS})
+            outcome = {"cell": {}, "accuracy": share, "diverged": False, "state_size": 1}
+            write_json(out / CELLS / cell.file, outcome | {"by_pair": [share] * recall.PAIRS})
 
     monkeypatch.setattr(recall, "compare", compare)
     found = recall.measure(tmp_path, 2)

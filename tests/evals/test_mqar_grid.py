@@ -69,7 +69,7 @@ def test_errors_are_one_line(tmp_path, capsys):
     cases = {
         "tasks=[{length: 16, pair: 2, batch_size: 8}]": "did you mean 'pairs'",
         "tasks=[{length: 16, pairs: 5, batch_size: 8}]": "1 to length / 4 = 4",
-        "mixers={x: {mixer: mamba}}": "expected mixer: osdn",
+        "mixers={x: {mixer: mamba}}": "expected mixer: one of osdn, delta_net",
         "mixers={x: {mixer: osdn, num_heads: 1, etta: 1}}": "etta",
         "mixers={x: {mixer: osdn, num_heads: 3}}": "num_heads",
         "seeds=[0, 0]": "two cells",

@@ -183,7 +183,7 @@ def edit(checkpoint, **fields):
     [
         (lambda x: os.truncate(x / "model.safetensors", 1000), "no model to load"),
         (lambda x: os.truncate(x / "config.json", 40), "not JSON"),
-        (lambda x: (x / "config.json").write_text("[]"), "expected an object, got list"),
+        (lambda x: (x / "config.json").write_text("[]"), "input should be an object, got a list"),
         (lambda x: edit(x, num_heads="absent"), "expected a field 'num_heads', found none"),
         (lambda x: edit(x, num_heads="two"), "num_heads: expected a positive integer, got 'two'"),
         (lambda x: edit(x, num_heads=3), "weights of another shape"),
