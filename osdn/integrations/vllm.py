@@ -44,14 +44,19 @@ class PagedSoftmax(Attention):
             projection(hidden_states).unflatten(-1, (self.num_heads, -1))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = (self._rotate(x, positions) for x in (q, k))
+        q, k = (self._rotate(x, positions) for x in (q, k))  # [tokens, H, K] each
+        # vLLM takes a head's features joined to the others', [tokens, H K].
         return self.o_proj(self.attn(q.flatten(-2), k.flatten(-2), v.flatten(-2)))
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [tokens, H, K], each token at its own position."""
         K = x.shape[-1]
         pair = torch.arange(0, K, 2, device=x.device, dtype=torch.float32)
-        angle = positions.float()[:, None, None] * self.rope_theta ** (-pair / K)
+        # In float32: a position of 10,000 in bfloat16 is off by up to 32 tokens.
+        angle = positions.float()[:, None, None] * self.rope_theta ** (
+            -pair / K
+        )  # [tokens, 1, K/2]
+        # Halves, not neighbours, are turned together, as in osdn.layers.attention.
         a, b = x.float().chunk(2, dim=-1)
         cos, sin = angle.cos(), angle.sin()
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
@@ -75,7 +80,8 @@ class PagedBlock(nn.Module):
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(self, hidden_states: Tensor, positions: Tensor) -> Tensor:
-        x = self.attn_norm(hidden_states)
+        x = self.attn_norm(hidden_states)  # [tokens, D]
+        # Only attention needs positions: the other mixers read their order from the batch.
         mixed = self.attn(x, positions) if isinstance(self.attn, PagedSoftmax) else self.attn(x)
         hidden_states = hidden_states + mixed
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
@@ -136,6 +142,7 @@ class OSDNForCausalLM(nn.Module, HasInnerState, IsHybrid):
                 "mixer: vLLM serves models with at least one osdn or delta_net layer; this one "
                 "has attention layers only"
             )
+        # The layer itself says its sizes; on the meta device it costs no memory.
         with torch.device("meta"):
             return state_shapes(OSDN(**mixer_options(config, layer)))
 
@@ -173,6 +180,7 @@ class OSDNForCausalLM(nn.Module, HasInnerState, IsHybrid):
         own = dict(self.named_parameters())
         loaded = set()
         given = dict(weights)
+        # Checkpoints from before state decay have APF's gate under the name of the decay's.
         former = former_names(given)
         for name, weight in ((former.get(name, name), x) for name, x in given.items()):
             if name not in own:

@@ -28,7 +28,6 @@ MODELS = {
     "delta_net": {"mixer": "delta_net", "use_output_gate": True},
     "hybrid": {"mixer": ["osdn", "attention", "delta_net", "attention"], "head_v_dim": 64},
     "os_gdn": {"state_decay": "data", "use_output_gate": True, "head_v_dim": 64},
-    "gated": {"state_decay": "data", "use_output_gate": True},
     "gated_delta_net": {"mixer": "gated_delta_net", "use_output_gate": True},
     # A state of more bytes than 128 tokens of attention: vLLM makes the blocks longer.
     "hybrid of long blocks": {
@@ -50,6 +49,7 @@ ENGINES = [
     ("delta_net", {}),
     ("hybrid", {}),
     ("os_gdn", {}),
+    ("gated_delta_net", {}),
     # Prompts in pieces, and 26 requests in 16 places: each place is used again.
     ("apf", {**PIECES, "max_num_seqs": 16, "enable_prefix_caching": False}),
     ("hybrid", {**PIECES, "max_num_seqs": 16}),
@@ -57,7 +57,7 @@ ENGINES = [
     ("apf", PIECES),
     ("apf", {**PIECES, "block_size": 32}),
     ("hybrid of long blocks", PIECES),
-    ("gated", PIECES),
+    ("os_gdn", PIECES),
     ("apf", {"enforce_eager": False}),
     ("hybrid", {"enforce_eager": False}),
 ]

@@ -33,12 +33,14 @@ def forward(
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     with on_device(q):
         chunks = cut(q.shape[0], q.shape[1], cu_seqlens)
+        # x: phase 1's solution; starts: d at chunk starts; w [B, T, H, K]; A: phase 2's solve.
         x, starts, w, A, clipped, *pair = _intermediates(operands)
         memory_decay = Decay(*pair)
         e, kept = _residuals(k, v, cu_seqlens) if save else (None, None)
         gates = (k, beta, log_gamma)
         if cu_seqlens is not None:
             starts.zero_()  # those past the last chunk are never written
+        # With d constant (η = 0, no γ) there is no phase 1.
         if options.constant_precond(log_gamma is not None):
             precond = initial_precond.clone()
             starts.copy_(_at_chunks(initial_precond, chunks))
@@ -122,6 +124,7 @@ def backward(
     dfinal_state, dfinal_precond = dfinal_state.contiguous(), dfinal_precond.contiguous()
     with on_device(q):
         chunks = cut(q.shape[0], q.shape[1], cu_seqlens)
+        # Phase 2 first: phase 1's gradient begins with dw, that of the write keys.
         dv, dw, dstate, parts = memory_reverse(
             q, k, w, A, decay, e, do, dfinal_state, transitions, chunks, options
         )
@@ -129,6 +132,7 @@ def backward(
             q, k, w, log_alpha, decay, e, do, dv, kept, parts, chunks, options
         )
         gates = (k, beta, log_gamma)
+        # The scans below fill these, and add phase 1's part to dk.
         dbeta = torch.empty_like(beta)
         dlog_gamma = None if log_gamma is None else torch.empty_like(beta)
         found = (dk, dbeta, dlog_gamma)
