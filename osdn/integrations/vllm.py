@@ -18,8 +18,9 @@ from vllm.sequence import IntermediateTensors
 
 from osdn.integrations.vllm_mixer import PagedOSDN, state_dtypes, state_shapes
 from osdn.layers.attention import Attention
+from osdn.layers.gates import former_names
 from osdn.layers.mlp import SwiGLU
-from osdn.layers.osdn import OSDN, former_names
+from osdn.layers.osdn import OSDN
 from osdn.model.block import mixer_options
 from osdn.model.configuration import OSDNConfig
 

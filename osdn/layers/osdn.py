@@ -5,18 +5,23 @@ transformers `Cache`: forward(hidden_states, attention_mask, past_key_values, us
 -> (output, None, past_key_values), the signature of flash-linear-attention's layers.
 """
 
-import math
-from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import initialization
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from osdn.layers.cache import Mixed, linear_cache, token_mask
 from osdn.layers.convolution import ShortConvolution, last_inputs
+from osdn.layers.gates import (
+    Forgetting,
+    ForgettingGate,
+    StateDecay,
+    rename_former,
+    start_decay,
+    widened,
+)
 from osdn.layers.padding import padding_first, reordered
 from osdn.layers.sizes import head_size
 from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step
@@ -24,33 +29,9 @@ from osdn.ops.convolution import short_convolutions
 from osdn.ops.packing import check_cu_seqlens
 from osdn.ops.validation import check_box_holds_one, check_rule, check_sizes
 
-Forgetting = Literal["none", "data"]
-StateDecay = Literal["none", "data"]
-
 # Columns of a joint product are a multiple of this, 128 bytes in bfloat16: the matrix units want
 # it, and torch.compile gives wide tensors such rows and would copy others for our operator.
 ALIGNED = 64
-# d then forgets over about 1 / (1 − γ) = 1,000 tokens.
-APF_BIAS = 6.9  # γ = sigmoid(6.9) ≈ 0.999 at the start
-LEAST_A, MOST_A = 1e-4, 16.0  # A is uniform up to 16, as in Mamba 2; 0 has no logarithm
-LEAST_DT, MOST_DT = 1e-3, 0.1  # Δ is log-uniform, as in Mamba 2
-FORMER_GATE, GATE = "a_proj", "gamma_proj"  # of APF: in early checkpoints, and now
-
-
-class ForgettingGate(nn.Linear):
-    """W_γ x + b_γ [B, T, H], in float32 or wider; log γ is its logsigmoid. γ starts near 0.999."""
-
-    def reset_special_parameters(self) -> None:
-        """Fixed initial values: weight 0, bias 6.9 (γ ≈ 0.999)."""
-        nn.init.zeros_(self.weight)
-        nn.init.constant_(self.bias, APF_BIAS)
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return self.biased(F.linear(x, self.weight.to(x.dtype)))
-
-    def biased(self, product: Tensor) -> Tensor:
-        """W_γ x + b_γ from W_γ x; widened first, so that 6.9 + x keeps the digits of x."""
-        return widened(product) + self.bias.to(torch.promote_types(product.dtype, torch.float32))
 
 
 class LayerOperands(NamedTuple):
@@ -71,26 +52,6 @@ class LayerOperands(NamedTuple):
     initial_state: Tensor | None
     initial_precond: Tensor | None
     history: list[Tensor]
-
-
-def widened(x: Tensor) -> Tensor:
-    """x in float32, or in float64 where it is that."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def former_names(names: Iterable[str]) -> dict[str, str]:
-    """Name in a checkpoint -> name now, of the parameters whose names have changed.
-
-    APF's gate was called a_proj, which is the name of Gated DeltaNet's projection. Only the former
-    has a bias.
-    """
-    found = {}
-    for bias in names:
-        if f".{bias}".endswith(f".{FORMER_GATE}.bias"):
-            place = bias.removesuffix(f"{FORMER_GATE}.bias")
-            for last in ("weight", "bias"):
-                found[f"{place}{FORMER_GATE}.{last}"] = f"{place}{GATE}.{last}"
-    return found
 
 
 class OSDN(nn.Module):
@@ -188,25 +149,17 @@ class OSDN(nn.Module):
         # One weight vector [V] for all heads.
         self.o_norm = nn.RMSNorm(self.head_v_dim, eps=norm_eps)
         self.o_proj = nn.Linear(value_size, hidden_size, bias=False)
-        self.register_load_state_dict_pre_hook(_rename_former)
+        self.register_load_state_dict_pre_hook(rename_former)
         self.reset_special_parameters()
 
     def reset_special_parameters(self) -> None:
-        """The fixed initial values: d_1 = 1, γ ≈ 0.999, and A and Δ of the state's decay.
-
-        log α = −A softplus(W_a x + dt_bias), which is −A Δ at W_a x = 0.
-        """
+        """The initial values of their own: d_1 = 1, γ ≈ 0.999, and A and Δ of the state's decay."""
         if self.initial_precond is not None:
             nn.init.ones_(self.initial_precond)
         if self.gamma_proj is not None:
             self.gamma_proj.reset_special_parameters()
         if self.A_log is not None and self.dt_bias is not None:
-            # transformers' copy_ leaves a parameter that was loaded as it is
-            A = torch.empty_like(self.A_log).uniform_(0, MOST_A).clamp(min=LEAST_A)
-            initialization.copy_(self.A_log, A.log())
-            low, high = math.log(LEAST_DT), math.log(MOST_DT)
-            dt = torch.empty_like(self.dt_bias).uniform_(low, high).exp()
-            initialization.copy_(self.dt_bias, dt + (-torch.expm1(-dt)).log())  # softplus⁻¹(Δ)
+            start_decay(self.A_log, self.dt_bias)
 
     @property
     def state_size(self) -> int:
@@ -413,10 +366,3 @@ class OSDN(nn.Module):
         gamma = None if self.gamma_proj is None else self.gamma_proj.biased(gates[1])
         a = None if self.a_proj is None else gates[len(sizes) - 4]  # the last
         return made, history, self._gates(gates[0], gamma, a)
-
-
-def _rename_former(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Give what load_state_dict was handed its names of now."""
-    own = [name for name in state_dict if name.startswith(prefix)]
-    for former, name in former_names(own).items():
-        state_dict[name] = state_dict.pop(former)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, get_args
 
 from transformers import AutoConfig, PretrainedConfig
 
-from osdn.layers.osdn import Forgetting, StateDecay
+from osdn.layers.gates import Forgetting, StateDecay
 from osdn.ops.validation import check_box_holds_one, check_rule, check_sizes
 
 MIXERS = ("osdn", "delta_net", "gated_delta_net", "attention")

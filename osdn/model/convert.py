@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from osdn.errors import UserError
-from osdn.layers.osdn import Forgetting
+from osdn.layers.gates import Forgetting
 from osdn.model.configuration import OSDNConfig
 from osdn.model.loading import PROBLEMS, GuardedModel, fetch, let_read, without_bars
 from osdn.model.modeling import OSDNForCausalLM

@@ -22,8 +22,9 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 from transformers.utils import logging
 
 from osdn.layers.convolution import ShortConvolution
+from osdn.layers.gates import ForgettingGate
 from osdn.layers.mlp import SwiGLU
-from osdn.layers.osdn import OSDN, ForgettingGate
+from osdn.layers.osdn import OSDN
 from osdn.model.block import OSDNBlock
 from osdn.model.cache import OSDNCache
 from osdn.model.prefill import MOST_TOKENS, SHORTEST, padded, prompt_mask

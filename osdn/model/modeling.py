@@ -31,7 +31,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import can_return_tuple
 
-from osdn.layers.osdn import FORMER_GATE, GATE, OSDN, ForgettingGate
+from osdn.layers.gates import FORMER_GATE, GATE, ForgettingGate
+from osdn.layers.osdn import OSDN
 from osdn.model.block import OSDNBlock
 from osdn.model.cache import CACHE, OSDNCache, one_cache
 from osdn.model.card import write_card
@@ -48,7 +49,7 @@ from osdn.model.loss import cross_entropy, linear_cross_entropy, next_token_labe
 
 
 class FormerGate(GroupWeightRename):
-    """`osdn.layers.osdn.former_names` in from_pretrained: known by the bias, which comes first.
+    """`osdn.layers.gates.former_names` in from_pretrained: known by the bias, which comes first.
 
     What is saved again has the present names.
     """

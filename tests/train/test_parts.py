@@ -11,7 +11,7 @@ from osdn import OSDNConfig, OSDNForCausalLM
 from osdn.data import Row, collate
 from osdn.errors import UserError
 from osdn.evals.residual_ratio import activations
-from osdn.layers.osdn import APF_BIAS
+from osdn.layers.gates import APF_BIAS
 from osdn.model.loss import linear_cross_entropy
 from osdn.train.blocks import prepare_blocks
 from osdn.train.initial import Initializer, empty_model

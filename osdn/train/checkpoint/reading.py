@@ -31,7 +31,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY
 
 from osdn.errors import UserError
-from osdn.layers.osdn import former_names
+from osdn.layers.gates import former_names
 from osdn.system.files import TEMPORARY, sha256
 from osdn.system.outside import Malformed, Outside, parse_json, read_json
 from osdn.train.distributed.parallel import Parallel
