@@ -55,7 +55,7 @@ class Trainer:
         lock: DirectoryLock,
     ) -> None:
         self.recipe, self.out, self.options = recipe, out, recipe.train
-        self.parallel, self.lock = parallel, lock
+        self.parallel = parallel
         self.tell: Callable[[str], None] = tell if parallel.main else _silent
         self.step = self.nonfinite = self.in_a_row = 0
         self.bits: float | None = None  # per byte of the held-out text, of the last validation
@@ -162,9 +162,7 @@ class Trainer:
         # A last step that was not finite is not saved above. The run is over, so it is now.
         if self.checkpoints.tried < self.step:
             self.save()
-        self.checkpoints.finish()
-        # A directory that was replaced meanwhile is another run's.
-        self.parallel.from_main(self.lock.check)
+        self.checkpoints.finish_last()
         export(self.out, self.sharded, self.tokenizer, self._training())
 
     def _training(self) -> Training:

@@ -170,6 +170,17 @@ def test_a_full_disk_stops_nothing_but_the_save(texts, finished, tmp_path, monke
     assert curve(tmp_path) == curve(finished.out)
 
 
+def test_what_a_kill_after_the_last_save_left_is_removed(texts, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished.out, run)
+    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
+    # Killed between the rename of the last checkpoint and the removal of an older one.
+    shutil.rmtree(run / "model")
+    shutil.copytree(run / "checkpoints" / kept[0], run / "checkpoints" / "step_2")
+    train(recipe(texts), run)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == kept
+
+
 @pytest.fixture
 def small_files():
     """Every write past 60 kB fails, as on a full disk: the log fits, weights do not."""

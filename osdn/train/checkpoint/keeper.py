@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
 from osdn.system.locks import DirectoryLock
-from osdn.train.checkpoint.writing import Saver
+from osdn.train.checkpoint.writing import Saver, remove_old
 from osdn.train.distributed.parallel import Parallel
 from osdn.train.log.run_log import RunLog
 
@@ -37,6 +37,7 @@ class Keeper:
     ) -> None:
         self.parallel, self.lock, self.tell = parallel, lock, tell
         self.saved = self.tried = saved  # steps of the newest checkpoint, and of the last attempt
+        self.root, self.keep = root, keep
         self._saver = Saver(root, parallel, keep=keep, lost=lambda: lock.lost)
 
     def start(
@@ -92,6 +93,15 @@ class Keeper:
             self.saved = self._saver.finish() or self.saved
         except OSError as error:
             self._not_saved(self._saver.step, error.strerror or str(error))
+
+    def finish_last(self) -> None:
+        """At the run's end: wait for the last save, and delete what is not kept."""
+        self.finish()
+        # A directory that was replaced meanwhile is another run's.
+        self.parallel.from_main(self.lock.check)
+        # A run that was killed after its last save, before the older checkpoints went, saves none.
+        if self.parallel.main:
+            remove_old(self.root, self.keep)
 
     def _not_saved(self, step: int, problem: str) -> None:
         last = f"step_{self.saved} is intact" if self.saved else "there is none yet"

@@ -128,8 +128,13 @@ class _Writer(dcp.HuggingFaceStorageWriter):
         os.rename(self.unfinished, self.target)
         sync(self.root)
         # Only after the new one is there.
-        for old in directories(self.root)[self.keep :]:
-            shutil.rmtree(old, ignore_errors=True)
+        remove_old(self.root, self.keep)
+
+
+def remove_old(root: Path, keep: int) -> None:
+    """Delete all checkpoints but the newest, as many as are kept."""
+    for old in directories(root)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _refusal(error: SafetensorError) -> OSError:
