@@ -9,7 +9,7 @@ number of workers and ranks. torchdata's StatefulDataLoader (0.11) is not used: 
 
 import atexit
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class WorkerRows:
         self._source, self._total = source, world * workers
         self._ranks = [rank + world * worker for worker in range(workers)]
         self._rows: Iterator[Made | UserError] | None = None
-        atexit.register(_close, weakref.ref(self))
+        self._end: Callable[[], None] = _nothing
         self._load([])
 
     def _load(self, states: Sequence[dict[str, Any]]) -> None:
@@ -75,6 +75,10 @@ class WorkerRows:
     def __next__(self) -> Row:
         if self._rows is None:
             self._rows = self._start()
+            # It holds the workers' queues: collected together with them in a cycle, as after an
+            # error whose traceback names these rows, they would be closed before the last word.
+            self._end = weakref.finalize(self, _end_workers, self._rows)
+            atexit.register(self._end)
         try:
             made = next(self._rows)
         except RuntimeError as error:
@@ -117,15 +121,22 @@ class WorkerRows:
 
     def close(self) -> None:
         """End the workers; done at the latest when Python ends, which would wait for them."""
-        rows, self._rows = self._rows, None
-        if rows is not None:  # not left to its own end: a traceback may hold it longer
-            rows._shutdown_workers()  # type: ignore[attr-defined]
+        self._rows = None
+        self._end()
+        atexit.unregister(self._end)
+        self._end = _nothing
 
 
-def _close(rows: "weakref.ref[WorkerRows]") -> None:
-    """At Python's end, before multiprocessing waits for processes that take no SIGTERM."""
-    if (alive := rows()) is not None:
-        alive.close()
+def _nothing() -> None:
+    """To end where no worker was started."""
+
+
+def _end_workers(rows: Any) -> None:
+    """Before multiprocessing waits for processes that take no SIGTERM."""
+    workers = rows._workers
+    rows._shutdown_workers()
+    for worker in workers:
+        worker.kill()  # one that is within a long document; it has nothing to lose
 
 
 class _Worker(IterableDataset):

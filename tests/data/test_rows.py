@@ -215,16 +215,19 @@ def test_a_killed_worker_ends_the_run_in_one_line(tmp_path):
 
 
 LEFT_OPEN = """
-import sys, tests.data.test_rows as t
+import gc, sys, tests.data.test_rows as t
 from pathlib import Path
 if __name__ == "__main__":
     rows = t.open_rows(t.make_source(Path(sys.argv[1])), workers=1)
     t.deal([rows], 3)
+    {then}
 """
 
 
-def test_python_ends_though_rows_were_not_closed(tmp_path):
-    (tmp_path / "child.py").write_text(LEFT_OPEN)
+@pytest.mark.parametrize("then", ["", "rows.itself = rows; del rows; gc.collect()"])
+def test_python_ends_though_rows_were_not_closed(then, tmp_path):
+    """In use to the end, or collected in a cycle, as after an error whose traceback is kept."""
+    (tmp_path / "child.py").write_text(LEFT_OPEN.format(then=then))
     subprocess.run(
         [sys.executable, tmp_path / "child.py", tmp_path / "texts"],
         env={**os.environ, "PYTHONPATH": os.getcwd()}, check=True, timeout=HANG,
