@@ -50,6 +50,7 @@ def test_the_interval_is_students():
     assert recall.interval([1.0, 2.0, 3.0]) == pytest.approx((2, 2 - 2.4843, 2 + 2.4843), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_demo_runs_all_three_parts_and_draws(capsys, tmp_path, monkeypatch):
     short = {"examples": 32, "test_examples": 16, "epochs": 1, "processes": 1, "device": "cpu"}
     monkeypatch.setitem(recall.RECIPE, "train", short)

@@ -74,6 +74,7 @@ def test_other_words_too_many_are_refused(capsys, overrides_seen, words):
     assert not overrides_seen
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_ends_a_command_quietly(checkpoint):
     words = [sys.executable, "-m", "osdn", "generate", checkpoint, "--temperature", "1"]
     process = subprocess.Popen(
@@ -126,11 +127,11 @@ def test_help_and_import_load_no_torch(words):
     "imports",
     [
         "import osdn; from transformers import AutoConfig, AutoModelForCausalLM",
-        "from transformers import AutoConfig, AutoModelForCausalLM; import osdn",
         # A fresh interpreter imports for seven seconds of CPU time: the rarer orders are slow ones.
         *(
             pytest.param(order, marks=pytest.mark.slow)
             for order in (
+                "from transformers import AutoConfig, AutoModelForCausalLM; import osdn",
                 "import osdn; from transformers import AutoModelForCausalLM, AutoConfig; "
                 "osdn.OSDNModel",
                 "import osdn, transformers.modeling_layers; "

@@ -138,6 +138,7 @@ def test_names_that_a_glob_would_read_otherwise(tmp_path):
             assert [d.text for d, _ in open_corpus(str(path)).read()] == [name]
 
 
+@pytest.mark.slow
 def test_a_process_that_stops_within_a_hub_stream_ends_cleanly(tmp_path):
     write(tmp_path, "parquet")
     code = (

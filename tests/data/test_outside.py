@@ -101,6 +101,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss in KiB")
 def test_memory_does_not_grow_with_a_long_record_as_a_tokenizer_would(tmp_path):
     """3 MB in one record: tokenized whole it took 200 times that, 600 MB."""

@@ -201,6 +201,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_run_in_one_line(tmp_path):
     (tmp_path / "child.py").write_text(CHILD)
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
@@ -224,6 +225,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("then", ["", "rows.itself = rows; del rows; gc.collect()"])
 def test_python_ends_though_rows_were_not_closed(then, tmp_path):
     """In use to the end, or collected in a cycle, as after an error whose traceback is kept."""

@@ -79,6 +79,7 @@ def test_shards_hold_the_texts_documents_in_order(texts, shards):
     assert corpus.manifest.bytes == sum(len(d.text.encode()) for d in documents)
 
 
+@pytest.mark.slow
 def test_neither_processes_nor_interruptions_change_a_byte(texts, shards, tmp_path, monkeypatch):
     assert tokenize(texts, tmp_path / "alone", "--processes", "1") == 0
     assert contents(tmp_path / "alone") == contents(shards)
@@ -98,6 +99,7 @@ def test_neither_processes_nor_interruptions_change_a_byte(texts, shards, tmp_pa
     assert contents(tmp_path / "stopped") == contents(shards)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_kill_9_keeps_finished_shards_and_leaves_nobody(texts, shards, tmp_path):
     line = [sys.executable, "-m", "osdn", "tokenize", str(texts), "--tokenizer", "byte"]

@@ -127,6 +127,7 @@ def wait_for(condition) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("victim", ["grid", "worker"])
 def test_a_process_that_is_killed_leaves_none_behind(tmp_path, victim):

@@ -331,6 +331,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_where_fla_is_installed_the_model_runs_on_a_cpu():
     """In a process of its own, whose transformers takes FLA's functions where it finds them."""
     pytest.importorskip("fla", reason="needs flash-linear-attention")

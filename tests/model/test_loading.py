@@ -135,6 +135,7 @@ model.save_pretrained(path + "-again")
 """
 
 
+@pytest.mark.slow
 def test_a_process_without_osdn_imported_loads_a_checkpoint(tmp_path):
     """By the file of one import beside it; and a checkpoint saved there has the same file."""
     model = build(["osdn", "attention"])

@@ -105,6 +105,7 @@ def one_of_two_ranks(rank, store):
     os._exit(0)  # not through gloo's destructors: one hung there after all was done
 
 
+@pytest.mark.slow
 def test_a_rank_without_targets_adds_zeros(tmp_path):
     torch.multiprocessing.spawn(one_of_two_ranks, (tmp_path / "store",), nprocs=2)
 

@@ -60,6 +60,7 @@ def test_clip_that_never_acts_is_no_clip():
         assert_close(boxed[name], x, 5e-6, name)
 
 
+@pytest.mark.slow
 def test_box_is_left_late_or_by_some_heads_only():
     """Chunks before the first clip are made in parallel, those from there on token by token."""
     inputs = make_inputs(2, 140, 2, 20, 16, gamma=False, dtype=torch.float32)
@@ -90,7 +91,9 @@ def test_when_walks_are_cut_into_segments():
     assert count_segments(2, 65536, 64) == 1  # enough programs as it is
 
 
-@pytest.mark.parametrize("T, V, options", [(300, 20, {}), (257, 70, BOX)])
+@pytest.mark.parametrize(
+    "T, V, options", [(300, 20, {}), pytest.param(257, 70, BOX, marks=pytest.mark.slow)]
+)
 def test_walks_in_segments(monkeypatch, T, V, options):
     monkeypatch.setattr("osdn.ops.triton.chunks.SPAN", 1)
     monkeypatch.setattr("osdn.ops.triton.chunks.LEAST", 1)
@@ -99,6 +102,7 @@ def test_walks_in_segments(monkeypatch, T, V, options):
     check(make_inputs(1, T, 1, 24, V, dtype=torch.float32), **options)
 
 
+@pytest.mark.slow
 def test_segments_and_a_box_that_is_left_late(monkeypatch):
     monkeypatch.setattr("osdn.ops.triton.chunks.SPAN", 1)
     monkeypatch.setattr("osdn.ops.triton.chunks.LEAST", 1)
@@ -112,6 +116,7 @@ def test_segments_and_a_box_that_is_left_late(monkeypatch):
     assert _saved(on_device(inputs), bounds).tolist() == [[2]]
 
 
+@pytest.mark.slow
 def test_segments_of_several_sequences_and_heads(monkeypatch):
     monkeypatch.setattr("osdn.ops.triton.chunks.SPAN", 2)
     monkeypatch.setattr("osdn.ops.triton.chunks.LEAST", 2)

@@ -57,6 +57,7 @@ def test_language_models_start_from_one_training(tmp_path):
     assert [set(curve["series"]) for curve in result["curves"]] == [{"as DeltaNet", "as OSDN"}]
 
 
+@pytest.mark.slow
 def test_runs_of_two_corpora_are_no_pairs(tmp_path, capsys):
     path, out = write_language(tmp_path), tmp_path / "out"
     words = ["run", str(path), "--out", str(out), "--device", "cpu"]
@@ -104,6 +105,7 @@ def test_curves_with_several_series_have_a_panel_each():
     assert _curves(outcome) == [("q: own", axes, [[0, 1.0]]), ("q: ones", axes, [[0, 2.0]])]
 
 
+@pytest.mark.slow
 def test_two_at_a_time_that_begin_alike_train_it_once(tmp_path):
     runs = all_runs(load_study(write_language(tmp_path)))
     found = list(
@@ -219,6 +221,7 @@ def test_the_headline_is_drawn_with_its_interval():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a, n=2"]
 
 
+@pytest.mark.slow
 def test_sigterm_leaves_a_checkpoint_of_the_language_model_under_way(tmp_path):
     path, out = write_language(tmp_path), tmp_path / "out"
     recipe = (tmp_path / "lm.yaml").read_text()

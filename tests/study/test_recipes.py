@@ -55,9 +55,9 @@ def test_mqar_runs_are_built_as_their_specs_say():
     [
         ("mqar_cpu", "mqar_cpu", 888),
         ("mqar", "many_seeds", 216),
-        ("language", "language", 31),
+        pytest.param("language", "language", 31, marks=pytest.mark.slow),
         ("language", "longer_2026_11_26", 4),
-        ("repeats", "repeats", 20),
+        pytest.param("repeats", "repeats", 20, marks=pytest.mark.slow),
     ],
 )
 def test_the_records_that_are_kept_are_runs_of_the_recipes(study, kept, count, tmp_path):

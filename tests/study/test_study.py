@@ -166,6 +166,7 @@ def test_a_record_under_a_wrong_name_is_refused(tmp_path, done, capsys):
     assert f"holds the run {record.stem}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_kill_9_loses_what_is_under_way_and_nothing_else(tmp_path):
     path = write_mqar(tmp_path, seeds=list(range(12)), train={"examples": 512, "epochs": 1})
     out = tmp_path / "out"
@@ -218,6 +219,7 @@ def test_a_deadline_is_kept_and_a_failed_run_is_told(tmp_path, capsys):
     assert run is broken and outcome is None and "Error" in error
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_costs_its_run_and_is_replaced(tmp_path, monkeypatch):
     runs = all_runs(load_study(write_mqar(tmp_path)))[:2]
     endless = Run("mqar", "grid", "x", 0, json.loads(json.dumps(runs[0].spec)), 1)

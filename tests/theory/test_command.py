@@ -4,6 +4,7 @@ import re
 from importlib import import_module
 from pathlib import Path
 
+import pytest
 import torch
 
 from theory import experiments
@@ -11,6 +12,7 @@ from theory.__main__ import main
 from theory.bounds import precond_path
 
 
+@pytest.mark.slow
 def test_theory_command(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(experiments, "CAP", 200)
     assert main(["--out", str(tmp_path)]) == 0

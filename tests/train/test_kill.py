@@ -65,6 +65,7 @@ def test_killed_at_random_moments_the_curve_is_that_of_an_uninterrupted_run(
     assert (tmp_path / "model" / "config.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_polite_stop_saves_first(number, code, recipe_path, expected, tmp_path):
     process = start(recipe_path, tmp_path, pause(10, SIGNALLED))

@@ -67,6 +67,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
             assert torch.equal(x, before[name]) != finite, name
 
 
+@pytest.mark.slow
 def test_two_processes_that_share_the_weights_and_stop_give_the_bits_of_one(tmp_path):
     """Gathered over two processes, saved, loaded; the sum in a gradient's norm is left out."""
     recipe = tmp_path / "recipe.yaml"

@@ -34,8 +34,8 @@ from tests.train.tiny import (
 FORMS = [
     pytest.param("data", 2, 1, id="DDP on 2"),
     pytest.param("data", 2, "all", id="FSDP2 on 2"),
-    pytest.param("none", 2, "all", id="FSDP2 on 2, no gate"),
-    pytest.param("data", 4, 2, id="HSDP on 4"),
+    pytest.param("none", 2, "all", id="FSDP2 on 2, no gate", marks=pytest.mark.slow),
+    pytest.param("data", 4, 2, id="HSDP on 4", marks=pytest.mark.slow),
     pytest.param("none", 2, 1, id="DDP on 2, no gate", marks=pytest.mark.slow),
     pytest.param("data", 4, 1, id="DDP on 4", marks=pytest.mark.slow),
     pytest.param("data", 4, 4, id="FSDP2 on 4", marks=pytest.mark.slow),
@@ -86,7 +86,7 @@ def test_every_form_has_the_curve_of_one_process(forgetting, world, shard, one_p
 
 
 @pytest.mark.parametrize("forgetting", ["data", pytest.param("none", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("shard", [1, 2])
+@pytest.mark.parametrize("shard", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_two_processes_with_a_row_each_are_bit_equal_to_one(
     shard, forgetting, one_process, tmp_path
 ):
@@ -112,6 +112,7 @@ run.bits_per_byte = interrupted
 """
 
 
+@pytest.mark.slow
 def test_a_stop_in_a_validation_saves_what_was_trained(run, tmp_path):
     recipe, one = run
     out = tmp_path / "out"
@@ -149,7 +150,8 @@ torch.compile = functools.partial(torch.compile, backend="eager")  # all but the
 """
 
 
-@pytest.mark.parametrize("shard", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [1, 2])
 def test_compiled_blocks_that_are_made_again_change_nothing(shard, run, tmp_path):
     recipe, one = run
     out = tmp_path / "out"
@@ -176,6 +178,7 @@ layers.OSDN.operands, layers.OSDN.start_precond = checked_operands, checked_star
 """
 
 
+@pytest.mark.slow
 def test_bfloat16_in_compute_with_float32_where_it_matters(run, tmp_path):
     recipe, one = run
     out = tmp_path / "out"
@@ -234,6 +237,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.getrlimit(resource.R
 """
 
 
+@pytest.mark.slow
 def test_the_full_disk_of_one_process_loses_the_saves_alone(run, tmp_path):
     recipe, one = run
     out = tmp_path / "out"
@@ -246,6 +250,7 @@ def test_the_full_disk_of_one_process_loses_the_saves_alone(run, tmp_path):
     assert_close(curve(out), curve(one))
 
 
+@pytest.mark.slow
 def test_a_damaged_share_makes_all_processes_go_back(run, tmp_path):
     recipe, one = run
     out = tmp_path / "out"
@@ -275,6 +280,7 @@ RankRows.__next__ = slow
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_stalls_is_named(run, tmp_path):
     recipe, one = run
     out = tmp_path / "out"

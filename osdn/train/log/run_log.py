@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from statistics import median
 
@@ -206,8 +207,8 @@ class RunLog:
 
 def _unused(path: Path) -> Path:
     """The path, or with a number after it where a file has that name."""
-    names = (path, *(path.with_name(f"{path.name}.{i}") for i in range(1, 10**6)))
-    return next(name for name in names if not name.exists())
+    numbered = (path.with_name(f"{path.name}.{i}") for i in count(1))
+    return next(name for name in chain([path], numbered) if not name.exists())
 
 
 def read_result(out: Path, *, parameters: int, steps: int, nonfinite: int) -> TrainResult:
