@@ -189,9 +189,11 @@ def ages_of(cu_seqlens: Tensor | None, T: int, width: int) -> Tensor | None:
 def forward(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, head_dim: int | None) -> Tensor:
     """y, by PyTorch."""
     x_wide, w, inside = _prepare(x, weight, cu_seqlens)  # [B, T, D], [D, W], W masks [T − back, 1]
-    z = F.silu(_sums(x_wide, w, inside))  # [B, T, D]
+    # In place: a new tensor of this size costs a CPU more than the arithmetic.
+    z = F.silu(_sums(x_wide, w, inside), inplace=True)  # [B, T, D]
     if head_dim is not None:
-        z = _unit(z.unflatten(-1, (-1, head_dim))).flatten(-2)  # by head, [B, T, H, head_dim]
+        by_head = z.unflatten(-1, (-1, head_dim))  # [B, T, H, head_dim]
+        by_head.mul_(_inverse_norm(by_head))
     return z.to(x.dtype)
 
 
@@ -212,9 +214,10 @@ def backward(
     # y = z / n has the gradient (dy − ⟨dy, y⟩ y) / n in z.
     if head_dim is not None:
         z, dz = ((one.unflatten(-1, (-1, head_dim))) for one in (u * sigmoid, dz))
-        y = _unit(z)
+        inverse = _inverse_norm(z)  # [B, T, H, 1]
+        y = z * inverse
         along = (dz * y).sum(-1, keepdim=True)  # [B, T, H, 1]
-        dz = (torch.addcmul(dz, y, along, value=-1) * _inverse_norm(z)).flatten(-2)
+        dz = (torch.addcmul(dz, y, along, value=-1) * inverse).flatten(-2)
     du = dz * sigmoid * (1 + u * (1 - sigmoid))  # silu'(u) = σ + u σ (1 − σ)
     T, W = x.shape[1], w.shape[1]
     # The token's own weight, then each earlier one: token t feeds t + back.
@@ -255,11 +258,8 @@ def _where(inside: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _inverse_norm(z: Tensor) -> Tensor:
-    return torch.rsqrt(z.square().sum(-1, keepdim=True) + L2_EPS)
-
-
-def _unit(z: Tensor) -> Tensor:
-    return z * _inverse_norm(z)
+    # vector_norm makes no tensor of squares.
+    return torch.rsqrt(torch.linalg.vector_norm(z, dim=-1, keepdim=True).square() + L2_EPS)
 
 
 def _module(x: Tensor) -> Any:
