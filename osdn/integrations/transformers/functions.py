@@ -121,7 +121,7 @@ def rule(
 
 
 def _unit(x: Tensor) -> Tensor:
-    # vector_norm reads x once and writes rows; a square of x is a new tensor, twice the time in all.
+    # vector_norm makes no tensor of squares, which would double the time.
     return x * torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() + L2_EPS)
 
 
