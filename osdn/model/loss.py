@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.amp.autocast_mode import is_autocast_available
 from torch.autograd.function import once_differentiable
 
 IGNORED = -100
@@ -59,7 +58,7 @@ def linear_cross_entropy(
         )
     # Inside the Function autocast is off: the dtype is taken along.
     kind, dtype = hidden.device.type, hidden.dtype
-    if is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # the meta device has none
+    if _has_autocast(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     # The number of targets is applied outside, so that autograd scales the kept gradients.
     total = _Summed.apply(hidden, weight, labels, z_loss, dtype, torch.is_grad_enabled())
@@ -80,6 +79,14 @@ def cross_entropy(
         for some, y in zip(logits.split(rows), labels.split(rows))
     ]
     return _divide(torch.stack(losses).sum(), labels, num_items)
+
+
+def _has_autocast(kind: str) -> bool:
+    """Of the devices that models run on, only meta has no autocast, and raises when asked for it.
+
+    torch.amp.is_autocast_available would say so, but torch.compile cannot trace it in torch 2.11.
+    """
+    return kind != "meta"
 
 
 def _divide(total: Tensor, labels: Tensor, num_items: Tensor | float | None) -> Tensor:
@@ -110,8 +117,7 @@ class _Summed(torch.autograd.Function):
         training: bool,
     ) -> Tensor:
         kind = hidden.device.type
-        available = is_autocast_available(kind)
-        with torch.autocast(kind, enabled=False) if available else nullcontext():
+        with torch.autocast(kind, enabled=False) if _has_autocast(kind) else nullcontext():
             h_all, w = hidden.to(dtype), weight.to(dtype)  # [N, D], [vocabulary, D]
             rows = max(1, CHUNK_LOGITS // len(weight))
             wide = torch.promote_types(dtype, torch.float32)

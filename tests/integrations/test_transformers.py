@@ -222,7 +222,8 @@ def test_the_preconditioner_is_that_of_the_operator():
     finally:
         names["torch_chunk_gated_delta_rule"] = original
     (q, k, v), options = given[0]
-    q, k = (x.double().repeat_interleave(2, dim=2) for x in (q, k))
+    # The heads of q and k are repeated by the rule; in transformers 5.17 by the layer, before it.
+    q, k = (x.double().repeat_interleave(v.shape[2] // x.shape[2], dim=2) for x in (q, k))
     q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
     length = k.norm(dim=-1, keepdim=True)
     assert length.min() < 0.99  # keys that transformers' normalisation leaves short
