@@ -280,14 +280,15 @@ class OSDN(nn.Module):
         if self.training and cache is None and self._is_plain():
             (q, k, v), history, gates = self._jointly(hidden_states, cu_seqlens)
         else:
-            padding = None if mask is None else (~mask).sum(1)  # [B], zeros in front of each row
-            (q, k, v), history = self._convolve(hidden_states, cache, cu_seqlens, padding)
+            zeros = None if mask is None else (~mask).sum(1)  # [B], in front of each row
+            (q, k, v), history = self._convolve(hidden_states, cache, cu_seqlens, zeros)
             gates = self.gates(hidden_states)
         beta, log_gamma, log_alpha = gates  # [B, T, H]
         if mask is not None:  # a token that writes nothing and forgets nothing
             k, beta = k * mask[..., None, None], beta * mask[..., None]
-            log_gamma = None if log_gamma is None else log_gamma * mask[..., None]
-            log_alpha = None if log_alpha is None else log_alpha * mask[..., None]
+            padding = ~mask[..., None]  # filled and not multiplied: −∞ · 0 is NaN
+            log_gamma = None if log_gamma is None else log_gamma.masked_fill(padding, 0)
+            log_alpha = None if log_alpha is None else log_alpha.masked_fill(padding, 0)
         # A past replaces both starts.
         state, precond = None, self.start_precond()
         if cache is not None:

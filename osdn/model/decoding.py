@@ -171,8 +171,8 @@ def _step(model: Any, cache: OSDNCache, input_ids: Tensor) -> DecodingStep | Non
         return None
     if input_ids.device != model.lm_head.weight.device:
         return None
-    if step is not None and not step.reads(parameters):
-        steps.clear()  # weights were moved or replaced: no graph is valid any more
+    if step is not None and not (step.reads(parameters) and step.computes(model)):
+        steps.clear()  # weights were moved or replaced, or a rule changed: no graph is valid
         step = None
     with torch.inference_mode(False), torch.no_grad():
         steps.pop(batch, None)

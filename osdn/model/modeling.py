@@ -240,16 +240,19 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> Any:
         """As transformers does, less the tokenizer that `generate` hands on with stop_strings.
 
-        transformers looks for a parameter called kwargs, to check names against those of forward.
+        transformers looks for two parameters by name: inputs_embeds, for `generate` to take them,
+        and kwargs, to check names against those of forward.
         """
         # Popped: forward takes no **kwargs, so that a misspelt argument is an error.
         for name in ("tokenizer", "assistant_tokenizer"):
             kwargs.pop(name, None)
         prepare: Any = GenerationMixin.prepare_inputs_for_generation
-        return prepare(self, input_ids, *args, **kwargs)
+        return prepare(self, input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
 
     def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
         """What transformers' generate_batch starts with: it knows no memory of constant size.

@@ -219,6 +219,12 @@ class DecodingStep:
         """Whether these are the weights, and where they were at the capture."""
         return self.addresses == [p.data_ptr() for p in parameters]
 
+    def computes(self, model: Any) -> bool:
+        """Whether the layers' rules are those that the launches were made for."""
+        return [x.constants for x in self.layers] == [
+            constants_of(block.attn) for block in model.model.layers
+        ]
+
     def adopt(self, cache: OSDNCache) -> None:
         """Move the cache's states in, and those of the cache that was here out."""
         before = None if self.owner is None else self.owner()
@@ -270,14 +276,19 @@ class _Layer:
         self.o_norm, self.o_proj = mixer.o_norm.weight, mixer.o_proj.weight
         self.gate, self.up = block.mlp.gate_proj.weight, block.mlp.up_proj.weight
         self.down = block.mlp.down_proj.weight
-        eps = mixer.o_norm.eps
-        assert eps is not None
-        self.constants = Constants(
-            mixer.num_heads, mixer.head_dim, mixer.head_v_dim, mixer.rule["eta"],
-            bool(mixer.rule.get("beta_aware")), mixer.rule.get("precond_min"),
-            mixer.rule.get("precond_max"), mixer.head_dim**-0.5, eps, mixer.allow_neg_eigval,
-            mixer.g_proj is not None,
-        )  # fmt: skip
+        self.constants = constants_of(mixer)
+
+
+def constants_of(mixer: OSDN) -> Constants:
+    """What a layer says of its rule and sizes now."""
+    eps = mixer.o_norm.eps
+    assert eps is not None
+    return Constants(
+        mixer.num_heads, mixer.head_dim, mixer.head_v_dim, mixer.rule["eta"],
+        bool(mixer.rule.get("beta_aware")), mixer.rule.get("precond_min"),
+        mixer.rule.get("precond_max"), mixer.head_dim**-0.5, eps, mixer.allow_neg_eigval,
+        mixer.g_proj is not None,
+    )  # fmt: skip
 
 
 def captures(device: torch.device) -> bool:

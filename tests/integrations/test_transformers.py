@@ -9,6 +9,8 @@ from importlib import import_module
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.models import qwen3_5, qwen3_next
 
 from osdn import OSDNConfig, OSDNForCausalLM
 from osdn.errors import UserError
@@ -198,6 +200,104 @@ def test_an_upgraded_model_computes_what_it_did(name, tmp_path):
         assert torch.equal(again, first)
 
 
+def moved(model):
+    """The model, its d_1 no longer at 1, in evaluation."""
+    random = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("initial_precond"):
+                p.copy_(0.4 + 1.2 * torch.rand(p.shape, generator=random))
+    return model.eval()
+
+
+def with_vision():
+    """A Qwen3.5 as it is published: a text model beside one for images."""
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2,
+              "out_hidden_size": 32}  # fmt: skip
+    config = qwen3_5.Qwen3_5Config(text_config=SIZES | LINEAR, vision_config=vision)
+    torch.manual_seed(0)
+    return qwen3_5.Qwen3_5ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "with vision", "its text only"])
+def test_a_checkpoint_is_upgraded_saved_and_loaded(name, tmp_path):
+    """from_pretrained may rename and join weights; what it did is not undone in the new files."""
+    source = tiny(name) if name in CONFIGS else with_vision()
+    source.save_pretrained(tmp_path / "source")
+    kind = type(source) if name == "with vision" else AutoModelForCausalLM
+    model = moved(upgrade(kind.from_pretrained(tmp_path / "source")))
+    assert model.config.model_type.startswith("osdn_")
+    ids = torch.randint(3, 100, (2, 30), generator=torch.Generator().manual_seed(1))
+    model.save_pretrained(tmp_path / "first")
+    load_upgraded(tmp_path / "first").save_pretrained(tmp_path / "second")
+    with torch.no_grad():
+        expected = model(ids).logits
+        for place in ("first", "second"):
+            assert torch.equal(load_upgraded(tmp_path / place).eval()(ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "kind", [qwen3_5.Qwen3_5TextForSequenceClassification,
+             qwen3_next.Qwen3NextForTokenClassification]
+)  # fmt: skip
+def test_a_classifier_is_upgraded_saved_and_loaded(kind, tmp_path):
+    config = tiny("qwen3_5" if "3_5" in kind.__name__ else "qwen3_next").config
+    model = moved(upgrade(kind(config)))
+    ids = torch.randint(3, 100, (2, 30), generator=torch.Generator().manual_seed(1))
+    model.save_pretrained(tmp_path)
+    loaded = load_upgraded(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_several_models_of_one_configuration(tmp_path):
+    """The others are as they were, and AutoModelForCausalLM knows the language model still."""
+    first = tiny("qwen3_5")
+    second, third = (type(first)(first.config).eval() for _ in range(2))
+    body = qwen3_5.Qwen3_5TextModel(first.config)
+    moved(upgrade(first))
+    upgrade(second, eta=0.5)
+    upgrade(body)
+    assert first.config is first.model.config
+    assert (first.config.osdn["eta"], second.config.osdn["eta"]) == (1.0, 0.5)
+    assert third.config.model_type == "qwen3_5_text"
+    ids = torch.randint(3, 100, (2, 30), generator=torch.Generator().manual_seed(1))
+    for name, model in (("first", first), ("third", third)):
+        model.save_pretrained(tmp_path / name)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
+        with torch.no_grad():
+            assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_d_1_is_trained_alone_through_a_cache():
+    """The first layer's q and k need no gradient then, and its state does; pieces are the whole."""
+    model = moved(upgrade(tiny("qwen3_5")))
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.endswith("initial_precond"))
+    ids = torch.randint(3, 100, (2, 20), generator=torch.Generator().manual_seed(1))
+    whole = model(ids).logits
+    out = model(ids[:, :17], use_cache=True)
+    made = [out.logits]
+    for t in range(17, 20):
+        out = model(ids[:, t : t + 1], past_key_values=out.past_key_values)
+        made.append(out.logits)
+    made = torch.cat(made, dim=1)
+    assert made.requires_grad and (made - whole).abs().max() < 1e-5
+
+
+def test_the_functions_take_all_by_name():
+    module = import_module("transformers.models.qwen3_5.modeling_qwen3_5")
+    random = torch.Generator().manual_seed(4)
+    q, k, v = torch.randn(3, 1, 9, 2, 8, generator=random)
+    g, beta = -torch.rand(1, 9, 2, generator=random), torch.rand(1, 9, 2, generator=random)
+    given = {"query": q, "key": k, "value": v, "g": g, "beta": beta}
+    for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
+        expected = getattr(module, name)(**given, use_qk_l2norm_in_kernel=True)[0]
+        with accelerate():
+            made = getattr(module, name)(**given, use_qk_l2norm_in_kernel=True)[0]
+        assert (made - expected).abs().max() < 1e-5
+
+
 def test_the_preconditioner_is_that_of_the_operator():
     """An upgraded layer's output is the reference's, from the layer's own q, k, v and gates."""
     from osdn.integrations.transformers import upgrading
@@ -288,6 +388,14 @@ def test_what_cannot_be_upgraded_or_loaded_is_named(tmp_path):
         load_upgraded(tmp_path / "plain")
     with pytest.raises(UserError, match=r"expected the configuration of a model"):
         load_upgraded(tmp_path / "nothing")
+    (tmp_path / "odd").mkdir()
+    for words in ('{"architectures": [null], "model_type": null}', '{"architectures": ["A"], '
+                  '"model_type": 1}'):  # fmt: skip
+        (tmp_path / "odd" / "config.json").write_text(words)
+        with pytest.raises(UserError, match="expected an upgraded model, saved by osdn"):
+            load_upgraded(tmp_path / "odd")
+    with pytest.raises(ValueError, match="expected a model of transformers, got Linear"):
+        upgrade(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="eta: expected"):
         upgrade(model, eta=3.0)
     with pytest.raises(ValueError, match="not upgraded yet"):
@@ -299,6 +407,9 @@ def test_what_cannot_be_upgraded_or_loaded_is_named(tmp_path):
     del weights["model.layers.1.linear_attn.initial_precond"]
     save_file(weights, tmp_path / "upgraded" / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"weights missing: model\.layers\.1.*initial_precond"):
+        load_upgraded(tmp_path / "upgraded")
+    (tmp_path / "upgraded" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no weights to load"):
         load_upgraded(tmp_path / "upgraded")
     code = (
         "import sys\nfrom transformers import AutoModelForCausalLM\n"

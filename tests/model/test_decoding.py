@@ -230,6 +230,22 @@ def test_weights_may_change_and_move():
 
 
 @torch.no_grad()
+def test_a_rule_may_change(steps):
+    """What a layer fixes is read again for the next text."""
+    model, ids = make(), tokens(1, 8).to(DEVICE)
+    before = both(model, ids, max_new_tokens=8, return_dict_in_generate=True, output_logits=True)
+    model.model.layers[0].attn.rule["eta"] = 0.2
+    model.model.layers[0].attn.initial_precond.fill_(0.5)
+    made, eager = both(
+        model, ids, max_new_tokens=8, return_dict_in_generate=True, output_logits=True
+    )
+    assert not torch.allclose(made.logits[0], before[0].logits[0], atol=1e-3)
+    for ours, theirs in zip(made.logits, eager.logits):
+        assert_close(ours, theirs, 1e-5)
+    assert steps
+
+
+@torch.no_grad()
 def test_hooks_and_wrapped_layers_are_not_passed_over(steps):
     model, called = make(), []
     handle = model.model.layers[0].mlp.register_forward_hook(lambda *_: called.append(1))

@@ -73,6 +73,17 @@ def test_greedy_generation_is_repeated_forward(mixer):
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
+def test_generation_from_embeddings_is_that_from_their_tokens(mixer):
+    model, ids = build(mixer), tokens()
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask}
+    expected = model.generate(ids, **options)[:, ids.shape[1] :]
+    x = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=x, **options), expected)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_generation_goes_on_from_a_cache(mixer):
     """Two turns with one cache equal one call on everything, on transformers' sampling loop."""
     model, ids = build(mixer), tokens(1)

@@ -146,3 +146,17 @@ def test_numbers_of_documents_in_the_mask_are_refused(mixer):
     mask = torch.tensor([[1, 1, 1, 2, 2, 0]])
     with pytest.raises(ValueError, match=r"^attention_mask: expected zeros and ones.*seq_idx"):
         build(mixer)(tokens(1, 6), attention_mask=mask)
+
+
+def test_padding_in_front_of_a_decay_of_zero():
+    """log α = −∞, a memory that keeps nothing: padding leaves no NaN behind, alone or cached."""
+    model, ids = build("gated_delta_net"), tokens(1, 6)
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.attn.A_log.fill_(100.0)  # exp(100) is infinite in float32
+        padded, mask = torch.cat([tokens(1, 3, seed=5), ids], 1), torch.tensor([[0] * 3 + [1] * 6])
+        expected = model(ids).logits
+        assert_close(model(padded, attention_mask=mask).logits[:, 3:], expected, 2e-5)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    made = model.generate(padded, attention_mask=mask, **options)[:, 9:]
+    assert torch.equal(made, model.generate(ids, **options)[:, 6:])

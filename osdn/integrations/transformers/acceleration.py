@@ -64,9 +64,12 @@ class accelerate:
 def _on_cpu(ours: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
     """`ours` where the first tensor is on a CPU, else transformers' function."""
 
-    def choose(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+    name = next(iter(inspect.signature(original).parameters))
+
+    def choose(*args: Any, **kwargs: Any) -> Any:
+        first: Tensor = args[0] if args else kwargs[name]
         function = ours if first.device.type == "cpu" else original
-        return function(first, *args, **kwargs)
+        return function(*args, **kwargs)
 
     choose.osdn_original = original  # type: ignore[attr-defined]
     choose.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]

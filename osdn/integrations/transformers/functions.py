@@ -100,7 +100,9 @@ def rule(
         if initial_state is not None:
             initial_state, d = initial_state.float().split([value.shape[-1], 1], dim=-1)
             d = d.squeeze(-1)  # [B, Hv, K]
-    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, g, beta))
+    wanted = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, k, v, g, beta, initial_state, d)
+    )
     if key.shape[1] == 1 and initial_state is not None and cu_seqlens is None and not wanted:
         S = initial_state.float().clone(memory_format=torch.contiguous_format)
         d = S.new_ones(S.shape[:3]) if d is None else d.clone(memory_format=torch.contiguous_format)

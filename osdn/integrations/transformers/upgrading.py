@@ -11,6 +11,7 @@ of its own, osdn_ and transformers' name: transformers alone refuses it, where i
 leave the preconditioners out without an error.
 """
 
+import copy
 import inspect
 import json
 from functools import cache
@@ -19,8 +20,10 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from osdn.errors import UserError
 from osdn.integrations.transformers.functions import Preconditioned, known_modules, rule
@@ -53,16 +56,34 @@ def upgrade(
     """
     check_rule(eta, precond_min, precond_max)
     check_box_holds_one(precond_min, precond_max)
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model: expected a model of transformers, got {type(model).__name__}")
     if model.config.model_type.startswith(PREFIX):
         raise ValueError("model: expected one that is not upgraded yet, got an upgraded one")
     options = {"eta": eta, "precond_min": precond_min, "precond_max": precond_max}
     _upgrade_layers(model, options)
+    _give_own_config(model)
     original: Any = type(model)
-    upgraded = _model_class(original)
-    model.config.__class__ = upgraded.config_class
-    model.config.osdn = options
+    config: Any = model.config
+    original_config: Any = type(config)
+    upgraded = _model_class(original, original_config)
+    config.__class__ = upgraded.config_class
+    # A configuration that was read from a file has its model_type itself, over its class's.
+    config.model_type, config.osdn = upgraded.config_class.model_type, options
     model.__class__ = upgraded
+    # What from_pretrained renamed and joined for the original model_type is saved as it is now: the
+    # new model_type has no such conversion, and would not find the weights again.
+    vars(model).pop("_weight_conversions", None)
     return model
+
+
+def _give_own_config(model: PreTrainedModel) -> None:
+    """A copy of the configuration for this model only; others may be built from the same one."""
+    copies: dict[int, Any] = {}  # id of the configuration, or of one inside it -> its copy
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        if (own := copies.get(id(vars(module).get("config")))) is not None:
+            module.config = own
 
 
 def load_upgraded(directory: str | Path, **options: Any) -> PreTrainedModel:
@@ -71,23 +92,27 @@ def load_upgraded(directory: str | Path, **options: Any) -> PreTrainedModel:
     options: of transformers' from_pretrained, such as dtype and device_map.
 
     Raises:
-        UserError: no upgraded model there, or one without a preconditioner's weights.
+        UserError: no upgraded model there, or one without its weights or a part of them.
     """
     path = Path(directory) / "config.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        name, kind = found["architectures"][0], found["model_type"]
+        name, kind = str(found["architectures"][0]), str(found["model_type"])
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(f"{path}: expected the configuration of a model: {error}") from error
-    original = name.removeprefix(CLASS_PREFIX)
+    original, plain = name.removeprefix(CLASS_PREFIX), kind.removeprefix(PREFIX)
     classes = [vars(module)[original] for module in known_modules() if original in vars(module)]
-    if not kind.startswith(PREFIX) or original == name or not classes:
+    if plain == kind or plain not in CONFIG_MAPPING or original == name or not classes:
         raise UserError(
             f"{path}: expected an upgraded model, saved by osdn, got a {name} of type {kind}; "
             "use AutoModelForCausalLM, and upgrade(model)"
         )
-    loader: Any = _model_class(classes[0])
-    model, told = loader.from_pretrained(directory, **options, output_loading_info=True)
+    config: Any = CONFIG_MAPPING[plain]
+    loader: Any = _model_class(classes[0], config)
+    try:
+        model, told = loader.from_pretrained(directory, **options, output_loading_info=True)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{directory}: no weights to load: {error}") from error
     if missing := sorted(told["missing_keys"]):
         raise UserError(f"{directory}: weights missing: {', '.join(missing[:3])}")
     return model
@@ -97,17 +122,26 @@ CLASS_PREFIX = "OSDN"  # of an upgraded model's class
 
 
 @cache
-def _model_class(original: Any) -> Any:
+def _config_class(original: Any) -> Any:
+    """The class of an upgraded model's configuration, one for all models that have the original."""
+    body = {"model_type": f"{PREFIX}{original.model_type}", "__module__": __name__, "osdn": None}
+    made: Any = type(f"{CLASS_PREFIX}{original.__name__}", (original,), body)
+    AutoConfig.register(made.model_type, made, exist_ok=True)
+    return made
+
+
+@cache
+def _model_class(original: Any, original_config: Any) -> Any:
     """The class of an upgraded model: transformers' own, whose linear layers are upgraded."""
-    config = original.config_class
-    config_class: Any = type(
-        f"{CLASS_PREFIX}{config.__name__}",
-        (config,),
-        {"model_type": f"{PREFIX}{config.model_type}", "__module__": __name__, "osdn": None},
-    )
+    config_class = _config_class(original_config)
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        original.__init__(self, config, *args, **kwargs)
+        # Classifiers make their model with AutoModel, which knows the original configuration.
+        config.__class__ = original_config
+        try:
+            original.__init__(self, config, *args, **kwargs)
+        finally:
+            config.__class__ = config_class
         _upgrade_layers(self, config.osdn)
 
     body = {
@@ -120,7 +154,6 @@ def _model_class(original: Any) -> Any:
         },
     }  # fmt: skip
     made = type(f"{CLASS_PREFIX}{original.__name__}", (original,), body)
-    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     if original.__name__.endswith("ForCausalLM"):
         AutoModelForCausalLM.register(config_class, made, exist_ok=True)
     return made
