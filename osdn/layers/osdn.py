@@ -329,6 +329,7 @@ class OSDN(nn.Module):
         convolutions = [self.q_conv1d, self.k_conv1d, self.v_conv1d]
         return all(
             type(module) in (nn.Linear, ShortConvolution, ForgettingGate)
+            and type(module.weight) is nn.Parameter
             and (module.bias is None or module is self.gamma_proj)
             and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
             and not (module._backward_pre_hooks or "forward" in module.__dict__)

@@ -1,5 +1,6 @@
 """Modules in other precisions, on other devices, exported: what is computed stays the same."""
 
+import copy
 import os
 import sysconfig
 from pathlib import Path
@@ -88,6 +89,19 @@ def test_the_loss_is_by_a_head_that_is_quantised():
     hidden = model.model(ids).last_hidden_state
     expected = plain_loss(hidden @ (2 * weight).T, ids)
     assert_close(model(ids, labels=ids).loss, expected, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["q_proj", "v_proj", "b_proj"])
+def test_projections_that_are_quantised_are_used_by_their_own_product(name):
+    """In training too, where those that are plain weights are joined into one."""
+    layer, x = build().model.layers[0].attn.train(), torch.randn(1, 9, 32)
+    projection = getattr(layer, name)
+    doubled = copy.deepcopy(layer)
+    getattr(doubled, name).weight.data.mul_(2)
+    weight = projection.weight.detach()
+    del projection.weight
+    projection.weight = weight.as_subclass(Quantised)
+    assert_close(layer(x)[0], doubled(x)[0], 1e-6)
 
 
 def exported(model, backend):
