@@ -189,11 +189,10 @@ def ages_of(cu_seqlens: Tensor | None, T: int, width: int) -> Tensor | None:
 def forward(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, head_dim: int | None) -> Tensor:
     """y, by PyTorch."""
     x_wide, w, inside = _prepare(x, weight, cu_seqlens)  # [B, T, D], [D, W], W masks [T − back, 1]
-    # In place: a new tensor of this size costs a CPU more than the arithmetic.
-    z = F.silu(_sums(x_wide, w, inside), inplace=True)  # [B, T, D]
+    z = F.silu(_sums(x_wide, w, inside))  # [B, T, D]
     if head_dim is not None:
         by_head = z.unflatten(-1, (-1, head_dim))  # [B, T, H, head_dim]
-        by_head.mul_(_inverse_norm(by_head))
+        z = (by_head * _inverse_norm(by_head)).flatten(-2)
     return z.to(x.dtype)
 
 

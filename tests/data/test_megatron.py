@@ -4,7 +4,7 @@ import struct
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from osdn.data import RowSource, byte_tokenizer, megatron, open_corpus, open_rows, validation_rows
@@ -161,6 +161,7 @@ def test_damage_is_one_line(tmp_path, change, message):
 
 
 @settings(max_examples=300, deadline=None)
+@example(at=97, data=b"\x01\x00\x00\x00\x00\x00\x00\x00\x81")  # a difference that wraps around
 @given(at=st.integers(0, 33 + 12 * S + 32), data=st.binary(min_size=1, max_size=9))
 def test_no_byte_of_the_index_leads_to_a_traceback(tmp_path_factory, at, data):
     directory = tmp_path_factory.mktemp("fuzz")
