@@ -183,6 +183,7 @@ def test_beam_search_reorders_in_place(steps):
     assert torch.equal(found, eager) and len(steps) == 4
 
 
+@pytest.mark.slow
 def test_two_conversations_take_turns(steps):
     """Two caches of one batch size share a step; each keeps its own states."""
     model = make()
@@ -198,6 +199,7 @@ def test_two_conversations_take_turns(steps):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_copied_cache_goes_its_own_way():
     model, ids = make(), tokens(1, 8).to(DEVICE)
     cache = model(ids[:, :4]).past_key_values
@@ -230,6 +232,7 @@ def test_weights_may_change_and_move():
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_rule_may_change(steps):
     """What a layer fixes is read again for the next text."""
     model, ids = make(), tokens(1, 8).to(DEVICE)

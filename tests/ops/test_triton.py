@@ -47,7 +47,9 @@ def test_constant_preconditioner():
     check(make_inputs(1, 70, 1, 20, 20, gamma=False, dtype=torch.float32), eta=0.0)
 
 
-@pytest.mark.parametrize("options", [{}, {"beta_aware": True, "eta": 1.5}])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"beta_aware": True, "eta": 1.5}, marks=pytest.mark.slow)]
+)
 def test_active_clip(options):
     check(make_inputs(1, 67, 2, 20, 16, dtype=torch.float32), **BOX, **options)
 

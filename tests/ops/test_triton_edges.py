@@ -35,7 +35,14 @@ def test_forgetting_from_none_to_all(reset, share, otherwise, options):
     check(x | {"log_gamma": values.view(1, 100, 1)}, **options)
 
 
-@pytest.mark.parametrize("name", ["q", "k", "v", "beta", "log_gamma", "log_alpha"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "k",
+        "log_alpha",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("q", "v", "beta", "log_gamma")),
+    ],
+)
 def test_a_nan_comes_out_as_one(name):
     """From its token on, in its head alone (and in the earlier tokens of its chunk of 64)."""
     x = detached(make_inputs(1, 70, 2, 16, 16, alpha=name == "log_alpha", dtype=torch.float32))
@@ -149,7 +156,7 @@ def _decaying(T: int, K: int = 16, V: int = 20, H: int = 1, **kinds) -> dict:
     [
         (1, 16, 16, {}),
         (66, 20, 70, {"beta_aware": True}),
-        (130, 40, 16, BOX),
+        pytest.param(130, 40, 16, BOX, marks=pytest.mark.slow),
         (70, 16, 16, {"eta": 0.0}),
     ],
 )

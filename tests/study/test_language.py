@@ -26,6 +26,7 @@ from study.workers import complete
 from tests.study.tiny import HANG, write_language
 
 
+@pytest.mark.slow
 def test_language_models_start_from_one_training(tmp_path):
     path, out = write_language(tmp_path), tmp_path / "out"
     assert main(["run", str(path), "--out", str(out), "--device", "cpu"]) == 0

@@ -195,6 +195,7 @@ def test_kill_9_loses_what_is_under_way_and_nothing_else(tmp_path):
         assert (out / "records" / name).read_bytes() == data
 
 
+@pytest.mark.slow
 def test_a_deadline_is_kept_and_a_failed_run_is_told(tmp_path, capsys):
     path = write_mqar(tmp_path)
     runs = all_runs(load_study(path))

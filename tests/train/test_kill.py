@@ -81,6 +81,7 @@ def test_a_polite_stop_saves_first(number, code, recipe_path, expected, tmp_path
     assert process.exitcode == 0 and curve(tmp_path) == expected
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_directory_is_refused(recipe_path, expected, tmp_path):
     out, told = tmp_path / "run", tmp_path / "told"
     process = start(recipe_path, out, pause(5, f"os.path.exists({str(told)!r})"))

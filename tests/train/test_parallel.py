@@ -85,8 +85,9 @@ def test_every_form_has_the_curve_of_one_process(forgetting, world, shard, one_p
         assert errors(out, rank).read_text() == ""  # one process speaks
 
 
-@pytest.mark.parametrize("forgetting", ["data", pytest.param("none", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("shard", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("forgetting", ["data", "none"])
+@pytest.mark.parametrize("shard", [1, 2])
 def test_two_processes_with_a_row_each_are_bit_equal_to_one(
     shard, forgetting, one_process, tmp_path
 ):
