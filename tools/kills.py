@@ -164,7 +164,8 @@ def moments_of(recipe: Path, out: Path, form: str) -> Counter[str]:
 def campaign(
     out: Path, kills: int, seed: int, forms: tuple[str, ...] = tuple(FORMS)
 ) -> tuple[list[Kill], list[Path]]:
-    """Kill until the number is reached; the kills, and the directories of divergent runs."""
+    """Kill until the number is reached, and every form was killed; the kills, and the directories
+    of divergent runs."""
     shutil.rmtree(out, ignore_errors=True)
     corpus = write_texts(out / "texts")
     plain = fields(corpus, steps=STEPS, checkpoint_every=2, validate_every=5)
@@ -176,7 +177,7 @@ def campaign(
     divergent: list[Path] = []
     counts: dict[str, Counter[str]] = {form: Counter() for form in forms}
     for number in range(100 * kills):
-        if len(done) >= kills:
+        if len(done) >= kills and {kill.form for kill in done} == set(forms):
             break
         form = forms[number % len(forms)]
         if form not in expected:  # forms differ in the order of their sums
