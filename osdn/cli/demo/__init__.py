@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     recipe = text.read_recipe(recipes.find(args.recipe), args.overrides)
     print(
         f"Three parts: the rule by itself, {2 * args.seeds} small recall models, a language model. "
-        "About six minutes\non two idle CPU cores. What is interrupted is resumed by the same "
+        "About eight minutes\non two idle CPU cores. What is interrupted is resumed by the same "
         f"command. The end is {args.out / 'demo.png'}\n",
         flush=True,
     )
