@@ -95,6 +95,8 @@ def run(args: argparse.Namespace) -> None:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     pad = tokenizer.pad_token_id
     options["pad_token_id"] = tokenizer.eos_token_id if pad is None else pad
+    ends = model.generation_config.eos_token_id  # what generate stops at: none, one or several
+    ends = ends if isinstance(ends, list) else [ends]
     for index, prompt in enumerate(prompts):
         torch.manual_seed(args.seed)  # a prompt's text does not depend on those before it
         ids = encode(tokenizer, prompt).to(model.device)
@@ -117,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
                 "text": tokenizer.decode(new, skip_special_tokens=True),
                 "prompt_tokens": ids.shape[1],
                 "tokens": new.numel(),
-                "finished": "stop" if new[-1].item() == tokenizer.eos_token_id else "length",
+                "finished": "stop" if new[-1].item() in ends else "length",
             }
             print(json.dumps(line, ensure_ascii=False), flush=True)
 

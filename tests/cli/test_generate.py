@@ -142,6 +142,22 @@ def test_several_prompts_are_continued_as_if_each_were_alone(capsys, checkpoint)
     assert shown == f"ab{found['text']}\n"
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_what_a_text_ended_by_is_what_generate_stops_at(several, capsys, checkpoint, monkeypatch):
+    """The model's own ends, which may be several, and not the tokenizer's."""
+    model, tokenizer = load(checkpoint)
+    monkeypatch.setattr("osdn.cli.generate.load", lambda _: (model, tokenizer))
+    words = ("generate", "m", "--prompt", "def f", "--max-new-tokens", 8, "--json")
+    ids = tokenizer("def f", return_tensors="pt").input_ids.long()
+    made = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :].tolist()
+    unused = next(i for i in range(model.config.vocab_size) if i not in made)
+    for end, finished in ((unused, "length"), (made[0], "stop")):
+        model.generation_config.eos_token_id = [unused, end] if several else end
+        found = json.loads(run(capsys, *words)[1])
+        assert found["finished"] == finished
+        assert found["tokens"] == (8 if finished == "length" else 1)
+
+
 def test_a_dash_reads_a_prompt_a_line(capsys, checkpoint, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
     words = ("generate", checkpoint, "--max-new-tokens", 1, "--json", "--prompt", "-")
