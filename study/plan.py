@@ -64,6 +64,8 @@ class LanguageExperiment(Section):
 
     recipe: a training recipe.  overrides: of it, for all.
     variants, seeds: the axes; train.seed is the seed's.
+    first: variants that are run first, seed by seed; then each other variant with all its seeds, in
+        their order, so that pairs are whole wherever the runs stop. null: all seed by seed.
     evaluations: what is measured of each, by name.
     measured: variants that are evaluated and reported; null: all. The others only lend weights.
     seconds: what one run takes, until one has been measured; the study's own assumption.
@@ -75,6 +77,7 @@ class LanguageExperiment(Section):
     overrides: list[str] = Field(default=[])
     variants: dict[str, Variant] = Field(min_length=1)
     seeds: list[int] = Field(default=[0, 1], min_length=1)
+    first: list[str] | None = None
     evaluations: dict[str, Measure] = Field(default={})
     measured: list[str] | None = None
     seconds: float = Field(default=300, gt=0)
@@ -83,7 +86,8 @@ class LanguageExperiment(Section):
 
     @model_validator(mode="after")
     def _known(self) -> "LanguageExperiment":
-        for name in [*(v.start_from for v in self.variants.values()), *(self.measured or [])]:
+        starts = (variant.start_from for variant in self.variants.values())
+        for name in [*starts, *(self.measured or []), *(self.first or [])]:
             if name is not None and name not in self.variants:
                 raise ValueError(f"no variant {name!r}; there are {', '.join(self.variants)}")
         for label in self.variants:
@@ -104,6 +108,16 @@ class LanguageExperiment(Section):
     def labels(self) -> list[str]:
         """The variants that are measured."""
         return list(self.variants) if self.measured is None else self.measured
+
+    def order(self) -> list[tuple[int, str]]:
+        """(seed, variant) of every run, in the order of the runs."""
+        labels = self.labels()
+        first = [one for one in labels if self.first is None or one in self.first]
+        rest = [one for one in labels if one not in first]
+        return [
+            *((seed, label) for seed in self.seeds for label in first),
+            *((seed, label) for label in rest for seed in self.seeds),
+        ]
 
     def phases(self, label: str, seed: int) -> list[Recipe]:
         """The trainings of one run, each from the weights of the one before it.
@@ -227,22 +241,21 @@ UNIMPORTANT = ("parallel", "logging")  # sections of a recipe that leave the out
 
 
 def language_runs(name: str, experiment: LanguageExperiment) -> list[Run]:
-    """Every measured variant with every seed, seed by seed."""
+    """Every measured variant with every seed, in the experiment's order."""
     runs = []
     measures = {k: one.model_dump(mode="json") for k, one in experiment.evaluations.items()}
-    for seed in experiment.seeds:
-        for label in experiment.labels():
-            phases = []
-            chain = experiment.chain(label)
-            for one, recipe in zip(chain, experiment.phases(label, seed), strict=True):
-                resolved = recipe.resolved()
-                phases.append({k: v for k, v in resolved.items() if k not in UNIMPORTANT})
-                if fill := experiment.variants[one].fill:
-                    phases[-1]["fill"] = fill
-            spec = {"phases": phases, "evaluations": measures}
-            spec = json.loads(json.dumps(spec))
-            steps = sum(phase["train"]["steps"] for phase in spec["phases"])
-            runs.append(Run("language", name, label, seed, spec, steps))
+    for seed, label in experiment.order():
+        phases = []
+        chain = experiment.chain(label)
+        for one, recipe in zip(chain, experiment.phases(label, seed), strict=True):
+            resolved = recipe.resolved()
+            phases.append({k: v for k, v in resolved.items() if k not in UNIMPORTANT})
+            if fill := experiment.variants[one].fill:
+                phases[-1]["fill"] = fill
+        spec = {"phases": phases, "evaluations": measures}
+        spec = json.loads(json.dumps(spec))
+        steps = sum(phase["train"]["steps"] for phase in spec["phases"])
+        runs.append(Run("language", name, label, seed, spec, steps))
     return runs
 
 

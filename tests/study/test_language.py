@@ -206,6 +206,31 @@ def test_initial_values_can_be_others(tmp_path):
         perform(zeros.spec, device="cpu", work=tmp_path / "work")
 
 
+def test_variants_that_are_named_first_run_first_and_the_others_one_after_another(tmp_path):
+    path = write_language(tmp_path)
+    fields = yaml.safe_load(path.read_text())
+    study = fields["language"]["upgrade"]
+    study |= {"seeds": [3, 5], "measured": ["base", "as OSDN", "as DeltaNet"]}
+
+    def order() -> list[tuple[str, int]]:
+        path.write_text(yaml.safe_dump(fields))
+        return [(one.label, one.seed) for one in all_runs(load_study(path))]
+
+    labels = study["measured"]
+    assert order() == [(label, seed) for seed in (3, 5) for label in labels]
+    study["first"] = ["as OSDN"]
+    expected = [(label, seed) for label in ("as OSDN", "base", "as DeltaNet") for seed in (3, 5)]
+    assert order() == expected
+    study["first"] = ["as DeltaNet", "base"]
+    both = [(label, seed) for seed in (3, 5) for label in ("base", "as DeltaNet")]
+    assert order() == [*both, ("as OSDN", 3), ("as OSDN", 5)]
+    study["first"] = ["as OSDM"]
+    with pytest.raises(
+        UserError, match="no variant 'as OSDM'; there are as DeltaNet, as OSDN, base"
+    ):
+        order()
+
+
 def test_the_headline_is_drawn_with_its_interval():
     def record(value):
         trained = {"loss": value, "bits_per_byte": None, "nonfinite": 0}
