@@ -104,21 +104,21 @@ def count_segments(B: int, T: int, programs: int, ease: int = 1) -> int:
 
     ease: how many times less a step of this walk takes than one of the memory's.
     """
-    walk = triton.cdiv(T, CHUNK)
-    segment = _whole_spans(max(LEAST, triton.cdiv(B * walk * programs, PROGRAMS)))
-    count = triton.cdiv(walk, segment)
+    walk = ceil_div(T, CHUNK)
+    segment = _whole_spans(max(LEAST, ceil_div(B * walk * programs, PROGRAMS)))
+    count = ceil_div(walk, segment)
     return count if B * programs * ease <= FEW and walk >= LONG * ease else 1
 
 
 def split(chunks: Chunks, count: int) -> Chunks:
     """Each sequence in `count` segments, as `count_segments` found it; not with cu_seqlens."""
-    segment = _whole_spans(triton.cdiv(chunks.segment, count))
+    segment = _whole_spans(ceil_div(chunks.segment, count))
     return chunks._replace(sequences=chunks.sequences * count, segment=segment)
 
 
 def _whole_spans(segment: int) -> int:
     """The least number of chunks, of whole spans, that holds a segment."""
-    return triton.cdiv(segment, SPAN) * SPAN
+    return ceil_div(segment, SPAN) * SPAN
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
@@ -132,7 +132,19 @@ def tile(size: int) -> int:
     Not less: with 32 columns of bfloat16, Triton 3.6 on Hopper made of `memory_kernel` one that
     returned a wrong memory or read out of bounds, whatever the warps and stages.
     """
-    return max(64, triton.next_power_of_2(size))
+    return power_of_two(size, 64)
+
+
+def ceil_div(a: int, b: int) -> int:
+    """⌈a / b⌉; triton.cdiv takes microseconds a call, and a rule makes dozens."""
+    return -(-a // b)
+
+
+def power_of_two(size: int, least: int = 1) -> int:
+    """The least power of two that is below neither; triton.next_power_of_2 is as slow."""
+    while least < size:  # comparisons alone: a compiler's sizes may be symbols
+        least *= 2
+    return least
 
 
 @triton.jit

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from osdn.ops.convolution import L2_EPS, ages_of
-from osdn.ops.triton.chunks import on_device
+from osdn.ops.triton.chunks import ceil_div, on_device, power_of_two
 
 # Numbers of a tile, tokens of a run, warps of a program; measured on an H200
 # (docs/log/2026-11-28-training.md). The backward makes du of W−1 more tokens than a run has.
@@ -173,7 +173,7 @@ def forward(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, head_dim: int 
     y = torch.empty(B, T, D, dtype=x.dtype, device=x.device)
     with on_device(x):
         ages, shape = ages_of(cu_seqlens, T, W), _shape(D, head_dim, **FORWARD)
-        convolution_kernel[(_blocks(x, shape) * triton.cdiv(D, shape["HEAD"]),)](
+        convolution_kernel[(_blocks(x, shape) * ceil_div(D, shape["HEAD"]),)](
             x, weight, x if ages is None else ages, y, T, D, x.stride(1), L2_EPS, W=W,
             NORM=head_dim is not None, PACKED=ages is not None, **shape,
         )  # fmt: skip
@@ -196,7 +196,7 @@ def backward(
         ages, shape = ages_of(cu_seqlens, T, W), _shape(D, head_dim, **BACKWARD)
         blocks = _blocks(x, shape)
         parts = torch.empty(blocks, W, D, dtype=torch.float32, device=x.device)
-        convolution_backward_kernel[(blocks * triton.cdiv(D, shape["HEAD"]),)](
+        convolution_backward_kernel[(blocks * ceil_div(D, shape["HEAD"]),)](
             dy, x, weight, x if ages is None else ages, dx, parts, T, D, x.stride(1), dx.stride(1),
             L2_EPS, W=W, NORM=head_dim is not None, PACKED=ages is not None, **shape,
         )  # fmt: skip
@@ -214,10 +214,10 @@ def _shape(
 ) -> dict[str, int]:
     """A program's features, a head's or 128, padded to a power of two, its runs and its warps."""
     head = min(128, D) if head_dim is None else head_dim
-    padded = triton.next_power_of_2(head)
+    padded = power_of_two(head)
     runs = max(1, elements // padded)
     return {"HEAD": head, "BD": padded, "RUNS": runs, "LENGTH": length, "num_warps": warps}
 
 
 def _blocks(x: Tensor, shape: dict[str, int]) -> int:
-    return x.shape[0] * triton.cdiv(x.shape[1], shape["RUNS"] * shape["LENGTH"])
+    return x.shape[0] * ceil_div(x.shape[1], shape["RUNS"] * shape["LENGTH"])

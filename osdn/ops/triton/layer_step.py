@@ -23,7 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from osdn.ops.convolution import L2_EPS
 from osdn.ops.layer_step import Constants
-from osdn.ops.triton.chunks import load_tile, on_device, store_tile, tile
+from osdn.ops.triton.chunks import load_tile, on_device, power_of_two, store_tile, tile
 from osdn.ops.triton.gates import clip
 from osdn.ops.triton.products import overlap
 
@@ -210,7 +210,7 @@ def layer_step(
             state, precond, out, c.eta,
             c.precond_min if boxed else 0.0, c.precond_max if boxed else 0.0, c.scale,
             c.norm_eps, L2_EPS, H=c.heads, K=c.key_size, V=c.value_size, W=W, BK=BK,
-            BV=64 if wide else tile(c.value_size), BW=triton.next_power_of_2(max(W - 1, 1)),
+            BV=64 if wide else tile(c.value_size), BW=power_of_two(max(W - 1, 1)),
             HAS_GAMMA=gamma_bias is not None, HAS_ALPHA=decay is not None, HAS_GATE=c.output_gate,
             NEGATIVE=c.allow_neg_eigval, BETA_AWARE=c.beta_aware, BOXED=boxed,
             num_warps=8 if wide else 4, **overlap(projections),

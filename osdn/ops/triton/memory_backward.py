@@ -32,6 +32,7 @@ from osdn.ops.triton import chunks as cutting
 from osdn.ops.triton.chunks import (
     CHUNK,
     Chunks,
+    ceil_div,
     load_tile,
     load_transposed,
     locate_sequence,
@@ -186,7 +187,7 @@ def memory_reverse(
     ended [B, T, H] and dkept [spans, H, V, K] as `gradients_kernel` takes them.
     """
     (B, T, H, K), V = q.shape, do.shape[-1]
-    blocks = triton.cdiv(V, launch("memory_reverse", q, K, V)["BV"])
+    blocks = ceil_div(V, launch("memory_reverse", q, K, V)["BV"])
     dv, dw = torch.empty_like(do), q.new_empty(blocks, *q.shape)
     parts = []
     if decay is not None:
@@ -230,7 +231,7 @@ def _walk(
     (B, T, H, K), V = q.shape, do.shape[-1]
     config = launch("memory_reverse", q, K, V)
     ended, dkept = parts or (dinitial, dinitial)
-    memory_reverse_kernel[(chunks.sequences * H * triton.cdiv(V, config["BV"]),)](
+    memory_reverse_kernel[(chunks.sequences * H * ceil_div(V, config["BV"]),)](
         q, k, w, A, *(decay or (A, A)), e, do, dfinal,
         do if dv is None else dv, q if dw is None else dw, ended, dkept, dinitial,
         chunks.cu_seqlens, chunks.offsets, chunks.spans.offsets, rule.scale, T, chunks.segment,

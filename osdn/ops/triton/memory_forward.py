@@ -34,6 +34,7 @@ from osdn.ops.triton import chunks as cutting
 from osdn.ops.triton.chunks import (
     CHUNK,
     Chunks,
+    ceil_div,
     count_segments,
     load_tile,
     load_transposed,
@@ -188,7 +189,7 @@ def memory(
 def transitions_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Empty M [segments, H, K, K] float32, as `memory` gives it."""
     (B, T, H, K), V = q.shape, v.shape[-1]
-    programs = H * triton.cdiv(V, launch("memory", q, K, V)["BV"])
+    programs = H * ceil_div(V, launch("memory", q, K, V)["BV"])
     count = 1 if cu_seqlens is not None else count_segments(B, T, programs)
     return q.new_empty(0 if count == 1 else B * count, H, K, K, dtype=torch.float32)
 
@@ -211,7 +212,7 @@ def _walk(
     """Launch the kernel; without v the values are zero, without o nothing is read, initial too."""
     (T, H, K), V = w.shape[1:], final.shape[-1]
     config = launch("memory", w, K, V)
-    memory_kernel[(chunks.sequences * H * triton.cdiv(V, config["BV"]),)](
+    memory_kernel[(chunks.sequences * H * ceil_div(V, config["BV"]),)](
         w if q is None else q, k, w, w if v is None else v, A,
         *(decay or (A, A)), initial, w if o is None else o,
         w if e is None else e, w if kept is None else kept, final,

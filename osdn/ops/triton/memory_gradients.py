@@ -20,7 +20,7 @@ from torch import Tensor
 
 from osdn.ops.operands import Options
 from osdn.ops.triton import chunks as cutting
-from osdn.ops.triton.chunks import CHUNK, Chunks, load_tile, locate_chunk, store_tile
+from osdn.ops.triton.chunks import CHUNK, Chunks, ceil_div, load_tile, locate_chunk, store_tile
 from osdn.ops.triton.config import launch, precision
 from osdn.ops.triton.gates import Decay, load_end, load_gate, load_start, load_whole
 
@@ -195,7 +195,7 @@ def gradients(
     """
     (B, T, H, K), V = w.shape, e.shape[-1]
     config = launch("gradients", w, K, V)
-    blocks = triton.cdiv(K, config["BK"])
+    blocks = ceil_div(K, config["BK"])
     dq, dk, dlog_alpha = torch.empty_like(w), torch.empty_like(w), None
     if log_alpha is not None:
         dlog_alpha = log_alpha.new_empty(blocks, B, T, H)

@@ -25,6 +25,7 @@ from osdn.ops.operands import Options
 from osdn.ops.triton.chunks import (
     CHUNK,
     Chunks,
+    ceil_div,
     count_segments,
     load_tile,
     locate_sequence,
@@ -143,7 +144,7 @@ def transfers(
         return M
     segments = split(chunks, len(M) // chunks.sequences)
     config = launch("transfer", k, K, K)
-    transfer_kernel[(segments.sequences * H * triton.cdiv(K, config["BV"]),)](
+    transfer_kernel[(segments.sequences * H * ceil_div(K, config["BV"]),)](
         k, beta, beta if log_gamma is None else log_gamma, inverse, M,
         beta if clipped is None else clipped, rule.eta, T, segments.segment,
         H=H, K=K, BT=CHUNK, BK=tile(K), HAS_GAMMA=log_gamma is not None,

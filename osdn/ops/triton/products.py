@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from osdn.ops.triton.chunks import on_device
+from osdn.ops.triton.chunks import ceil_div, on_device, power_of_two
 from osdn.ops.triton.config import precision
 
 MOST_WEIGHTS = 7  # of one launch of `project`
@@ -49,7 +49,7 @@ class Stream(NamedTuple):
 def stream_like(hidden: Tensor) -> Stream:
     """Empty, around a hidden [B, D]."""
     B, D = hidden.shape
-    parts = triton.cdiv(D, blocks(hidden, D)["BN"])
+    parts = ceil_div(D, blocks(hidden, D)["BN"])
     squares = torch.empty(parts, B, dtype=torch.float32, device=hidden.device)
     return Stream(hidden, torch.empty_like(hidden), squares)
 
@@ -273,9 +273,9 @@ def project(
     absent = MOST_WEIGHTS - len(weights)
     sizes = [len(w) for w in weights] + [0] * absent
     shape = blocks(stream.hidden, max(sizes))
-    blocks_n = sum(triton.cdiv(size, shape["BN"]) for size in sizes)
+    blocks_n = sum(ceil_div(size, shape["BN"]) for size in sizes)
     with on_device(out):
-        project_kernel[(blocks_n, triton.cdiv(B, shape["BM"]))](
+        project_kernel[(blocks_n, ceil_div(B, shape["BM"]))](
             *stream, gain, *weights, *[weights[0]] * absent, out, B, eps, D=D,
             **{f"N_{i}": size for i, size in enumerate(sizes)}, **_parts(stream),
             **shape, **overlap(out),
@@ -336,9 +336,9 @@ def _overlaps(x: Tensor) -> bool:
 
 
 def _grid(B: int, N: int, shape: dict[str, Any]) -> tuple[int, int]:
-    return triton.cdiv(N, shape["BN"]), triton.cdiv(B, shape["BM"])
+    return ceil_div(N, shape["BN"]), ceil_div(B, shape["BM"])
 
 
 def _parts(stream: Stream) -> dict[str, int]:
     parts = len(stream.squares)
-    return {"P": parts, "BP": triton.next_power_of_2(parts)}
+    return {"P": parts, "BP": power_of_two(parts)}

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from osdn.ops.triton.chunks import load_tile, store_tile, tile
+from osdn.ops.triton.chunks import ceil_div, load_tile, store_tile, tile
 
 
 @triton.jit(do_not_specialize=["NS"])
@@ -59,7 +59,7 @@ def link(M: Tensor, U: Tensor, initial: Tensor, *, reverse: bool) -> tuple[Tenso
     N, H, K, V = initial.shape
     BV = min(64, tile(V))
     starts, final = torch.empty_like(U), torch.empty_like(initial)
-    link_kernel[(N * H * triton.cdiv(V, BV),)](
+    link_kernel[(N * H * ceil_div(V, BV),)](
         M, U, initial, starts, final, M.shape[0] // N,
         H=H, K=K, V=V, BK=tile(K), BJ=64, BV=BV, REVERSE=reverse, num_warps=8, num_stages=1,
     )  # fmt: skip
