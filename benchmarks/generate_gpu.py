@@ -11,19 +11,19 @@ prefill  ms for one prompt.
 profile  one replay by kernel.
 llama    transformers' Llama of the same size, static cache and torch.compile.
 
-A token's time is the difference between a long and a short `generate`, so that the prefill drops
-out; medians of three. What does not fit into --seconds is left out and said.
+A token's time is the median between two calls of a logits processor in one `generate`, whose loop
+waits for the device at each token. What does not fit into --seconds is left out and said.
 """
 
 import argparse
+import itertools
+import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessor, LogitsProcessorList
 
 from osdn import OSDNConfig, OSDNForCausalLM
 from osdn.model import decoding
@@ -133,8 +133,8 @@ def times() -> None:
         began = time.perf_counter()
         generate(model, ids, 2)
         first = time.perf_counter() - began
-        step = per_token(partial(generate, model, ids), 2, 130)
-        layers = per_token(partial(generate, model, ids, disable_compile=True), 2, 14)
+        step = per_token(model, ids, 200)
+        layers = per_token(model, ids, 12, disable_compile=True)
         replay = replayed(decoding.captured_steps[model][batch])
         print(
             f"batch {batch:4d}, context {context:6d}             "
@@ -143,19 +143,22 @@ def times() -> None:
         )
 
 
-def per_token(run: Callable[[int], Any], few: int, many: int) -> float:
-    """Milliseconds a token, from runs of few and of many tokens; the median of three."""
-    found = []
-    for _ in range(3):
-        spent = []
-        for new in (few, many):
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            run(new)
-            torch.cuda.synchronize()
-            spent.append(time.perf_counter() - began)
-        found.append((spent[1] - spent[0]) / (many - few) * 1e3)
-    return sorted(found)[1]
+class Clock(LogitsProcessor):
+    """Notes when each token's logits came."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.seen.append(time.perf_counter())
+        return scores
+
+
+def per_token(model: Any, ids: torch.Tensor, new: int, **options: Any) -> float:
+    """Milliseconds a token, the median over `new` tokens after the first two."""
+    clock = Clock()
+    generate(model, ids, new + 3, logits_processor=LogitsProcessorList([clock]), **options)
+    return statistics.median(b - a for a, b in itertools.pairwise(clock.seen[2:])) * 1e3
 
 
 def replayed(step: Any, count: int = 50) -> float:
@@ -216,17 +219,13 @@ def llama() -> None:
     with torch.device("cuda"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     for batch in (1, 32):
-        ids, spent = prompt(batch, 1024), []
-        for _ in range(5):  # the first two compile
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            generate(model, ids, 1)
-            middle = time.perf_counter()
-            generate(model, ids, 130, cache_implementation="static")
-            torch.cuda.synchronize()
-            spent.append((time.perf_counter() - middle) - (middle - began))
-        first, ms = spent[0], sorted(spent[2:])[1] / 129 * 1e3
-        print(f"Llama, static cache and compile, batch {batch}: {ms:.3f} ms a token, "
+        ids, found = prompt(batch, 1024), []
+        began = time.perf_counter()
+        for _ in range(3):  # the first two compile
+            found.append(per_token(model, ids, 130, cache_implementation="static"))
+            if len(found) == 1:
+                first = time.perf_counter() - began
+        print(f"Llama, static cache and compile, batch {batch}: {found[-1]:.3f} ms a token, "
               f"first call {first:.0f} s", flush=True)  # fmt: skip
 
 
