@@ -8,7 +8,8 @@ A program takes one head (or 128 features where nothing is normed) of RUNS runs 
 walks along all runs at once, one token of each at a time: tiles are [RUNS, BD]. The forward walks
 forwards with the last W inputs in registers; the backward walks backwards with these inputs, dx of
 the last W tokens while it is summed, and dw. So x, dy and dx pass through memory once, but for the
-W−1 tokens between two runs, which both take. All sums are float32.
+W−1 tokens between two runs, which both take. All sums are float32. ROUND tokens are loaded at once,
+while those before them are worked on.
 
 Packed, ages [T] int32 says how many tokens of its own sequence stand before a token, at most W−1:
 token t reads t − j where ages[t] ≥ j. Grid: B · blocks of RUNS · LENGTH tokens · heads.
@@ -25,10 +26,11 @@ from torch import Tensor
 from osdn.ops.convolution import L2_EPS, ages_of
 from osdn.ops.triton.chunks import ceil_div, on_device, power_of_two
 
-# Numbers of a tile, tokens of a run, warps of a program; measured on an H200
-# (docs/log/2026-11-28-training.md). The backward makes du of W−1 more tokens than a run has.
-FORWARD = {"elements": 512, "length": 32, "warps": 2}
-BACKWARD = {"elements": 512, "length": 128, "warps": 4}
+# Numbers of a tile, tokens of a run, warps of a program, tokens under way at once; measured on an
+# H200 (docs/log/2026-11-29-gpu.md). The backward makes du of W−1 more tokens than a run has.
+FORWARD = {"elements": 512, "length": 32, "warps": 2, "stages": 2}
+BACKWARD = {"elements": 512, "length": 128, "warps": 4, "stages": 2}
+ROUND = 4  # tokens of a run that are loaded together; Triton pipelines no values older than a round
 
 
 @triton.jit
@@ -79,31 +81,38 @@ def convolution_kernel(
     x, weight, ages, y, T, D, stride, eps,
     W: tl.constexpr, RUNS: tl.constexpr, LENGTH: tl.constexpr, HEAD: tl.constexpr,
     BD: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
+    ROUND: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """x [B, T, ·] with `stride` from token to token, y [B, T, D]."""
     i_b, first, o_d, D_END, _ = _place(T, D, RUNS, LENGTH, HEAD, BD)
     o_t = first + tl.arange(0, RUNS) * LENGTH  # the first token of each run
     x += i_b.to(tl.int64) * T * stride
     y += i_b.to(tl.int64) * T * D
+    taps = ()
+    for j in tl.static_range(W):
+        taps = taps + (_tap(weight, o_d, D_END, j, W),)
     before = ()  # x_{t−1}, x_{t−2} … x_{t−W+1}
     for j in tl.static_range(1, W):
         before = before + (_row(x, o_t - j, o_d, T, D_END, stride),)
-    coming, coming_age = _row(x, o_t, o_d, T, D_END, stride), _age(ages, o_t, T, PACKED)
-    for i in range(min(LENGTH, T - first)):
-        t = o_t + i
-        window, age = (coming,) + before, coming_age
-        coming = _row(x, t + 1, o_d, T, D_END, stride)  # under way during the sums
-        coming_age = _age(ages, t + 1, T, PACKED)
-        u = tl.zeros([RUNS, BD], tl.float32)
-        for j in tl.static_range(W):
-            u += _seen(window[j], age, j, PACKED) * _tap(weight, o_d, D_END, j, W)
-        z = u * tl.sigmoid(u)
-        if NORM:
-            z *= tl.rsqrt(tl.sum(z * z, 1) + eps)[:, None]
-        mask = (t < T)[:, None] & (o_d < D_END)[None, :]
-        p_y = y + t.to(tl.int64)[:, None] * D + o_d[None, :]
-        tl.store(p_y, z.to(y.dtype.element_ty), mask=mask)
-        before = window[: W - 1]
+    for i in tl.range(tl.cdiv(min(LENGTH, T - first), ROUND), num_stages=STAGES):
+        rows, marks = (), ()
+        for r in tl.static_range(ROUND):
+            t = o_t + i * ROUND + r
+            rows = rows + (_row(x, t, o_d, T, D_END, stride),)
+            marks = marks + (_age(ages, t, T, PACKED),)
+        for r in tl.static_range(ROUND):
+            t = o_t + i * ROUND + r
+            window = (rows[r],) + before
+            u = tl.zeros([RUNS, BD], tl.float32)
+            for j in tl.static_range(W):
+                u += _seen(window[j], marks[r], j, PACKED) * taps[j]
+            z = u * tl.sigmoid(u)
+            if NORM:
+                z *= tl.rsqrt(tl.sum(z * z, 1) + eps)[:, None]
+            mask = (t < T)[:, None] & (o_d < D_END)[None, :]
+            p_y = y + t.to(tl.int64)[:, None] * D + o_d[None, :]
+            tl.store(p_y, z.to(y.dtype.element_ty), mask=mask)
+            before = window[: W - 1]
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -111,6 +120,7 @@ def convolution_backward_kernel(
     dy, x, weight, ages, dx, parts, T, D, x_stride, dx_stride, eps,
     W: tl.constexpr, RUNS: tl.constexpr, LENGTH: tl.constexpr, HEAD: tl.constexpr,
     BD: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
+    ROUND: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dy [B, T, D], x and dx [B, T, ·]; parts [B · blocks, W, D] float32: dweight's summands."""
     i_b, first, o_d, D_END, block = _place(T, D, RUNS, LENGTH, HEAD, BD)
@@ -123,44 +133,48 @@ def convolution_backward_kernel(
     window = ()  # x_t, x_{t−1} … x_{t−W+2}
     sums = ()  # what later tokens add to dx of these tokens
     dws = ()
+    taps = ()
     for j in tl.static_range(W):
+        taps = taps + (_tap(weight, o_d, D_END, j, W),)
         dws = dws + (tl.zeros([RUNS, BD], tl.float32),)
         if j < W - 1:
             window = window + (_row(x, last - j, o_d, T, D_END, x_stride),)
             sums = sums + (tl.zeros([RUNS, BD], tl.float32),)
-    coming = _row(x, last - W + 1, o_d, T, D_END, x_stride)
-    b_dy, coming_age = _row(dy, last, o_d, T, D_END, D), _age(ages, last, T, PACKED)
-    for i in range(steps):
-        t = last - i
-        mine = steps - i <= LENGTH  # not of the run behind
-        window, age = window + (coming,), coming_age
-        dz = b_dy.to(tl.float32)
-        coming = _row(x, t - W, o_d, T, D_END, x_stride)  # under way during the sums
-        b_dy, coming_age = _row(dy, t - 1, o_d, T, D_END, D), _age(ages, t - 1, T, PACKED)
+    for i in tl.range(tl.cdiv(steps, ROUND), num_stages=STAGES):
+        rows, dys, marks = (), (), ()
+        for r in tl.static_range(ROUND):
+            t = last - i * ROUND - r
+            rows = rows + (_row(x, t - W + 1, o_d, T, D_END, x_stride),)
+            dys = dys + (_row(dy, t, o_d, T, D_END, D),)
+            marks = marks + (_age(ages, t, T, PACKED),)
+        for r in tl.static_range(ROUND):
+            t, left = last - i * ROUND - r, steps - i * ROUND - r
+            mine = (left <= LENGTH) & (left > 0)  # neither of the run behind nor before this one
+            window, age = window + (rows[r],), marks[r]
+            u = tl.zeros([RUNS, BD], tl.float32)
+            for j in tl.static_range(W):
+                u += _seen(window[j], age, j, PACKED) * taps[j]
+            s = tl.sigmoid(u)
+            dz = dys[r].to(tl.float32)
+            if NORM:
+                z = u * s
+                inverse = tl.rsqrt(tl.sum(z * z, 1) + eps)  # [RUNS]
+                along = inverse * inverse * tl.sum(dz * z, 1)
+                dz = inverse[:, None] * (dz - z * along[:, None])
+            du = dz * s * (1 + u * (1 - s))  # [RUNS, BD]
 
-        u = tl.zeros([RUNS, BD], tl.float32)
-        for j in tl.static_range(W):
-            u += _seen(window[j], age, j, PACKED) * _tap(weight, o_d, D_END, j, W)
-        s = tl.sigmoid(u)
-        if NORM:
-            z = u * s
-            r = tl.rsqrt(tl.sum(z * z, 1) + eps)  # [RUNS]
-            along = r * r * tl.sum(dz * z, 1)
-            dz = r[:, None] * (dz - z * along[:, None])
-        du = dz * s * (1 + u * (1 - s))  # [RUNS, BD]
-
-        own = tl.where(mine, du, 0.0)
-        new_dws, new_sums = (), ()
-        for j in tl.static_range(W):
-            new_dws = new_dws + (dws[j] + own * _seen(window[j], age, j, PACKED),)
-            part = _seen(du, age, j, PACKED) * _tap(weight, o_d, D_END, j, W)
-            if j < W - 1:
-                part += sums[j]
-            new_sums = new_sums + (part,)
-        p_dx = dx + t.to(tl.int64)[:, None] * dx_stride + o_d[None, :]
-        mask = (t < tl.where(mine, T, 0))[:, None] & (o_d < D_END)[None, :]
-        tl.store(p_dx, new_sums[0].to(dx.dtype.element_ty), mask=mask)
-        window, sums, dws = window[1:], new_sums[1:], new_dws
+            own = tl.where(mine, du, 0.0)
+            new_dws, new_sums = (), ()
+            for j in tl.static_range(W):
+                new_dws = new_dws + (dws[j] + own * _seen(window[j], age, j, PACKED),)
+                part = _seen(du, age, j, PACKED) * taps[j]
+                if j < W - 1:
+                    part += sums[j]
+                new_sums = new_sums + (part,)
+            p_dx = dx + t.to(tl.int64)[:, None] * dx_stride + o_d[None, :]
+            mask = (t < tl.where(mine, T, -ROUND))[:, None] & (o_d < D_END)[None, :]
+            tl.store(p_dx, new_sums[0].to(dx.dtype.element_ty), mask=mask)
+            window, sums, dws = window[1:], new_sums[1:], new_dws
     for j in tl.static_range(W):
         p_parts = parts + (block.to(tl.int64) * W + W - 1 - j) * D + o_d
         tl.store(p_parts, tl.sum(dws[j], 0), mask=o_d < D_END)
@@ -210,13 +224,14 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _shape(
-    D: int, head_dim: int | None, *, elements: int, length: int, warps: int
+    D: int, head_dim: int | None, *, elements: int, length: int, warps: int, stages: int
 ) -> dict[str, int]:
     """A program's features, a head's or 128, padded to a power of two, its runs and its warps."""
     head = min(128, D) if head_dim is None else head_dim
     padded = power_of_two(head)
     runs = max(1, elements // padded)
-    return {"HEAD": head, "BD": padded, "RUNS": runs, "LENGTH": length, "num_warps": warps}
+    return {"HEAD": head, "BD": padded, "RUNS": runs, "LENGTH": length, "ROUND": ROUND,
+            "STAGES": stages, "num_warps": warps}  # fmt: skip
 
 
 def _blocks(x: Tensor, shape: dict[str, int]) -> int:
