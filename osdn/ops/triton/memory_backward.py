@@ -42,21 +42,23 @@ from osdn.ops.triton.chunks import (
     tile,
 )
 from osdn.ops.triton.config import launch, precision
-from osdn.ops.triton.gates import Decay, load_end, load_start, load_whole
+from osdn.ops.triton.gates import Decay, load_end, load_start, load_whole, scale_rows
 from osdn.ops.triton.segments import link
 
 
 @triton.jit(do_not_specialize=["T", "segment", "rows"])
 def memory_reverse_kernel(
-    q, k, w, A, between, ends, e, do, dfinal, dv, dw, ended, dkept, dinitial,
+    q, k, w, A, between, ends, reads, e, do, dfinal, dv, dw, read_by, written, dkept, dinitial,
     cu_seqlens, offsets, span_offsets, scale, T, segment, rows,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SPAN: tl.constexpr,
     IS_VARLEN: tl.constexpr, SAVE: tl.constexpr, HAS_ALPHA: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """dinitial [N, H, K, V]; if SAVE dv [B, T, H, V] and dw [blocks of V, B, T, H, K], what each
-    block of V adds to dw. HAS_ALPHA: also ended [blocks of V, B, T, H], ⟨w, e dSᵀ⟩ times b, and
-    dkept [spans, H, V, K], dSᵀ at the start of every span, in w's dtype.
+    block of V adds to dw. HAS_ALPHA: also what `gradients` needs, read_by [blocks of V, 2, B, T,
+    H, BT], the two triangles of dw, that of dv less and divided by scale; written [blocks of V, B,
+    T, H], ⟨w, dw⟩; and dkept [spans, H, V, K], dSᵀ at the start of every span, in w's dtype. reads
+    as `memory` left it.
 
     Without SAVE, dfinal counts as zero. Grid: N · H · blocks of V; N counts segments where there
     are any. rows: B T.
@@ -81,7 +83,9 @@ def memory_reverse_kernel(
     do += row * V
     dv += row * V
     dw += (i_v.to(tl.int64) * rows * H + row) * K
-    ended += i_v.to(tl.int64) * rows * H + row
+    reads += row * BT
+    read_by += (i_v.to(tl.int64) * 2 * rows * H + row) * BT
+    written += i_v.to(tl.int64) * rows * H + row
     state = (i_n.to(tl.int64) * H + i_h) * K * V
     type = q.dtype.element_ty
     if HAS_ALPHA and SAVE:
@@ -101,36 +105,30 @@ def memory_reverse_kernel(
         b_w = load_tile(w, o_t, left, H * K, o_k, K)  # [BT, BK]
         b_do = load_tile(do, o_t, left, H * V, o_v, V)  # [BT, BV]
         b_A = load_tile(A, o_t, left, H * BT, o_t, BT)  # [BT, BT]
-        b_P = tl.dot(b_q, tl.trans(b_w), input_precision=PREC)  # q wᵀ [BT, BT]
+        b_x = b_w
         if HAS_ALPHA:
-            b_D = load_tile(between, o_t, left, H * BT, o_t, BT)  # [BT, BT]
-            b_P *= b_D
-        b_P = tl.where(o_t[:, None] >= o_t[None, :], b_P, 0.0).to(type)
+            b_P = tl.trans(load_tile(reads, o_t, left, H * BT, o_t, BT))  # [BT, BT]
+            b_start = load_start(ends, o_t, left, H)  # [BT]
+            b_end = load_end(ends, o_t, left, H)  # [BT]
+            b_x = scale_rows(b_w, b_end)
+        else:
+            b_P = tl.dot(b_q, tl.trans(b_w), input_precision=PREC)  # q wᵀ [BT, BT]
+            b_P = tl.where(o_t[:, None] >= o_t[None, :], b_P, 0.0).to(type)
 
         # zᵀ, then dvᵀ, then dSᵀ: each product waits for the one before it.
         dS = b_dS.to(type)
-        if HAS_ALPHA:
-            b_z = tl.dot(dS, tl.trans(b_w), input_precision=PREC)  # [BV, BT]
-            b_z *= load_end(ends, o_t, left, H)[None, :]
-            b_z = tl.dot(tl.trans(b_do), b_P, b_z, input_precision=PREC)  # [BV, BT]
-        else:
-            b_z = tl.dot(tl.trans(b_do), b_P, input_precision=PREC)  # [BV, BT]
-            b_z = tl.dot(dS, tl.trans(b_w), b_z, input_precision=PREC)  # [BV, BT]
+        b_z = tl.dot(tl.trans(b_do), b_P, input_precision=PREC)  # [BV, BT]
+        b_z = tl.dot(dS, tl.trans(b_x), b_z, input_precision=PREC)  # [BV, BT]
         b_dv = tl.dot(b_z.to(type), b_A, input_precision=PREC)  # zᵀ A [BV, BT]
         if SAVE:
             store_transposed(dv, b_dv * scale, o_v, V, H * V, o_t, left)
+        b_dv = b_dv.to(type)
+        b_x, b_y = b_q, b_k  # as S at the chunk's start is read
         if HAS_ALPHA:
-            b_start = load_start(ends, o_t, left, H)  # [BT]
             b_dS *= load_whole(ends, left, BT, H)
-            b_x = (b_q * b_start[:, None]).to(type)  # [BT, BK]
-            b_dS = tl.dot(tl.trans(b_do), b_x, b_dS, input_precision=PREC)  # [BV, BK]
-            b_x = (-b_dv * b_start[None, :]).to(type)  # [BV, BT]
-            b_dS = tl.dot(b_x, b_k, b_dS, input_precision=PREC)  # [BV, BK]
-            b_dv = b_dv.to(type)
-        else:
-            b_dv = b_dv.to(type)
-            b_dS = tl.dot(tl.trans(b_do), b_q, b_dS, input_precision=PREC)  # [BV, BK]
-            b_dS = tl.dot(-b_dv, b_k, b_dS, input_precision=PREC)  # [BV, BK]
+            b_x, b_y = scale_rows(b_q, b_start), scale_rows(b_k, b_start)
+        b_dS = tl.dot(tl.trans(b_do), b_x, b_dS, input_precision=PREC)  # [BV, BK]
+        b_dS = tl.dot(-b_dv, b_y, b_dS, input_precision=PREC)  # [BV, BK]
 
         # dw: off that path.
         if SAVE:
@@ -138,19 +136,24 @@ def memory_reverse_kernel(
             b_dw = tl.dot(b_e, dS, input_precision=PREC)  # [BT, BK]
             b_R = tl.dot(b_e, tl.trans(b_do), input_precision=PREC)  # [BT, BT]
             if HAS_ALPHA:
-                b_dw *= load_end(ends, o_t, left, H)[:, None]
-                b_w_dw = tl.sum(b_w * b_dw, 1) * scale  # [BT, BK] over K
-                tl.store(ended + o_t * H, b_w_dw, mask=o_t < left)
-                b_R *= tl.trans(b_D)
-            b_R = tl.where(o_t[:, None] <= o_t[None, :], b_R, 0.0).to(type)
+                b_dw *= b_end[:, None]
+                b_D = load_tile(between, o_t, left, H * BT, o_t, BT)  # [BT, BT]
+                b_R = (b_R * b_D).to(type)
+                store_tile(read_by, b_R, o_t, left, H * BT, o_t, BT)
+            else:
+                b_R = tl.where(o_t[:, None] <= o_t[None, :], b_R, 0.0).to(type)
             b_dw = tl.dot(b_R, b_q, b_dw, input_precision=PREC)
             b_U = tl.dot(b_e, b_dv, input_precision=PREC)  # [BT, BT]
             if HAS_ALPHA:
-                b_U *= tl.trans(b_D)
+                b_U *= b_D
             b_U = tl.where(o_t[:, None] < o_t[None, :], -b_U, 0.0).to(type)
+            if HAS_ALPHA:
+                store_tile(read_by + rows * H * BT, b_U, o_t, left, H * BT, o_t, BT)
             b_dw = tl.dot(b_U, b_k, b_dw, input_precision=PREC)
-            store_tile(dw, b_dw * scale, o_t, left, H * K, o_k, K)
-            if HAS_ALPHA:  # noqa: SIM102 (decided when it is compiled)
+            b_dw *= scale
+            store_tile(dw, b_dw, o_t, left, H * K, o_k, K)
+            if HAS_ALPHA:
+                tl.store(written + o_t * H, tl.sum(b_w * b_dw, 1), mask=o_t < left)  # over K
                 if i_t % SPAN == 0:
                     store_tile(dkept, b_dS * scale, o_v, V, K, o_k, K)
                     dkept -= H * K * V
@@ -164,7 +167,9 @@ def memory_reverse_kernel(
         do -= BT * H * V
         dv -= BT * H * V
         dw -= BT * H * K
-        ended -= BT * H
+        reads -= BT * H * BT
+        read_by -= BT * H * BT
+        written -= BT * H
     store_transposed(dinitial + state, b_dS * scale, o_v, V, V, o_k, K)
 
 
@@ -178,12 +183,15 @@ def memory_reverse(
     do: Tensor,
     dfinal_state: Tensor,
     M: Tensor,
+    reads: Tensor,
     chunks: Chunks,
     rule: Options,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """(dv, dw, dinitial_state, [ended, dkept] with a state decay); M as `memory` gave it.
+    """(dv, dw, dinitial_state, [read_by, written, dkept] with a state decay); M and reads as
+    `memory` gave them.
 
-    ended [B, T, H] and dkept [spans, H, V, K] as `gradients_kernel` takes them.
+    read_by [2, B, T, H, CHUNK], written [B, T, H] and dkept [spans, H, V, K]: what `gradients`
+    takes.
     """
     (B, T, H, K), V = q.shape, do.shape[-1]
     blocks = triton.cdiv(V, launch("memory_reverse", q, K, V)["BV"])
@@ -191,6 +199,7 @@ def memory_reverse(
     parts = []
     if decay is not None:
         parts = [
+            w.new_empty(blocks, 2, B, T, H, CHUNK),
             decay.ends.new_empty(blocks, B, T, H),
             w.new_empty(span_bound(B, T, chunks.cu_seqlens), H, V, K),
         ]
@@ -198,15 +207,15 @@ def memory_reverse(
         do, rule = torch.zeros_like(do), rule._replace(scale=1.0)
     if not len(M):
         dinitial = torch.empty_like(dfinal_state)
-        _walk(q, k, w, A, decay, e, do, dfinal_state, dv, dw, parts, dinitial, chunks, rule)
+        _walk(q, k, w, A, decay, reads, e, do, dfinal_state, dv, dw, parts, dinitial, chunks, rule)
     else:
         segments = split(chunks, len(M) // chunks.sequences)
         R = torch.empty(*M.shape[:-1], V, dtype=torch.float32, device=q.device)
-        _walk(q, k, w, A, decay, e, do, R, None, None, parts, R, segments, rule)
+        _walk(q, k, w, A, decay, reads, e, do, R, None, None, parts, R, segments, rule)
         ends, dinitial = link(M, R, dfinal_state, reverse=True)
-        _walk(q, k, w, A, decay, e, do, ends, dv, dw, parts, R, segments, rule)
+        _walk(q, k, w, A, decay, reads, e, do, ends, dv, dw, parts, R, segments, rule)
     # One block wherever V is at most 128 and numbers have 16 bits.
-    dw, *parts[:1] = (x[0] if blocks == 1 else x.sum(0) for x in (dw, *parts[:1]))
+    dw, *parts[:2] = (x[0] if blocks == 1 else x.sum(0) for x in (dw, *parts[:2]))
     return dv, dw, dinitial, parts
 
 
@@ -216,6 +225,7 @@ def _walk(
     w: Tensor,
     A: Tensor,
     decay: Decay | None,
+    reads: Tensor,
     e: Tensor,
     do: Tensor,
     dfinal: Tensor,
@@ -229,10 +239,10 @@ def _walk(
     """Launch the reverse kernel; without dv and dw only dinitial is written, from zero."""
     (B, T, H, K), V = q.shape, do.shape[-1]
     config = launch("memory_reverse", q, K, V)
-    ended, dkept = parts or (dinitial, dinitial)
+    read_by, written, dkept = parts or (w, dinitial, w)
     memory_reverse_kernel[(chunks.sequences * H * triton.cdiv(V, config["BV"]),)](
-        q, k, w, A, *(decay or (A, A)), e, do, dfinal,
-        do if dv is None else dv, q if dw is None else dw, ended, dkept, dinitial,
+        q, k, w, A, *(decay or (A, A)), reads, e, do, dfinal,
+        do if dv is None else dv, q if dw is None else dw, read_by, written, dkept, dinitial,
         chunks.cu_seqlens, chunks.offsets, chunks.spans.offsets, rule.scale, T, chunks.segment,
         B * T, H=H, K=K, V=V, BT=CHUNK, BK=tile(K), SPAN=cutting.SPAN,
         IS_VARLEN=chunks.offsets is not None, SAVE=dv is not None, HAS_ALPHA=decay is not None,

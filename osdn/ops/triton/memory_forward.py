@@ -44,13 +44,13 @@ from osdn.ops.triton.chunks import (
     tile,
 )
 from osdn.ops.triton.config import launch, precision
-from osdn.ops.triton.gates import Decay, load_end, load_start, load_whole
+from osdn.ops.triton.gates import Decay, load_end, load_start, load_whole, scale_rows
 from osdn.ops.triton.segments import link
 
 
 @triton.jit(do_not_specialize=["T", "segment"])
 def memory_kernel(
-    q, k, w, v, A, between, ends, initial, o, e, kept, final,
+    q, k, w, v, A, between, ends, initial, o, e, kept, reads, final,
     cu_seqlens, offsets, span_offsets, scale, T, segment,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SPAN: tl.constexpr,
@@ -58,7 +58,8 @@ def memory_kernel(
     HAS_ALPHA: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """o [B, T, H, V] if READ, final [N, H, K, V], and if SAVE e [B, T, H, V] and
-    kept [spans, H, V, K]: Sᵀ at the start of every span, in w's dtype.
+    kept [spans, H, V, K]: Sᵀ at the start of every span, in w's dtype; HAS_ALPHA: and
+    reads [B, T, H, BT], (tril(q wᵀ) ⊙ exp(G_i − G_j))ᵀ.
 
     Grid: N · H · blocks of V; N counts segments where there are any. VALUES: v is there, else it is
     zero. Without READ the walk begins from zero, or where there are no values from the identity.
@@ -82,6 +83,7 @@ def memory_kernel(
     v += row * V
     o += row * V
     e += row * V
+    reads += row * BT
     state = (i_n.to(tl.int64) * H + i_h) * K * V
     type = q.dtype.element_ty
     if SAVE:
@@ -108,19 +110,18 @@ def memory_kernel(
 
         # The residuals: three products that wait for each other, all with the left operand at hand.
         S = b_S.to(type)
-        b_u = tl.dot(S, tl.trans(b_k), input_precision=PREC)  # Sᵀ kᵀ [BV, BT]
+        b_x = b_w  # what is added of w at the chunk's end
         if HAS_ALPHA:
-            b_u *= load_start(ends, o_t, left, H)[None, :]
+            b_start = load_start(ends, o_t, left, H)  # [BT]
+            b_k = scale_rows(b_k, b_start)
+            b_x = scale_rows(b_w, load_end(ends, o_t, left, H))
+        b_u = tl.dot(S, tl.trans(b_k), input_precision=PREC)  # Sᵀ kᵀ [BV, BT]
         if VALUES:
             b_v = load_transposed(v, o_v, V, H * V, o_t, left)  # vᵀ [BV, BT]
             b_u = b_v.to(tl.float32) - b_u
         else:
             b_u = -b_u
         b_e = tl.dot(b_u.to(type), tl.trans(b_A), input_precision=PREC)  # eᵀ [BV, BT]
-        b_x = b_e  # what is left of e at the chunk's end
-        if HAS_ALPHA:
-            b_x *= load_end(ends, o_t, left, H)[None, :]
-            b_S *= load_whole(ends, left, BT, H)
         b_e = b_e.to(type)
 
         # The reads: off that path.
@@ -128,13 +129,17 @@ def memory_kernel(
             b_q = load_tile(q, o_t, left, H * K, o_k, K)  # [BT, BK]
             b_P = tl.dot(b_w, tl.trans(b_q), input_precision=PREC)  # (q wᵀ)ᵀ [BT, BT]
             if HAS_ALPHA:
-                b_P *= load_transposed(between, o_t, BT, H * BT, o_t, left)  # [BT, BT]
-            b_P = tl.where(causal, b_P, 0.0).to(type)
+                b_P = (b_P * load_tile(between, o_t, left, H * BT, o_t, BT)).to(type)
+                if SAVE:
+                    store_tile(reads, b_P, o_t, left, H * BT, o_t, BT)
+                b_q = scale_rows(b_q, b_start)
+            else:
+                b_P = tl.where(causal, b_P, 0.0).to(type)
             b_o = tl.dot(S, tl.trans(b_q), input_precision=PREC)  # [BV, BT]
-            if HAS_ALPHA:
-                b_o *= load_start(ends, o_t, left, H)[None, :]
             b_o = tl.dot(b_e, b_P, b_o, input_precision=PREC)
-        b_S = tl.dot(b_x.to(type), b_w, b_S, input_precision=PREC)  # [BV, BK]
+        if HAS_ALPHA:
+            b_S *= load_whole(ends, left, BT, H)
+        b_S = tl.dot(b_e, b_x, b_S, input_precision=PREC)  # [BV, BK]
         if READ:
             store_transposed(o, b_o * scale, o_v, V, H * V, o_t, left)
         if SAVE:
@@ -149,6 +154,7 @@ def memory_kernel(
         v += BT * H * V
         o += BT * H * V
         e += BT * H * V
+        reads += BT * H * BT
     store_transposed(final + state, b_S, o_v, V, V, o_k, K)
 
 
@@ -162,26 +168,27 @@ def memory(
     initial_state: Tensor,
     e: Tensor | None,
     kept: Tensor | None,
+    reads: Tensor | None,
     chunks: Chunks,
     rule: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(o, final_state, M); the residuals go into e [B, T, H, V] where it is given, and Sᵀ at the
-    start of every span into kept [spans, H, V, K].
+    """(o, final_state, M); the residuals go into e [B, T, H, V] where it is given, Sᵀ at the start
+    of every span into kept [spans, H, V, K], and with a state decay the kernel's reads into reads.
 
     M [segments, H, K, K]: the map of every segment, of no segments where the walk is not cut.
     """
     o, M = torch.empty_like(v), transitions_like(q, v, chunks.cu_seqlens)
     if not len(M):
         final = torch.empty_like(initial_state)
-        _walk(q, k, w, v, A, decay, initial_state, o, e, kept, final, chunks, rule)
+        _walk(q, k, w, v, A, decay, initial_state, o, e, kept, reads, final, chunks, rule)
         return o, final, M
     H, K, V = initial_state.shape[1:]
     U = torch.empty(len(M), H, K, V, dtype=torch.float32, device=q.device)
     segments = split(chunks, len(M) // chunks.sequences)
-    _walk(None, k, w, None, A, decay, M, None, None, None, M, segments, rule)
-    _walk(None, k, w, v, A, decay, U, None, None, None, U, segments, rule)
+    _walk(None, k, w, None, A, decay, M, None, None, None, None, M, segments, rule)
+    _walk(None, k, w, v, A, decay, U, None, None, None, None, U, segments, rule)
     starts, final = link(M, U, initial_state, reverse=False)
-    _walk(q, k, w, v, A, decay, starts, o, e, kept, U, segments, rule)
+    _walk(q, k, w, v, A, decay, starts, o, e, kept, reads, U, segments, rule)
     return o, final, M
 
 
@@ -204,6 +211,7 @@ def _walk(
     o: Tensor | None,
     e: Tensor | None,
     kept: Tensor | None,
+    reads: Tensor | None,
     final: Tensor,
     chunks: Chunks,
     rule: Options,
@@ -214,7 +222,8 @@ def _walk(
     memory_kernel[(chunks.sequences * H * triton.cdiv(V, config["BV"]),)](
         w if q is None else q, k, w, w if v is None else v, A,
         *(decay or (A, A)), initial, w if o is None else o,
-        w if e is None else e, w if kept is None else kept, final,
+        w if e is None else e, w if kept is None else kept,
+        w if reads is None else reads, final,
         chunks.cu_seqlens, chunks.offsets, chunks.spans.offsets, rule.scale, T, chunks.segment,
         H=H, K=K, V=V, BT=CHUNK, BK=tile(K), SPAN=cutting.SPAN,
         IS_VARLEN=chunks.offsets is not None,

@@ -105,6 +105,30 @@ def store_blocks(p, stride, left, X):
 
 
 @triton.jit
+def store_transposed_blocks(p, stride, left, X):
+    """Write the transpose of the same tile."""
+    X00, X10, X11, X20, X21, X22, X30, X31, X32, X33 = X
+    o_s = tl.arange(0, 16)
+    zero = tl.zeros([16, 16], tl.float32)
+    _store_column(p, stride, o_s, left, X00, X10, X20, X30)
+    _store_column(p, stride, o_s + 16, left, zero, X11, X21, X31)
+    _store_column(p, stride, o_s + 32, left, zero, zero, X22, X32)
+    _store_column(p, stride, o_s + 48, left, zero, zero, zero, X33)
+
+
+@triton.jit
+def _store_column(p, stride, o_t, left, X0, X1, X2, X3):
+    """Four blocks, one below the other, as the tile's rows o_t."""
+    type = p.dtype.element_ty
+    p = p + o_t[None, :] * stride + tl.arange(0, 16)[:, None]
+    m = o_t[None, :] < left
+    tl.store(p, X0.to(type), mask=m)
+    tl.store(p + 16, X1.to(type), mask=m)
+    tl.store(p + 32, X2.to(type), mask=m)
+    tl.store(p + 48, X3.to(type), mask=m)
+
+
+@triton.jit
 def _store_row(p, o_t, left, X0, X1, X2, X3):
     """Four blocks side by side."""
     type = p.dtype.element_ty

@@ -40,7 +40,7 @@ from osdn.ops.triton.gates import (
     load_retention,
     store_ends,
 )
-from osdn.ops.triton.solve import SCRATCH, invert, mul, store_blocks
+from osdn.ops.triton.solve import SCRATCH, invert, mul, store_blocks, store_transposed_blocks
 
 
 @triton.jit
@@ -196,7 +196,7 @@ def write_keys_kernel(
         L00, L10, L11, L20, L21 = L00 * D00, L10 * D10, L11 * D11, L20 * D20, L21 * D21
         L22, L30, L31, L32, L33 = L22 * D22, L30 * D30, L31 * D31, L32 * D32, L33 * D33
         D = (D00, D10, D11, D20, D21, D22, D30, D31, D32, D33)
-        store_blocks(between + row * BT, H * BT, left, D)
+        store_transposed_blocks(between + row * BT, H * BT, left, D)
     X = invert(L00, L10, L11, L20, L21, L22, L30, L31, L32, L33,
                scratch + tl.program_id(0).to(tl.int64) * 1024, SOLVE)  # fmt: skip
     store_blocks(A + row * BT, H * BT, left, X)
