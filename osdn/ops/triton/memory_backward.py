@@ -100,40 +100,45 @@ def memory_reverse_kernel(
         b_dS = tl.zeros([BV, BK], tl.float32)
     for i_t in range(NT - 1, -1, -1):
         left = length - i_t * BT
-        b_q = load_tile(q, o_t, left, H * K, o_k, K)  # [BT, BK]
-        b_k = load_tile(k, o_t, left, H * K, o_k, K)  # [BT, BK]
         b_w = load_tile(w, o_t, left, H * K, o_k, K)  # [BT, BK]
         b_do = load_tile(do, o_t, left, H * V, o_v, V)  # [BT, BV]
-        b_A = load_tile(A, o_t, left, H * BT, o_t, BT)  # [BT, BT]
-        b_x = b_w
         if HAS_ALPHA:
             b_P = tl.trans(load_tile(reads, o_t, left, H * BT, o_t, BT))  # [BT, BT]
             b_start = load_start(ends, o_t, left, H)  # [BT]
             b_end = load_end(ends, o_t, left, H)  # [BT]
-            b_x = scale_rows(b_w, b_end)
+            whole = load_whole(ends, left, BT, H)
+            b_w = scale_rows(b_w, b_end)
         else:
+            b_q = load_tile(q, o_t, left, H * K, o_k, K)  # [BT, BK]
             b_P = tl.dot(b_q, tl.trans(b_w), input_precision=PREC)  # q wᵀ [BT, BT]
             b_P = tl.where(o_t[:, None] >= o_t[None, :], b_P, 0.0).to(type)
+        b_A = load_tile(A, o_t, left, H * BT, o_t, BT)  # [BT, BT]
 
         # zᵀ, then dvᵀ, then dSᵀ: each product waits for the one before it.
         dS = b_dS.to(type)
         b_z = tl.dot(tl.trans(b_do), b_P, input_precision=PREC)  # [BV, BT]
-        b_z = tl.dot(dS, tl.trans(b_x), b_z, input_precision=PREC)  # [BV, BT]
+        b_z = tl.dot(dS, tl.trans(b_w), b_z, input_precision=PREC)  # [BV, BT]
         b_dv = tl.dot(b_z.to(type), b_A, input_precision=PREC)  # zᵀ A [BV, BT]
         if SAVE:
             store_transposed(dv, b_dv * scale, o_v, V, H * V, o_t, left)
         b_dv = b_dv.to(type)
-        b_x, b_y = b_q, b_k  # as S at the chunk's start is read
         if HAS_ALPHA:
-            b_dS *= load_whole(ends, left, BT, H)
-            b_x, b_y = scale_rows(b_q, b_start), scale_rows(b_k, b_start)
-        b_dS = tl.dot(tl.trans(b_do), b_x, b_dS, input_precision=PREC)  # [BV, BK]
-        b_dS = tl.dot(-b_dv, b_y, b_dS, input_precision=PREC)  # [BV, BK]
+            b_dS *= whole
+            b_q = load_tile(q, o_t, left, H * K, o_k, K)  # [BT, BK]
+            b_x = scale_rows(b_q, b_start)
+            b_dS = tl.dot(tl.trans(b_do), b_x, b_dS, input_precision=PREC)  # [BV, BK]
+            b_k = load_tile(k, o_t, left, H * K, o_k, K)  # [BT, BK]
+            b_x = scale_rows(b_k, b_start)
+            b_dS = tl.dot(-b_dv, b_x, b_dS, input_precision=PREC)  # [BV, BK]
+        else:
+            b_k = load_tile(k, o_t, left, H * K, o_k, K)  # [BT, BK]
+            b_dS = tl.dot(tl.trans(b_do), b_q, b_dS, input_precision=PREC)  # [BV, BK]
+            b_dS = tl.dot(-b_dv, b_k, b_dS, input_precision=PREC)  # [BV, BK]
 
-        # dw: off that path.
+        # dw: off that path. Its products do not add to each other (see the top).
         if SAVE:
             b_e = load_tile(e, o_t, left, H * V, o_v, V)  # [BT, BV]
-            b_dw = tl.dot(b_e, dS, input_precision=PREC)  # [BT, BK]
+            b_dw = tl.dot(b_e, dS, input_precision=PREC) * scale  # [BT, BK]
             b_R = tl.dot(b_e, tl.trans(b_do), input_precision=PREC)  # [BT, BT]
             if HAS_ALPHA:
                 b_dw *= b_end[:, None]
@@ -142,17 +147,17 @@ def memory_reverse_kernel(
                 store_tile(read_by, b_R, o_t, left, H * BT, o_t, BT)
             else:
                 b_R = tl.where(o_t[:, None] <= o_t[None, :], b_R, 0.0).to(type)
-            b_dw = tl.dot(b_R, b_q, b_dw, input_precision=PREC)
+            b_dw += tl.dot(b_R, b_q, input_precision=PREC) * scale
             b_U = tl.dot(b_e, b_dv, input_precision=PREC)  # [BT, BT]
             if HAS_ALPHA:
                 b_U *= b_D
             b_U = tl.where(o_t[:, None] < o_t[None, :], -b_U, 0.0).to(type)
             if HAS_ALPHA:
                 store_tile(read_by + rows * H * BT, b_U, o_t, left, H * BT, o_t, BT)
-            b_dw = tl.dot(b_U, b_k, b_dw, input_precision=PREC)
-            b_dw *= scale
+            b_dw += tl.dot(b_U, b_k, input_precision=PREC) * scale
             store_tile(dw, b_dw, o_t, left, H * K, o_k, K)
             if HAS_ALPHA:
+                b_w = load_tile(w, o_t, left, H * K, o_k, K)  # again: kept so long, it is spilt
                 tl.store(written + o_t * H, tl.sum(b_w * b_dw, 1), mask=o_t < left)  # over K
                 if i_t % SPAN == 0:
                     store_tile(dkept, b_dS * scale, o_v, V, K, o_k, K)
