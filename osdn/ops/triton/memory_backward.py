@@ -72,20 +72,9 @@ def memory_reverse_kernel(
     o_t = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
-    row = (begin + (NT - 1).to(tl.int64) * BT) * H + i_h
-    q += row * K
-    k += row * K
-    w += row * K
-    A += row * BT
-    between += row * BT
-    ends += row * 2
-    e += row * V
-    do += row * V
-    dv += row * V
-    dw += (i_v.to(tl.int64) * rows * H + row) * K
-    reads += row * BT
-    read_by += (i_v.to(tl.int64) * 2 * rows * H + row) * BT
-    written += i_v.to(tl.int64) * rows * H + row
+    dw += i_v.to(tl.int64) * rows * H * K
+    read_by += i_v.to(tl.int64) * 2 * rows * H * BT
+    written += i_v.to(tl.int64) * rows * H
     state = (i_n.to(tl.int64) * H + i_h) * K * V
     type = q.dtype.element_ty
     if HAS_ALPHA and SAVE:
@@ -100,19 +89,20 @@ def memory_reverse_kernel(
         b_dS = tl.zeros([BV, BK], tl.float32)
     for i_t in range(NT - 1, -1, -1):
         left = length - i_t * BT
-        b_w = load_tile(w, o_t, left, H * K, o_k, K)  # [BT, BK]
-        b_do = load_tile(do, o_t, left, H * V, o_v, V)  # [BT, BV]
+        row = (begin + i_t * BT) * H + i_h
+        b_w = load_tile(w + row * K, o_t, left, H * K, o_k, K)  # [BT, BK]
+        b_do = load_tile(do + row * V, o_t, left, H * V, o_v, V)  # [BT, BV]
         if HAS_ALPHA:
-            b_P = tl.trans(load_tile(reads, o_t, left, H * BT, o_t, BT))  # [BT, BT]
-            b_start = load_start(ends, o_t, left, H)  # [BT]
-            b_end = load_end(ends, o_t, left, H)  # [BT]
-            whole = load_whole(ends, left, BT, H)
+            b_P = tl.trans(load_tile(reads + row * BT, o_t, left, H * BT, o_t, BT))  # [BT, BT]
+            b_start = load_start(ends + row * 2, o_t, left, H)  # [BT]
+            b_end = load_end(ends + row * 2, o_t, left, H)  # [BT]
+            whole = load_whole(ends + row * 2, left, BT, H)
             b_w = scale_rows(b_w, b_end)
         else:
-            b_q = load_tile(q, o_t, left, H * K, o_k, K)  # [BT, BK]
+            b_q = load_tile(q + row * K, o_t, left, H * K, o_k, K)  # [BT, BK]
             b_P = tl.dot(b_q, tl.trans(b_w), input_precision=PREC)  # q wᵀ [BT, BT]
             b_P = tl.where(o_t[:, None] >= o_t[None, :], b_P, 0.0).to(type)
-        b_A = load_tile(A, o_t, left, H * BT, o_t, BT)  # [BT, BT]
+        b_A = load_tile(A + row * BT, o_t, left, H * BT, o_t, BT)  # [BT, BT]
 
         # zᵀ, then dvᵀ, then dSᵀ: each product waits for the one before it.
         dS = b_dS.to(type)
@@ -120,61 +110,51 @@ def memory_reverse_kernel(
         b_z = tl.dot(dS, tl.trans(b_w), b_z, input_precision=PREC)  # [BV, BT]
         b_dv = tl.dot(b_z.to(type), b_A, input_precision=PREC)  # zᵀ A [BV, BT]
         if SAVE:
-            store_transposed(dv, b_dv * scale, o_v, V, H * V, o_t, left)
+            store_transposed(dv + row * V, b_dv * scale, o_v, V, H * V, o_t, left)
         b_dv = b_dv.to(type)
         if HAS_ALPHA:
             b_dS *= whole
-            b_q = load_tile(q, o_t, left, H * K, o_k, K)  # [BT, BK]
+            b_q = load_tile(q + row * K, o_t, left, H * K, o_k, K)  # [BT, BK]
             b_x = scale_rows(b_q, b_start)
             b_dS = tl.dot(tl.trans(b_do), b_x, b_dS, input_precision=PREC)  # [BV, BK]
-            b_k = load_tile(k, o_t, left, H * K, o_k, K)  # [BT, BK]
+            b_k = load_tile(k + row * K, o_t, left, H * K, o_k, K)  # [BT, BK]
             b_x = scale_rows(b_k, b_start)
             b_dS = tl.dot(-b_dv, b_x, b_dS, input_precision=PREC)  # [BV, BK]
         else:
-            b_k = load_tile(k, o_t, left, H * K, o_k, K)  # [BT, BK]
+            b_k = load_tile(k + row * K, o_t, left, H * K, o_k, K)  # [BT, BK]
             b_dS = tl.dot(tl.trans(b_do), b_q, b_dS, input_precision=PREC)  # [BV, BK]
             b_dS = tl.dot(-b_dv, b_k, b_dS, input_precision=PREC)  # [BV, BK]
 
         # dw: off that path. Its products do not add to each other (see the top).
         if SAVE:
-            b_e = load_tile(e, o_t, left, H * V, o_v, V)  # [BT, BV]
+            b_e = load_tile(e + row * V, o_t, left, H * V, o_v, V)  # [BT, BV]
             b_dw = tl.dot(b_e, dS, input_precision=PREC) * scale  # [BT, BK]
             b_R = tl.dot(b_e, tl.trans(b_do), input_precision=PREC)  # [BT, BT]
             if HAS_ALPHA:
                 b_dw *= b_end[:, None]
-                b_D = load_tile(between, o_t, left, H * BT, o_t, BT)  # [BT, BT]
+                b_D = load_tile(between + row * BT, o_t, left, H * BT, o_t, BT)  # [BT, BT]
                 b_R = (b_R * b_D).to(type)
-                store_tile(read_by, b_R, o_t, left, H * BT, o_t, BT)
+                store_tile(read_by + row * BT, b_R, o_t, left, H * BT, o_t, BT)
             else:
                 b_R = tl.where(o_t[:, None] <= o_t[None, :], b_R, 0.0).to(type)
             b_dw += tl.dot(b_R, b_q, input_precision=PREC) * scale
             b_U = tl.dot(b_e, b_dv, input_precision=PREC)  # [BT, BT]
             if HAS_ALPHA:
+                b_D = load_tile(between + row * BT, o_t, left, H * BT, o_t, BT)  # again, as w below
                 b_U *= b_D
             b_U = tl.where(o_t[:, None] < o_t[None, :], -b_U, 0.0).to(type)
             if HAS_ALPHA:
-                store_tile(read_by + rows * H * BT, b_U, o_t, left, H * BT, o_t, BT)
+                store_tile(read_by + (rows * H + row) * BT, b_U, o_t, left, H * BT, o_t, BT)
             b_dw += tl.dot(b_U, b_k, input_precision=PREC) * scale
-            store_tile(dw, b_dw, o_t, left, H * K, o_k, K)
+            store_tile(dw + row * K, b_dw, o_t, left, H * K, o_k, K)
             if HAS_ALPHA:
-                b_w = load_tile(w, o_t, left, H * K, o_k, K)  # again: kept so long, it is spilt
-                tl.store(written + o_t * H, tl.sum(b_w * b_dw, 1), mask=o_t < left)  # over K
+                # Again: kept in registers all the way from above, it would be spilled.
+                b_w = load_tile(w + row * K, o_t, left, H * K, o_k, K)  # [BT, BK]
+                b_w_dw = tl.sum(b_w * b_dw, 1)  # [BT, BK] over K
+                tl.store(written + row + o_t * H, b_w_dw, mask=o_t < left)
                 if i_t % SPAN == 0:
                     store_tile(dkept, b_dS * scale, o_v, V, K, o_k, K)
                     dkept -= H * K * V
-        q -= BT * H * K
-        k -= BT * H * K
-        w -= BT * H * K
-        A -= BT * H * BT
-        between -= BT * H * BT
-        ends -= BT * H * 2
-        e -= BT * H * V
-        do -= BT * H * V
-        dv -= BT * H * V
-        dw -= BT * H * K
-        reads -= BT * H * BT
-        read_by -= BT * H * BT
-        written -= BT * H
     store_transposed(dinitial + state, b_dS * scale, o_v, V, V, o_k, K)
 
 

@@ -73,17 +73,6 @@ def memory_kernel(
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
     causal = o_t[:, None] <= o_t[None, :]  # rows are writes, columns reads
-    row = begin * H + i_h
-    q += row * K
-    k += row * K
-    w += row * K
-    A += row * BT
-    between += row * BT
-    ends += row * 2
-    v += row * V
-    o += row * V
-    e += row * V
-    reads += row * BT
     state = (i_n.to(tl.int64) * H + i_h) * K * V
     type = q.dtype.element_ty
     if SAVE:
@@ -100,9 +89,14 @@ def memory_kernel(
         b_S = tl.where(o_v[:, None] == o_k[None, :], 1.0, 0.0)
     for i_t in range(tl.cdiv(length, BT)):
         left = length - i_t * BT
-        b_k = load_tile(k, o_t, left, H * K, o_k, K)  # [BT, BK]
-        b_w = load_tile(w, o_t, left, H * K, o_k, K)  # [BT, BK]
-        b_A = load_tile(A, o_t, left, H * BT, o_t, BT)  # [BT, BT]
+        row = (begin + i_t * BT) * H + i_h
+        b_k = load_tile(k + row * K, o_t, left, H * K, o_k, K)  # [BT, BK]
+        if HAS_ALPHA:
+            b_start = load_start(ends + row * 2, o_t, left, H)  # [BT]
+            b_end = load_end(ends + row * 2, o_t, left, H)  # [BT]
+            whole = load_whole(ends + row * 2, left, BT, H)
+            b_k = scale_rows(b_k, b_start)
+        b_A = load_tile(A + row * BT, o_t, left, H * BT, o_t, BT)  # [BT, BT]
         if SAVE:  # noqa: SIM102 (decided when it is compiled)
             if i_t % SPAN == 0:
                 store_tile(kept, b_S, o_v, V, K, o_k, K)
@@ -110,51 +104,36 @@ def memory_kernel(
 
         # The residuals: three products that wait for each other, all with the left operand at hand.
         S = b_S.to(type)
-        b_x = b_w  # what is added of w at the chunk's end
-        if HAS_ALPHA:
-            b_start = load_start(ends, o_t, left, H)  # [BT]
-            b_k = scale_rows(b_k, b_start)
-            b_x = scale_rows(b_w, load_end(ends, o_t, left, H))
         b_u = tl.dot(S, tl.trans(b_k), input_precision=PREC)  # Sᵀ kᵀ [BV, BT]
         if VALUES:
-            b_v = load_transposed(v, o_v, V, H * V, o_t, left)  # vᵀ [BV, BT]
+            b_v = load_transposed(v + row * V, o_v, V, H * V, o_t, left)  # vᵀ [BV, BT]
             b_u = b_v.to(tl.float32) - b_u
         else:
             b_u = -b_u
-        b_e = tl.dot(b_u.to(type), tl.trans(b_A), input_precision=PREC)  # eᵀ [BV, BT]
-        b_e = b_e.to(type)
+        b_e = tl.dot(b_u.to(type), tl.trans(b_A), input_precision=PREC).to(type)  # eᵀ [BV, BT]
 
         # The reads: off that path.
+        b_w = load_tile(w + row * K, o_t, left, H * K, o_k, K)  # [BT, BK]
         if READ:
-            b_q = load_tile(q, o_t, left, H * K, o_k, K)  # [BT, BK]
+            b_q = load_tile(q + row * K, o_t, left, H * K, o_k, K)  # [BT, BK]
             b_P = tl.dot(b_w, tl.trans(b_q), input_precision=PREC)  # (q wᵀ)ᵀ [BT, BT]
             if HAS_ALPHA:
-                b_P = (b_P * load_tile(between, o_t, left, H * BT, o_t, BT)).to(type)
+                b_D = load_tile(between + row * BT, o_t, left, H * BT, o_t, BT)  # [BT, BT]
+                b_P = (b_P * b_D).to(type)
                 if SAVE:
-                    store_tile(reads, b_P, o_t, left, H * BT, o_t, BT)
+                    store_tile(reads + row * BT, b_P, o_t, left, H * BT, o_t, BT)
                 b_q = scale_rows(b_q, b_start)
             else:
                 b_P = tl.where(causal, b_P, 0.0).to(type)
             b_o = tl.dot(S, tl.trans(b_q), input_precision=PREC)  # [BV, BT]
             b_o = tl.dot(b_e, b_P, b_o, input_precision=PREC)
-        if HAS_ALPHA:
-            b_S *= load_whole(ends, left, BT, H)
-        b_S = tl.dot(b_e, b_x, b_S, input_precision=PREC)  # [BV, BK]
-        if READ:
-            store_transposed(o, b_o * scale, o_v, V, H * V, o_t, left)
+            store_transposed(o + row * V, b_o * scale, o_v, V, H * V, o_t, left)
         if SAVE:
-            store_transposed(e, b_e, o_v, V, H * V, o_t, left)
-
-        q += BT * H * K
-        k += BT * H * K
-        w += BT * H * K
-        A += BT * H * BT
-        between += BT * H * BT
-        ends += BT * H * 2
-        v += BT * H * V
-        o += BT * H * V
-        e += BT * H * V
-        reads += BT * H * BT
+            store_transposed(e + row * V, b_e, o_v, V, H * V, o_t, left)
+        if HAS_ALPHA:
+            b_S *= whole
+            b_w = scale_rows(b_w, b_end)
+        b_S = tl.dot(b_e, b_w, b_S, input_precision=PREC)  # [BV, BK]
     store_transposed(final + state, b_S, o_v, V, V, o_k, K)
 
 
