@@ -107,7 +107,7 @@ def decoding(dtype: torch.dtype, rows: int) -> None:
     layer_step.layer_step(
         torch.randn(rows, H * (4 * K + 2), dtype=dtype), torch.ones(rows, dtype=torch.bool),
         (torch.zeros(rows, 2 * H * K, 3, dtype=dtype), torch.zeros(rows, H * K, 3, dtype=dtype)),
-        (weight[:, None, :4].contiguous(),) * 3, torch.zeros(H, dtype=dtype),
+        (weight[:, None, :4].contiguous(),) * 3, torch.zeros(H, dtype=dtype), None,
         torch.ones(K, dtype=dtype), torch.zeros(rows, H, K, K), torch.ones(rows, H, K), out,
         Constants(H, K, K, 1.0, True, None, None, 0.1, 1e-5, False, True),
     )  # fmt: skip
