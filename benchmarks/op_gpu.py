@@ -53,11 +53,11 @@ def grid(**options):
 
 
 GRIDS = {
-    "inverse": grid(num_warps=[1], BK=[16, 32], maxnreg=[96, 128, 168, 255]),
+    "inverse": grid(num_warps=[1, 2, 4], BK=[16, 32], maxnreg=[128, 168, 255]),
     "scan": grid(num_warps=[2, 4, 8], STAGES=[2, 3, 4]),
     "transfer": grid(num_warps=[4, 8], num_stages=[1, 2], BV=[64, 128]),
     "token_scan": grid(num_warps=[1]),
-    "write_keys": grid(num_warps=[1], BK=[16, 32], maxnreg=[96, 128, 168, 255]),
+    "write_keys": grid(num_warps=[1, 2, 4], BK=[16, 32], maxnreg=[128, 168, 255]),
     "memory": grid(num_warps=[4, 8], num_stages=[1, 2], BV=[64, 128]),
     "memory_reverse": grid(num_warps=[4, 8], num_stages=[1, 2], BV=[64, 128]),
     "gradients": grid(num_warps=[4, 8], num_stages=[1, 2], BK=[64, 128], BV=[64, 128]),
