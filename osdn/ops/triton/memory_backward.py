@@ -12,6 +12,8 @@ G_j) of a chunk (`gates.Decay`):
     dS ← exp(G_C) dS + scale · (a q)ᵀ do − kᵀ (a dv)
     dw = b e dSᵀ + scale · (triu(e doᵀ) ⊙ Dᵀ) q − (triu(e dvᵀ, 1) ⊙ Dᵀ) k
 
+P ⊙ D is what the forward left, and the two triangles with Dᵀ are kept for `memory_gradients`.
+
 `memory_reverse_kernel` walks each sequence from its end with dSᵀ in float32 registers, the left
 operand of its products as in `memory_forward`. It writes dv and dw, so that dS itself never goes
 through memory. Within the walk dS, z, dv and dw stand divided by scale, which then multiplies none
@@ -19,7 +21,9 @@ of the products' operands.
 
 Segments are joined as in `memory_forward`, by Mᵀ. Sums are in float32, operands of the dots in the
 inputs' dtype. Wherever a product's transpose is wanted it is computed as a product of its own: on
-Hopper, Triton 3.4 to 3.7.0 miscompiles a dot whose operand is another dot's result, transposed.
+Hopper, Triton 3.4 to 3.7.0 miscompiles a dot whose operand is another dot's result, transposed. The
+products of dw are added up outside of the dots: a dot whose result goes into another one is spread
+over the rows of eight warps, and with 64 rows both halves of the warps would make all of it.
 """
 
 import torch
@@ -125,7 +129,7 @@ def memory_reverse_kernel(
             b_dS = tl.dot(tl.trans(b_do), b_q, b_dS, input_precision=PREC)  # [BV, BK]
             b_dS = tl.dot(-b_dv, b_k, b_dS, input_precision=PREC)  # [BV, BK]
 
-        # dw: off that path. Its products do not add to each other (see the top).
+        # dw: off that path.
         if SAVE:
             b_e = load_tile(e + row * V, o_t, left, H * V, o_v, V)  # [BT, BV]
             b_dw = tl.dot(b_e, dS, input_precision=PREC) * scale  # [BT, BK]

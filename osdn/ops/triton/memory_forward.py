@@ -93,6 +93,27 @@ def memory_kernel(
         if HAS_ALPHA:
             whole = load_whole(ends + row * 2, left, BT, H)
         b_w = load_tile(w + row * K, o_t, left, H * K, o_k, K)  # [BT, BK]
+        b_k = load_tile(k + row * K, o_t, left, H * K, o_k, K)  # [BT, BK]
+        if HAS_ALPHA:
+            b_start = load_start(ends + row * 2, o_t, left, H)  # [BT]
+            b_k = scale_rows(b_k, b_start)
+        b_A = load_tile(A + row * BT, o_t, left, H * BT, o_t, BT)  # [BT, BT]
+        if SAVE:  # noqa: SIM102 (decided when it is compiled)
+            if i_t % SPAN == 0:
+                store_tile(kept, b_S, o_v, V, K, o_k, K)
+                kept += H * K * V
+
+        # The residuals: three products that wait for each other, all with the left operand at hand.
+        S = b_S.to(type)
+        b_u = tl.dot(S, tl.trans(b_k), input_precision=PREC)  # Sᵀ kᵀ [BV, BT]
+        if VALUES:
+            b_v = load_transposed(v + row * V, o_v, V, H * V, o_t, left)  # vᵀ [BV, BT]
+            b_u = b_v.to(tl.float32) - b_u
+        else:
+            b_u = -b_u
+        b_e = tl.dot(b_u.to(type), tl.trans(b_A), input_precision=PREC).to(type)  # eᵀ [BV, BT]
+
+        # The reads: off that path.
         if READ:
             b_q = load_tile(q + row * K, o_t, left, H * K, o_k, K)  # [BT, BK]
             b_P = tl.dot(b_w, tl.trans(b_q), input_precision=PREC)  # (q wᵀ)ᵀ [BT, BT]
@@ -103,37 +124,20 @@ def memory_kernel(
                     store_tile(reads + row * BT, b_P, o_t, left, H * BT, o_t, BT)
             else:
                 b_P = tl.where(causal, b_P, 0.0).to(type)
-        b_k = load_tile(k + row * K, o_t, left, H * K, o_k, K)  # [BT, BK]
         if HAS_ALPHA:
-            b_start = load_start(ends + row * 2, o_t, left, H)  # [BT]
             b_w = scale_rows(b_w, load_end(ends + row * 2, o_t, left, H))
-            b_k = scale_rows(b_k, b_start)
-        b_A = load_tile(A + row * BT, o_t, left, H * BT, o_t, BT)  # [BT, BT]
-        if SAVE:  # noqa: SIM102 (decided when it is compiled)
-            if i_t % SPAN == 0:
-                store_tile(kept, b_S, o_v, V, K, o_k, K)
-                kept += H * K * V
-
-        # Three products that wait for each other, all with the left operand at hand.
-        S = b_S.to(type)
-        b_u = tl.dot(S, tl.trans(b_k), input_precision=PREC)  # Sᵀ kᵀ [BV, BT]
-        if VALUES:
-            b_v = load_transposed(v + row * V, o_v, V, H * V, o_t, left)  # vᵀ [BV, BT]
-            b_u = b_v.to(tl.float32) - b_u
-        else:
-            b_u = -b_u
-        b_e = tl.dot(b_u.to(type), tl.trans(b_A), input_precision=PREC).to(type)  # eᵀ [BV, BT]
         if READ:
             b_o = tl.dot(S, tl.trans(b_q), input_precision=PREC)  # [BV, BT]
             if HAS_ALPHA:  # not in b_q: what is spilled then costs more than this
                 b_o *= b_start[None, :]
             b_o = tl.dot(b_e, b_P, b_o, input_precision=PREC)
-            store_transposed(o + row * V, b_o * scale, o_v, V, H * V, o_t, left)
-        if SAVE:
-            store_transposed(e + row * V, b_e, o_v, V, H * V, o_t, left)
         if HAS_ALPHA:
             b_S *= whole
         b_S = tl.dot(b_e, b_w, b_S, input_precision=PREC)  # [BV, BK]
+        if READ:
+            store_transposed(o + row * V, b_o * scale, o_v, V, H * V, o_t, left)
+        if SAVE:
+            store_transposed(e + row * V, b_e, o_v, V, H * V, o_t, left)
     store_transposed(final + state, b_S, o_v, V, V, o_k, K)
 
 
