@@ -1,16 +1,18 @@
 """Time every Triton kernel alone under a grid of launch configurations (osdn.ops.triton.config).
 
     python benchmarks/op_gpu.py                  # both shapes, every stage
-    python benchmarks/op_gpu.py memory states    # only these
+    python benchmarks/op_gpu.py memory scan      # only these
+    python benchmarks/op_gpu.py --decay          # with log_alpha
+    python benchmarks/op_gpu.py --defaults       # only as they are launched
 
 Configurations are compiled first, in parallel processes that share Triton's cache; then every stage
 is timed at each shape, and its outputs under each configuration compared with the default's, since
 a compiler error shows in one configuration and not in the next.
 """
 
+import argparse
 import itertools
 import os
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -35,6 +37,7 @@ from osdn.ops.triton import (
 )
 from osdn.ops.triton import chunks as cutting
 from osdn.ops.triton.config import CONFIG
+from osdn.ops.triton.gates import Decay
 from osdn.ops.triton.precond_forward import chunk_inverse
 from osdn.ops.triton.precond_segments import transfers
 from osdn.ops.triton.step import decode
@@ -50,11 +53,11 @@ def grid(**options):
 
 
 GRIDS = {
-    "inverse": grid(num_warps=[1], BK=[16, 32], maxnreg=[96, 128, 168, 255]),
+    "inverse": grid(num_warps=[1, 2, 4], BK=[16, 32], maxnreg=[128, 168, 255]),
     "scan": grid(num_warps=[2, 4, 8], STAGES=[2, 3, 4]),
     "transfer": grid(num_warps=[4, 8], num_stages=[1, 2], BV=[64, 128]),
     "token_scan": grid(num_warps=[1]),
-    "write_keys": grid(num_warps=[1], BK=[16, 32], maxnreg=[96, 128, 168, 255]),
+    "write_keys": grid(num_warps=[1, 2, 4], BK=[16, 32], maxnreg=[128, 168, 255]),
     "memory": grid(num_warps=[4, 8], num_stages=[1, 2], BV=[64, 128]),
     "memory_reverse": grid(num_warps=[4, 8], num_stages=[1, 2], BV=[64, 128]),
     "gradients": grid(num_warps=[4, 8], num_stages=[1, 2], BK=[64, 128], BV=[64, 128]),
@@ -65,7 +68,7 @@ GRIDS = {
 }
 
 
-def stages(B, T, H):
+def stages(B, T, H, decays):
     """By name, a call that runs one kernel on real data and returns what it wrote."""
     torch.manual_seed(0)
     shape = (B, T, H, K)
@@ -76,18 +79,23 @@ def stages(B, T, H):
     S0, d0 = torch.zeros(B, H, K, K, device="cuda"), torch.ones(B, H, K, device="cuda")
     chunks = cut(B, T, None)
     gamma = logsigmoid(torch.randn(B, T, H, device="cuda") + 6.9)
-    saved = saved_like(Operands(q, k, v, beta, gamma, None, S0, d0, None), OPTIONS, True)
-    x, starts, w, A, clipped, e, kept = saved[:7]
+    alpha = logsigmoid(torch.randn(B, T, H, device="cuda") + 3.0) if decays else None
+    saved = saved_like(Operands(q, k, v, beta, gamma, alpha, S0, d0, None), OPTIONS, True)
+    x, starts, w, A, clipped, *pair, e, kept, reads = saved[:10]
+    pair, kept = Decay(*pair), (e, kept, reads)
+    decay = pair if decays else None
     gates = (k, beta, gamma)
     _, solve, M = chunk_scan(*gates, d0, x, starts, chunks, OPTIONS)
-    write_keys(*gates, None, x, starts, w, A, clipped, chunks, OPTIONS, repair=False)
-    *_, maps = memory(q, k, w, v, A, None, S0, e, kept, chunks, OPTIONS)
-    dv, dw, *_ = memory_reverse(q, k, w, A, None, e, do, S0, maps, chunks, OPTIONS)
+    write = (*gates, alpha, x, starts, w, A, pair, clipped, chunks, OPTIONS)
+    write_keys(*write, repair=False)
+    *_, maps = memory(q, k, w, v, A, decay, S0, *kept, chunks, OPTIONS)
+    back = (q, k, w, A, decay, e, do, S0, maps, reads, chunks, OPTIONS)
+    dv, dw, _, parts = memory_reverse(*back)
     dbeta, dgamma = torch.empty_like(beta), torch.empty_like(beta)
-    _, dk, _ = gradients(q, k, w, None, None, e, do, dv, kept, [], chunks, OPTIONS)
+    last = (q, k, w, alpha, decay, e, do, dv, kept[1], parts, chunks, OPTIONS)
+    _, dk, _ = gradients(*last)
     state0 = torch.randn(64, H, K, K, device="cuda")
     precond0 = torch.ones(64, H, K, device="cuda")
-    written = (q, k, w)
     row = [t.view(-1, H, t.shape[-1])[:64].contiguous() for t in (q, k, v)]
 
     def solved(A):
@@ -97,7 +105,7 @@ def stages(B, T, H):
         return (solved(chunk_inverse(*gates, chunks, OPTIONS)[0]),)
 
     def keys():
-        write_keys(*gates, None, x, starts, w, A, clipped, chunks, OPTIONS, repair=False)
+        write_keys(*write, repair=False)
         return w, solved(A)
 
     def scan():
@@ -133,13 +141,9 @@ def stages(B, T, H):
         "transfer": lambda: (transfers(*gates, solve, None, chunks, OPTIONS),),
         "token_scan": tokens,
         "write_keys": keys,
-        "memory": lambda: memory(*written, v, A, None, S0, e, kept, chunks, OPTIONS)[:2],
-        "memory_reverse": lambda: memory_reverse(
-            *written, A, None, e, do, S0, maps, chunks, OPTIONS
-        )[:3],
-        "gradients": lambda: gradients(
-            *written, None, None, e, do, dv, kept, [], chunks, OPTIONS
-        )[:2],
+        "memory": lambda: memory(q, k, w, v, A, decay, S0, *kept, chunks, OPTIONS)[:2],
+        "memory_reverse": lambda: memory_reverse(*back)[:3],
+        "gradients": lambda: [x for x in gradients(*last) if x is not None],
         "couple": reverse,
         "scan_reverse": reverse,
         "precond_gradients": reverse,
@@ -155,9 +159,8 @@ def milliseconds(call, stage, calls=5):
         for _ in range(calls):
             call()
         torch.cuda.synchronize()
-    names = {f"{stage}_kernel"} | (
-        {"token_scan_reverse_kernel"} if stage == "token_scan" else set()
-    )
+    more = {"token_scan": "token_scan_reverse_kernel", "gradients": "dlog_alpha_kernel"}
+    names = {f"{stage}_kernel", more.get(stage)}
     return sum(x.device_time_total for x in profile.key_averages() if x.key in names) / calls / 1e3
 
 
@@ -167,18 +170,18 @@ def error(actual, expected):
     return max(x if x == x else float("inf") for x in errors)
 
 
-def compile_all(names):
+def compile_all(names, grids, decays):
     """Compile every stage under each configuration, by as many processes as there are cores."""
-    jobs = [(name, config) for name in names for config in (CONFIG[name], *GRIDS[name])]
+    jobs = [(name, config, decays) for name in names for config in (CONFIG[name], *grids[name])]
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 16), get_context("spawn")) as pool:
-        for (name, config), problem in zip(jobs, pool.map(compile_one, jobs)):
+        for (name, config, _), problem in zip(jobs, pool.map(compile_one, jobs)):
             if problem:
                 print(f"{name} {config}: {problem[:80]}", flush=True)
 
 
 def compile_one(job):
     """Compile one kernel, launching nothing; the first line of what goes wrong."""
-    name, CONFIG[job[0]] = job
+    name, CONFIG[job[0]], decays = job
     original = JITFunction.run
 
     def run(self, *args, grid, warmup=False, **options):
@@ -191,7 +194,8 @@ def compile_one(job):
         for T in (64, 64 * cutting.LONG):  # the second is walked in segments
             q, k, v = (torch.empty(1, T, H, K, device="cuda").bfloat16() for _ in range(3))
             beta, S, d = (torch.empty(*n, **options) for n in ((1, T, H), (1, H, K, K), (1, H, K)))
-            given = Operands(q, k, v, beta, beta, None, S, d, None)
+            alpha = beta if decays else None
+            given = Operands(q, k, v, beta, beta, alpha, S, d, None)
             *_, saved = kernels.forward(given, OPTIONS, True)
             kernels.backward(v, S, d, given, saved, OPTIONS)
         row = (x[:, 0].contiguous() for x in (q, k, v, beta, beta))
@@ -203,12 +207,18 @@ def compile_one(job):
     return None
 
 
-def main(names):
+def main():
     """Print, for every stage and shape, its configurations from the fastest."""
-    compile_all(names)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", default=list(GRIDS), help="stages (default: all)")
+    parser.add_argument("--decay", action="store_true", help="with log_alpha")
+    parser.add_argument("--defaults", action="store_true", help="only the default configurations")
+    args = parser.parse_args()
+    names, grids = args.names, {n: [] if args.defaults else grid for n, grid in GRIDS.items()}
+    compile_all(names, grids, args.decay)
     defaults = {name: dict(config) for name, config in CONFIG.items()}
     for shape in SHAPES:
-        calls = stages(*shape)
+        calls = stages(*shape, args.decay)
         print(
             f"\nB{shape[0]} T{shape[1]} H{shape[2]} D{K}, milliseconds; error against the default"
         )
@@ -217,7 +227,7 @@ def main(names):
             expected = tuple(x.clone() for x in expected)
             print(f"{name:18s} default {milliseconds(calls[name], name):.3f} {defaults[name]}")
             found = []
-            for config in GRIDS[name]:
+            for config in grids[name]:
                 CONFIG[name] = config
                 try:
                     wrong = error(calls[name](), expected)
@@ -234,4 +244,4 @@ def main(names):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or list(GRIDS))
+    main()

@@ -36,7 +36,7 @@ def forward(
         # x: phase 1's solution; starts: d at chunk starts; w [B, T, H, K]; A: phase 2's solve.
         x, starts, w, A, clipped, *pair = _intermediates(operands)
         memory_decay = Decay(*pair)
-        e, kept = _residuals(k, v, cu_seqlens) if save else (None, None)
+        e, kept, reads = _residuals(operands) if save else (None, None, None)
         gates = (k, beta, log_gamma)
         if cu_seqlens is not None:
             starts.zero_()  # those past the last chunk are never written
@@ -55,11 +55,11 @@ def forward(
             write_keys(*made, repair=True)
         given = None if log_alpha is None else memory_decay
         o, state, transitions = memory(
-            q, k, w, v, A, given, initial_state, e, kept, chunks, options
+            q, k, w, v, A, given, initial_state, e, kept, reads, chunks, options
         )
-    if e is None or kept is None:
+    if e is None or kept is None or reads is None:
         return o, state, precond, []
-    saved = [x, starts, w, A, clipped, *memory_decay, e, kept, inverse, M, transitions]
+    saved = [x, starts, w, A, clipped, *memory_decay, e, kept, reads, inverse, M, transitions]
     return o, state, precond, saved
 
 
@@ -70,15 +70,18 @@ def saved_like(operands: Operands, options: Options, save: bool) -> list[Tensor]
     q, k, v, _, log_gamma, *_, cu_seqlens = operands
     made = _intermediates(operands)
     solve = _solve_like(k, cu_seqlens, options.constant_precond(log_gamma is not None))
-    residuals = _residuals(k, v, cu_seqlens)
-    return [*made, *residuals, *solve, transitions_like(q, v, cu_seqlens)]
+    return [*made, *_residuals(operands), *solve, transitions_like(q, v, cu_seqlens)]
 
 
-def _residuals(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Empty e [B, T, H, V], and kept [spans, H, V, K]: Sᵀ at the start of every span."""
+def _residuals(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty e [B, T, H, V]; kept [spans, H, V, K]: Sᵀ at the start of every span; `memory`'s reads
+    [B, T, H, CHUNK], of no size without log_alpha.
+    """
+    k, v, cu_seqlens = operands.k, operands.v, operands.cu_seqlens
     B, T, H, K = k.shape
     kept = k.new_empty(span_bound(B, T, cu_seqlens), H, v.shape[-1], K)
-    return torch.empty_like(v), kept
+    decaying = 0 if operands.log_alpha is None else T
+    return v.new_empty(v.shape), kept, k.new_empty(B, decaying, H, CHUNK)
 
 
 def _solve_like(k: Tensor, cu_seqlens: Tensor | None, constant: bool) -> tuple[Tensor, Tensor]:
@@ -118,7 +121,7 @@ def backward(
 ) -> list[Tensor]:
     """The gradients of operands.differentiable(), in its order."""
     q, k, _, beta, log_gamma, log_alpha, _, _, cu_seqlens = operands
-    x, starts, w, A, clipped, *pair, e, kept, inverse, M, transitions = saved
+    x, starts, w, A, clipped, *pair, e, kept, reads, inverse, M, transitions = saved
     decay = None if log_alpha is None else Decay(*pair)
     q, k, do = q.contiguous(), k.contiguous(), do.contiguous()
     dfinal_state, dfinal_precond = dfinal_state.contiguous(), dfinal_precond.contiguous()
@@ -126,7 +129,7 @@ def backward(
         chunks = cut(q.shape[0], q.shape[1], cu_seqlens)
         # Phase 2 first: phase 1's gradient begins with dw, that of the write keys.
         dv, dw, dstate, parts = memory_reverse(
-            q, k, w, A, decay, e, do, dfinal_state, transitions, chunks, options
+            q, k, w, A, decay, e, do, dfinal_state, transitions, reads, chunks, options
         )
         dq, dk, dlog_alpha = gradients(
             q, k, w, log_alpha, decay, e, do, dv, kept, parts, chunks, options

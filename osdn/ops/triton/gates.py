@@ -19,7 +19,7 @@ LEAST_LOG = tl.constexpr(-128.0)  # its exp is 0 in float32, and −inf − (−
 class Decay(NamedTuple):
     """How the memory decays within each chunk, with G_t = Σ log α from its start to token t.
 
-    between: [B, T, H, CHUNK] in k's dtype, exp(G_i − G_j) of token i at j ≤ i, else 0.
+    between: [B, T, H, CHUNK] in k's dtype, in the row of token j exp(G_i − G_j) at i ≥ j, else 0.
     ends: [B, T, H, 2] float32, exp(G_t) and exp(G_C − G_t).
     """
 
@@ -72,6 +72,12 @@ def load_start(p, o_t, left, H: tl.constexpr):
 def load_end(p, o_t, left, H: tl.constexpr):
     """exp(G_C − G) of tokens o_t."""
     return tl.load(p + o_t * (H * 2) + 1, mask=o_t < left, other=0.0)
+
+
+@triton.jit
+def scale_rows(x, factor):
+    """x [R, C] with each row times its factor [R], in x's dtype: an operand, not a sum."""
+    return (x * factor[:, None]).to(x.dtype)
 
 
 @triton.jit

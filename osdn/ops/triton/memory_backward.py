@@ -12,6 +12,8 @@ G_j) of a chunk (`gates.Decay`):
     dS ← exp(G_C) dS + scale · (a q)ᵀ do − kᵀ (a dv)
     dw = b e dSᵀ + scale · (triu(e doᵀ) ⊙ Dᵀ) q − (triu(e dvᵀ, 1) ⊙ Dᵀ) k
 
+P ⊙ D is what the forward left, and the two triangles with Dᵀ are kept for `memory_gradients`.
+
 `memory_reverse_kernel` walks each sequence from its end with dSᵀ in float32 registers, the left
 operand of its products as in `memory_forward`. It writes dv and dw, so that dS itself never goes
 through memory. Within the walk dS, z, dv and dw stand divided by scale, which then multiplies none
@@ -19,7 +21,9 @@ of the products' operands.
 
 Segments are joined as in `memory_forward`, by Mᵀ. Sums are in float32, operands of the dots in the
 inputs' dtype. Wherever a product's transpose is wanted it is computed as a product of its own: on
-Hopper, Triton 3.4 to 3.7.0 miscompiles a dot whose operand is another dot's result, transposed.
+Hopper, Triton 3.4 to 3.7.0 miscompiles a dot whose operand is another dot's result, transposed. The
+products of dw are added up outside of the dots: a dot whose result goes into another one is spread
+over the rows of eight warps, and with 64 rows both halves of the warps would make all of it.
 """
 
 import torch
@@ -43,21 +47,23 @@ from osdn.ops.triton.chunks import (
     tile,
 )
 from osdn.ops.triton.config import launch, precision
-from osdn.ops.triton.gates import Decay, load_end, load_start, load_whole
+from osdn.ops.triton.gates import Decay, load_end, load_start, load_whole, scale_rows
 from osdn.ops.triton.segments import link
 
 
 @triton.jit(do_not_specialize=["T", "segment", "rows"])
 def memory_reverse_kernel(
-    q, k, w, A, between, ends, e, do, dfinal, dv, dw, ended, dkept, dinitial,
+    q, k, w, A, between, ends, reads, e, do, dfinal, dv, dw, read_by, written, dkept, dinitial,
     cu_seqlens, offsets, span_offsets, scale, T, segment, rows,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SPAN: tl.constexpr,
     IS_VARLEN: tl.constexpr, SAVE: tl.constexpr, HAS_ALPHA: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """dinitial [N, H, K, V]; if SAVE dv [B, T, H, V] and dw [blocks of V, B, T, H, K], what each
-    block of V adds to dw. HAS_ALPHA: also ended [blocks of V, B, T, H], ⟨w, e dSᵀ⟩ times b, and
-    dkept [spans, H, V, K], dSᵀ at the start of every span, in w's dtype.
+    block of V adds to dw. HAS_ALPHA: also what `gradients` needs, read_by [blocks of V, 2, B, T,
+    H, BT], the two triangles of dw, that of dv less and divided by scale; written [blocks of V, B,
+    T, H], ⟨w, dw⟩; and dkept [spans, H, V, K], dSᵀ at the start of every span, in w's dtype. reads
+    as `memory` left it.
 
     Without SAVE, dfinal counts as zero. Grid: N · H · blocks of V; N counts segments where there
     are any. rows: B T.
@@ -71,18 +77,9 @@ def memory_reverse_kernel(
     o_t = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
-    row = (begin + (NT - 1).to(tl.int64) * BT) * H + i_h
-    q += row * K
-    k += row * K
-    w += row * K
-    A += row * BT
-    between += row * BT
-    ends += row * 2
-    e += row * V
-    do += row * V
-    dv += row * V
-    dw += (i_v.to(tl.int64) * rows * H + row) * K
-    ended += i_v.to(tl.int64) * rows * H + row
+    dw += i_v.to(tl.int64) * rows * H * K
+    read_by += i_v.to(tl.int64) * 2 * rows * H * BT
+    written += i_v.to(tl.int64) * rows * H
     state = (i_n.to(tl.int64) * H + i_h) * K * V
     type = q.dtype.element_ty
     if HAS_ALPHA and SAVE:
@@ -97,75 +94,72 @@ def memory_reverse_kernel(
         b_dS = tl.zeros([BV, BK], tl.float32)
     for i_t in range(NT - 1, -1, -1):
         left = length - i_t * BT
-        b_q = load_tile(q, o_t, left, H * K, o_k, K)  # [BT, BK]
-        b_k = load_tile(k, o_t, left, H * K, o_k, K)  # [BT, BK]
-        b_w = load_tile(w, o_t, left, H * K, o_k, K)  # [BT, BK]
-        b_do = load_tile(do, o_t, left, H * V, o_v, V)  # [BT, BV]
-        b_A = load_tile(A, o_t, left, H * BT, o_t, BT)  # [BT, BT]
-        b_P = tl.dot(b_q, tl.trans(b_w), input_precision=PREC)  # q wᵀ [BT, BT]
+        row = (begin + i_t * BT) * H + i_h
+        b_w = load_tile(w + row * K, o_t, left, H * K, o_k, K)  # [BT, BK]
+        b_do = load_tile(do + row * V, o_t, left, H * V, o_v, V)  # [BT, BV]
         if HAS_ALPHA:
-            b_D = load_tile(between, o_t, left, H * BT, o_t, BT)  # [BT, BT]
-            b_P *= b_D
-        b_P = tl.where(o_t[:, None] >= o_t[None, :], b_P, 0.0).to(type)
+            b_P = tl.trans(load_tile(reads + row * BT, o_t, left, H * BT, o_t, BT))  # [BT, BT]
+            b_start = load_start(ends + row * 2, o_t, left, H)  # [BT]
+            b_end = load_end(ends + row * 2, o_t, left, H)  # [BT]
+            whole = load_whole(ends + row * 2, left, BT, H)
+            b_w = scale_rows(b_w, b_end)
+        else:
+            b_q = load_tile(q + row * K, o_t, left, H * K, o_k, K)  # [BT, BK]
+            b_P = tl.dot(b_q, tl.trans(b_w), input_precision=PREC)  # q wᵀ [BT, BT]
+            b_P = tl.where(o_t[:, None] >= o_t[None, :], b_P, 0.0).to(type)
+        b_A = load_tile(A + row * BT, o_t, left, H * BT, o_t, BT)  # [BT, BT]
 
         # zᵀ, then dvᵀ, then dSᵀ: each product waits for the one before it.
         dS = b_dS.to(type)
-        if HAS_ALPHA:
-            b_z = tl.dot(dS, tl.trans(b_w), input_precision=PREC)  # [BV, BT]
-            b_z *= load_end(ends, o_t, left, H)[None, :]
-            b_z = tl.dot(tl.trans(b_do), b_P, b_z, input_precision=PREC)  # [BV, BT]
-        else:
-            b_z = tl.dot(tl.trans(b_do), b_P, input_precision=PREC)  # [BV, BT]
-            b_z = tl.dot(dS, tl.trans(b_w), b_z, input_precision=PREC)  # [BV, BT]
+        b_z = tl.dot(tl.trans(b_do), b_P, input_precision=PREC)  # [BV, BT]
+        b_z = tl.dot(dS, tl.trans(b_w), b_z, input_precision=PREC)  # [BV, BT]
         b_dv = tl.dot(b_z.to(type), b_A, input_precision=PREC)  # zᵀ A [BV, BT]
         if SAVE:
-            store_transposed(dv, b_dv * scale, o_v, V, H * V, o_t, left)
+            store_transposed(dv + row * V, b_dv * scale, o_v, V, H * V, o_t, left)
+        b_dv = b_dv.to(type)
         if HAS_ALPHA:
-            b_start = load_start(ends, o_t, left, H)  # [BT]
-            b_dS *= load_whole(ends, left, BT, H)
-            b_x = (b_q * b_start[:, None]).to(type)  # [BT, BK]
+            b_dS *= whole
+            b_q = load_tile(q + row * K, o_t, left, H * K, o_k, K)  # [BT, BK]
+            b_x = scale_rows(b_q, b_start)
             b_dS = tl.dot(tl.trans(b_do), b_x, b_dS, input_precision=PREC)  # [BV, BK]
-            b_x = (-b_dv * b_start[None, :]).to(type)  # [BV, BT]
-            b_dS = tl.dot(b_x, b_k, b_dS, input_precision=PREC)  # [BV, BK]
-            b_dv = b_dv.to(type)
+            b_k = load_tile(k + row * K, o_t, left, H * K, o_k, K)  # [BT, BK]
+            b_x = scale_rows(b_k, b_start)
+            b_dS = tl.dot(-b_dv, b_x, b_dS, input_precision=PREC)  # [BV, BK]
         else:
-            b_dv = b_dv.to(type)
+            b_k = load_tile(k + row * K, o_t, left, H * K, o_k, K)  # [BT, BK]
             b_dS = tl.dot(tl.trans(b_do), b_q, b_dS, input_precision=PREC)  # [BV, BK]
             b_dS = tl.dot(-b_dv, b_k, b_dS, input_precision=PREC)  # [BV, BK]
 
         # dw: off that path.
         if SAVE:
-            b_e = load_tile(e, o_t, left, H * V, o_v, V)  # [BT, BV]
-            b_dw = tl.dot(b_e, dS, input_precision=PREC)  # [BT, BK]
+            b_e = load_tile(e + row * V, o_t, left, H * V, o_v, V)  # [BT, BV]
+            b_dw = tl.dot(b_e, dS, input_precision=PREC) * scale  # [BT, BK]
             b_R = tl.dot(b_e, tl.trans(b_do), input_precision=PREC)  # [BT, BT]
             if HAS_ALPHA:
-                b_dw *= load_end(ends, o_t, left, H)[:, None]
-                b_w_dw = tl.sum(b_w * b_dw, 1) * scale  # [BT, BK] over K
-                tl.store(ended + o_t * H, b_w_dw, mask=o_t < left)
-                b_R *= tl.trans(b_D)
-            b_R = tl.where(o_t[:, None] <= o_t[None, :], b_R, 0.0).to(type)
-            b_dw = tl.dot(b_R, b_q, b_dw, input_precision=PREC)
+                b_dw *= b_end[:, None]
+                b_D = load_tile(between + row * BT, o_t, left, H * BT, o_t, BT)  # [BT, BT]
+                b_R = (b_R * b_D).to(type)
+                store_tile(read_by + row * BT, b_R, o_t, left, H * BT, o_t, BT)
+            else:
+                b_R = tl.where(o_t[:, None] <= o_t[None, :], b_R, 0.0).to(type)
+            b_dw += tl.dot(b_R, b_q, input_precision=PREC) * scale
             b_U = tl.dot(b_e, b_dv, input_precision=PREC)  # [BT, BT]
             if HAS_ALPHA:
-                b_U *= tl.trans(b_D)
+                b_D = load_tile(between + row * BT, o_t, left, H * BT, o_t, BT)  # again, as w below
+                b_U *= b_D
             b_U = tl.where(o_t[:, None] < o_t[None, :], -b_U, 0.0).to(type)
-            b_dw = tl.dot(b_U, b_k, b_dw, input_precision=PREC)
-            store_tile(dw, b_dw * scale, o_t, left, H * K, o_k, K)
-            if HAS_ALPHA:  # noqa: SIM102 (decided when it is compiled)
+            if HAS_ALPHA:
+                store_tile(read_by + (rows * H + row) * BT, b_U, o_t, left, H * BT, o_t, BT)
+            b_dw += tl.dot(b_U, b_k, input_precision=PREC) * scale
+            store_tile(dw + row * K, b_dw, o_t, left, H * K, o_k, K)
+            if HAS_ALPHA:
+                # Again: kept in registers all the way from above, it would be spilled.
+                b_w = load_tile(w + row * K, o_t, left, H * K, o_k, K)  # [BT, BK]
+                b_w_dw = tl.sum(b_w * b_dw, 1)  # [BT, BK] over K
+                tl.store(written + row + o_t * H, b_w_dw, mask=o_t < left)
                 if i_t % SPAN == 0:
                     store_tile(dkept, b_dS * scale, o_v, V, K, o_k, K)
                     dkept -= H * K * V
-        q -= BT * H * K
-        k -= BT * H * K
-        w -= BT * H * K
-        A -= BT * H * BT
-        between -= BT * H * BT
-        ends -= BT * H * 2
-        e -= BT * H * V
-        do -= BT * H * V
-        dv -= BT * H * V
-        dw -= BT * H * K
-        ended -= BT * H
     store_transposed(dinitial + state, b_dS * scale, o_v, V, V, o_k, K)
 
 
@@ -179,12 +173,15 @@ def memory_reverse(
     do: Tensor,
     dfinal_state: Tensor,
     M: Tensor,
+    reads: Tensor,
     chunks: Chunks,
     rule: Options,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """(dv, dw, dinitial_state, [ended, dkept] with a state decay); M as `memory` gave it.
+    """(dv, dw, dinitial_state, [read_by, written, dkept] with a state decay); M and reads as
+    `memory` gave them.
 
-    ended [B, T, H] and dkept [spans, H, V, K] as `gradients_kernel` takes them.
+    read_by [2, B, T, H, CHUNK], written [B, T, H] and dkept [spans, H, V, K]: what `gradients`
+    takes.
     """
     (B, T, H, K), V = q.shape, do.shape[-1]
     blocks = ceil_div(V, launch("memory_reverse", q, K, V)["BV"])
@@ -192,6 +189,7 @@ def memory_reverse(
     parts = []
     if decay is not None:
         parts = [
+            w.new_empty(blocks, 2, B, T, H, CHUNK),
             decay.ends.new_empty(blocks, B, T, H),
             w.new_empty(span_bound(B, T, chunks.cu_seqlens), H, V, K),
         ]
@@ -199,15 +197,15 @@ def memory_reverse(
         do, rule = torch.zeros_like(do), rule._replace(scale=1.0)
     if not len(M):
         dinitial = torch.empty_like(dfinal_state)
-        _walk(q, k, w, A, decay, e, do, dfinal_state, dv, dw, parts, dinitial, chunks, rule)
+        _walk(q, k, w, A, decay, reads, e, do, dfinal_state, dv, dw, parts, dinitial, chunks, rule)
     else:
         segments = split(chunks, len(M) // chunks.sequences)
         R = torch.empty(*M.shape[:-1], V, dtype=torch.float32, device=q.device)
-        _walk(q, k, w, A, decay, e, do, R, None, None, parts, R, segments, rule)
+        _walk(q, k, w, A, decay, reads, e, do, R, None, None, parts, R, segments, rule)
         ends, dinitial = link(M, R, dfinal_state, reverse=True)
-        _walk(q, k, w, A, decay, e, do, ends, dv, dw, parts, R, segments, rule)
+        _walk(q, k, w, A, decay, reads, e, do, ends, dv, dw, parts, R, segments, rule)
     # One block wherever V is at most 128 and numbers have 16 bits.
-    dw, *parts[:1] = (x[0] if blocks == 1 else x.sum(0) for x in (dw, *parts[:1]))
+    dw, *parts[:2] = (x[0] if blocks == 1 else x.sum(0) for x in (dw, *parts[:2]))
     return dv, dw, dinitial, parts
 
 
@@ -217,6 +215,7 @@ def _walk(
     w: Tensor,
     A: Tensor,
     decay: Decay | None,
+    reads: Tensor,
     e: Tensor,
     do: Tensor,
     dfinal: Tensor,
@@ -230,10 +229,10 @@ def _walk(
     """Launch the reverse kernel; without dv and dw only dinitial is written, from zero."""
     (B, T, H, K), V = q.shape, do.shape[-1]
     config = launch("memory_reverse", q, K, V)
-    ended, dkept = parts or (dinitial, dinitial)
+    read_by, written, dkept = parts or (w, dinitial, w)
     memory_reverse_kernel[(chunks.sequences * H * ceil_div(V, config["BV"]),)](
-        q, k, w, A, *(decay or (A, A)), e, do, dfinal,
-        do if dv is None else dv, q if dw is None else dw, ended, dkept, dinitial,
+        q, k, w, A, *(decay or (A, A)), reads, e, do, dfinal,
+        do if dv is None else dv, q if dw is None else dw, read_by, written, dkept, dinitial,
         chunks.cu_seqlens, chunks.offsets, chunks.spans.offsets, rule.scale, T, chunks.segment,
         B * T, H=H, K=K, V=V, BT=CHUNK, BK=tile(K), SPAN=cutting.SPAN,
         IS_VARLEN=chunks.offsets is not None, SAVE=dv is not None, HAS_ALPHA=decay is not None,

@@ -45,13 +45,13 @@ from osdn.ops.triton.chunks import (
     tile,
 )
 from osdn.ops.triton.config import launch, precision
-from osdn.ops.triton.gates import Decay, load_end, load_start, load_whole
+from osdn.ops.triton.gates import Decay, load_end, load_start, load_whole, scale_rows
 from osdn.ops.triton.segments import link
 
 
 @triton.jit(do_not_specialize=["T", "segment"])
 def memory_kernel(
-    q, k, w, v, A, between, ends, initial, o, e, kept, final,
+    q, k, w, v, A, between, ends, initial, o, e, kept, reads, final,
     cu_seqlens, offsets, span_offsets, scale, T, segment,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SPAN: tl.constexpr,
@@ -59,7 +59,8 @@ def memory_kernel(
     HAS_ALPHA: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """o [B, T, H, V] if READ, final [N, H, K, V], and if SAVE e [B, T, H, V] and
-    kept [spans, H, V, K]: Sᵀ at the start of every span, in w's dtype.
+    kept [spans, H, V, K]: Sᵀ at the start of every span, in w's dtype; HAS_ALPHA: and
+    reads [B, T, H, BT], (tril(q wᵀ) ⊙ exp(G_i − G_j))ᵀ.
 
     Grid: N · H · blocks of V; N counts segments where there are any. VALUES: v is there, else it is
     zero. Without READ the walk begins from zero, or where there are no values from the identity.
@@ -73,16 +74,6 @@ def memory_kernel(
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
     causal = o_t[:, None] <= o_t[None, :]  # rows are writes, columns reads
-    row = begin * H + i_h
-    q += row * K
-    k += row * K
-    w += row * K
-    A += row * BT
-    between += row * BT
-    ends += row * 2
-    v += row * V
-    o += row * V
-    e += row * V
     state = (i_n.to(tl.int64) * H + i_h) * K * V
     type = q.dtype.element_ty
     if SAVE:
@@ -99,9 +90,15 @@ def memory_kernel(
         b_S = tl.where(o_v[:, None] == o_k[None, :], 1.0, 0.0)
     for i_t in range(tl.cdiv(length, BT)):
         left = length - i_t * BT
-        b_k = load_tile(k, o_t, left, H * K, o_k, K)  # [BT, BK]
-        b_w = load_tile(w, o_t, left, H * K, o_k, K)  # [BT, BK]
-        b_A = load_tile(A, o_t, left, H * BT, o_t, BT)  # [BT, BT]
+        row = (begin + i_t * BT) * H + i_h
+        if HAS_ALPHA:
+            whole = load_whole(ends + row * 2, left, BT, H)
+        b_w = load_tile(w + row * K, o_t, left, H * K, o_k, K)  # [BT, BK]
+        b_k = load_tile(k + row * K, o_t, left, H * K, o_k, K)  # [BT, BK]
+        if HAS_ALPHA:
+            b_start = load_start(ends + row * 2, o_t, left, H)  # [BT]
+            b_k = scale_rows(b_k, b_start)
+        b_A = load_tile(A + row * BT, o_t, left, H * BT, o_t, BT)  # [BT, BT]
         if SAVE:  # noqa: SIM102 (decided when it is compiled)
             if i_t % SPAN == 0:
                 store_tile(kept, b_S, o_v, V, K, o_k, K)
@@ -110,46 +107,38 @@ def memory_kernel(
         # The residuals: three products that wait for each other, all with the left operand at hand.
         S = b_S.to(type)
         b_u = tl.dot(S, tl.trans(b_k), input_precision=PREC)  # Sᵀ kᵀ [BV, BT]
-        if HAS_ALPHA:
-            b_u *= load_start(ends, o_t, left, H)[None, :]
         if VALUES:
-            b_v = load_transposed(v, o_v, V, H * V, o_t, left)  # vᵀ [BV, BT]
+            b_v = load_transposed(v + row * V, o_v, V, H * V, o_t, left)  # vᵀ [BV, BT]
             b_u = b_v.to(tl.float32) - b_u
         else:
             b_u = -b_u
-        b_e = tl.dot(b_u.to(type), tl.trans(b_A), input_precision=PREC)  # eᵀ [BV, BT]
-        b_x = b_e  # what is left of e at the chunk's end
-        if HAS_ALPHA:
-            b_x *= load_end(ends, o_t, left, H)[None, :]
-            b_S *= load_whole(ends, left, BT, H)
-        b_e = b_e.to(type)
+        b_e = tl.dot(b_u.to(type), tl.trans(b_A), input_precision=PREC).to(type)  # eᵀ [BV, BT]
 
         # The reads: off that path.
         if READ:
-            b_q = load_tile(q, o_t, left, H * K, o_k, K)  # [BT, BK]
+            b_q = load_tile(q + row * K, o_t, left, H * K, o_k, K)  # [BT, BK]
             b_P = tl.dot(b_w, tl.trans(b_q), input_precision=PREC)  # (q wᵀ)ᵀ [BT, BT]
             if HAS_ALPHA:
-                b_P *= load_transposed(between, o_t, BT, H * BT, o_t, left)  # [BT, BT]
-            b_P = tl.where(causal, b_P, 0.0).to(type)
-            b_o = tl.dot(S, tl.trans(b_q), input_precision=PREC)  # [BV, BT]
-            if HAS_ALPHA:
-                b_o *= load_start(ends, o_t, left, H)[None, :]
-            b_o = tl.dot(b_e, b_P, b_o, input_precision=PREC)
-        b_S = tl.dot(b_x.to(type), b_w, b_S, input_precision=PREC)  # [BV, BK]
+                b_D = load_tile(between + row * BT, o_t, left, H * BT, o_t, BT)  # [BT, BT]
+                b_P = (b_P * b_D).to(type)
+                if SAVE:
+                    store_tile(reads + row * BT, b_P, o_t, left, H * BT, o_t, BT)
+            else:
+                b_P = tl.where(causal, b_P, 0.0).to(type)
+        if HAS_ALPHA:
+            b_w = scale_rows(b_w, load_end(ends + row * 2, o_t, left, H))
         if READ:
-            store_transposed(o, b_o * scale, o_v, V, H * V, o_t, left)
+            b_o = tl.dot(S, tl.trans(b_q), input_precision=PREC)  # [BV, BT]
+            if HAS_ALPHA:  # not in b_q: what is spilled then costs more than this
+                b_o *= b_start[None, :]
+            b_o = tl.dot(b_e, b_P, b_o, input_precision=PREC)
+        if HAS_ALPHA:
+            b_S *= whole
+        b_S = tl.dot(b_e, b_w, b_S, input_precision=PREC)  # [BV, BK]
+        if READ:
+            store_transposed(o + row * V, b_o * scale, o_v, V, H * V, o_t, left)
         if SAVE:
-            store_transposed(e, b_e, o_v, V, H * V, o_t, left)
-
-        q += BT * H * K
-        k += BT * H * K
-        w += BT * H * K
-        A += BT * H * BT
-        between += BT * H * BT
-        ends += BT * H * 2
-        v += BT * H * V
-        o += BT * H * V
-        e += BT * H * V
+            store_transposed(e + row * V, b_e, o_v, V, H * V, o_t, left)
     store_transposed(final + state, b_S, o_v, V, V, o_k, K)
 
 
@@ -163,26 +152,27 @@ def memory(
     initial_state: Tensor,
     e: Tensor | None,
     kept: Tensor | None,
+    reads: Tensor | None,
     chunks: Chunks,
     rule: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(o, final_state, M); the residuals go into e [B, T, H, V] where it is given, and Sᵀ at the
-    start of every span into kept [spans, H, V, K].
+    """(o, final_state, M); the residuals go into e [B, T, H, V] where it is given, Sᵀ at the start
+    of every span into kept [spans, H, V, K], and with a state decay the kernel's reads into reads.
 
     M [segments, H, K, K]: the map of every segment, of no segments where the walk is not cut.
     """
     o, M = torch.empty_like(v), transitions_like(q, v, chunks.cu_seqlens)
     if not len(M):
         final = torch.empty_like(initial_state)
-        _walk(q, k, w, v, A, decay, initial_state, o, e, kept, final, chunks, rule)
+        _walk(q, k, w, v, A, decay, initial_state, o, e, kept, reads, final, chunks, rule)
         return o, final, M
     H, K, V = initial_state.shape[1:]
     U = torch.empty(len(M), H, K, V, dtype=torch.float32, device=q.device)
     segments = split(chunks, len(M) // chunks.sequences)
-    _walk(None, k, w, None, A, decay, M, None, None, None, M, segments, rule)
-    _walk(None, k, w, v, A, decay, U, None, None, None, U, segments, rule)
+    _walk(None, k, w, None, A, decay, M, None, None, None, None, M, segments, rule)
+    _walk(None, k, w, v, A, decay, U, None, None, None, None, U, segments, rule)
     starts, final = link(M, U, initial_state, reverse=False)
-    _walk(q, k, w, v, A, decay, starts, o, e, kept, U, segments, rule)
+    _walk(q, k, w, v, A, decay, starts, o, e, kept, reads, U, segments, rule)
     return o, final, M
 
 
@@ -205,6 +195,7 @@ def _walk(
     o: Tensor | None,
     e: Tensor | None,
     kept: Tensor | None,
+    reads: Tensor | None,
     final: Tensor,
     chunks: Chunks,
     rule: Options,
@@ -215,7 +206,8 @@ def _walk(
     memory_kernel[(chunks.sequences * H * ceil_div(V, config["BV"]),)](
         w if q is None else q, k, w, w if v is None else v, A,
         *(decay or (A, A)), initial, w if o is None else o,
-        w if e is None else e, w if kept is None else kept, final,
+        w if e is None else e, w if kept is None else kept,
+        w if reads is None else reads, final,
         chunks.cu_seqlens, chunks.offsets, chunks.spans.offsets, rule.scale, T, chunks.segment,
         H=H, K=K, V=V, BT=CHUNK, BK=tile(K), SPAN=cutting.SPAN,
         IS_VARLEN=chunks.offsets is not None,

@@ -6,7 +6,8 @@ With S the memory at a chunk's start, and e, dv and w of its tokens (`memory_bac
     dk = −dv Sᵀ − tril(dv eᵀ, −1) w                       phase 1 adds its part
 
 With a state decay α, D = exp(G_i − G_j), a = exp(G_i) and b = exp(G_C − G_j) of a chunk
-(`gates.Decay`), do Sᵀ and dv Sᵀ are taken times a, and the two triangles times D.
+(`gates.Decay`), do Sᵀ and dv Sᵀ are taken times a, and the two triangles times D, as
+`memory_reverse` made and left them.
 
 `gradients_kernel` starts from Sᵀ at the start of each span, which the forward kept, and walks the
 span's chunks with Sᵀ in registers: Sᵀ ← exp(G_C) Sᵀ + eᵀ (b w) needs no solve, since e was kept.
@@ -22,19 +23,13 @@ from osdn.ops.operands import Options
 from osdn.ops.triton import chunks as cutting
 from osdn.ops.triton.chunks import CHUNK, Chunks, ceil_div, load_tile, locate_chunk, store_tile
 from osdn.ops.triton.config import launch, precision
-from osdn.ops.triton.gates import Decay, load_end, load_gate, load_start, load_whole
+from osdn.ops.triton.gates import Decay, load_end, load_gate, load_start, load_whole, scale_rows
 
 
 @triton.jit
-def _read(p, E, S, b_w, p_key, b_D, b_start, o_t, left, o_k,
-          DIAGONAL: tl.constexpr, HAS_ALPHA: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
-          V: tl.constexpr, BV: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
-    """x Sᵀ + tril(x eᵀ) w [BT, BK] for x [BT, V] at p; the diagonal counts if DIAGONAL.
-
-    HAS_ALPHA: its two terms times a and G. With the key that reads, q or k at p_key, also start and
-    turn [BT] of `_dlog_alpha`: ⟨key, a x Sᵀ⟩, and of M = tril(x eᵀ, −1) ⊙ G ⊙ (key wᵀ) the sum of
-    each row less that of each column.
-    """
+def _read(p, E, S, b_w, o_t, left, DIAGONAL: tl.constexpr, H: tl.constexpr, V: tl.constexpr,
+          BV: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
+    """x Sᵀ + tril(x eᵀ) w [BT, BK] for x [BT, V] at p; the diagonal counts if DIAGONAL."""
     b_x = load_tile(p, o_t, left, H * V, tl.arange(0, BV), V)  # [BT, BV]
     b_R = tl.dot(b_x, tl.trans(E[0]), input_precision=PREC)  # [BT, BT]
     b_y = tl.dot(b_x, S[0].to(b_x.dtype), input_precision=PREC)  # [BT, BK]
@@ -46,47 +41,36 @@ def _read(p, E, S, b_w, p_key, b_D, b_start, o_t, left, o_k,
         b_R = tl.where(o_t[:, None] >= o_t[None, :], b_R, 0.0)
     else:
         b_R = tl.where(o_t[:, None] > o_t[None, :], b_R, 0.0)
-    start, turn = 0.0, 0.0
-    if HAS_ALPHA:
-        b_key = load_tile(p_key, o_t, left, H * K, o_k, K)  # [BT, BK]
-        b_R *= b_D
-        b_y *= b_start[:, None]
-        start = tl.sum(b_key * b_y, 1)  # [BT, BK] over K
-        b_M = b_R * tl.dot(b_key, tl.trans(b_w), input_precision=PREC)  # [BT, BT]
-        b_M = tl.where(o_t[:, None] > o_t[None, :], b_M, 0.0)
-        turn = tl.sum(b_M, 1) - tl.sum(b_M, 0)  # [BT]
-    b_y = tl.dot(b_R.to(b_w.dtype), b_w, b_y, input_precision=PREC)  # [BT, BK]
-    return b_y, start, turn
+    return tl.dot(b_R.to(b_w.dtype), b_w, b_y, input_precision=PREC)  # [BT, BK]
 
 
 @triton.jit
-def _dlog_alpha(turn, start, ended, whole, log_alpha):
-    """The gradient of a chunk's log α [BT], from each decay times its own gradient.
-
-    A decay holds α_t as a factor if it begins before t and ends at t or later: exp(G_i − G_j) with
-    j < t ≤ i, times its gradient M_ij; exp(G_i) with t ≤ i (start [BT]); exp(G_C − G_j) with j < t
-    (ended [BT]); and exp(G_C) (whole). The first of these sums is that of turn over i ≥ t, since
-    what M holds between two tokens from t on is in a row and in a column. Only numbers of one chunk
-    cancel there, in float32; after a hard reset, whose own gradient is exactly 0, nothing does.
-    """
-    b_g = tl.cumsum(turn + start, 0, reverse=True) + (tl.cumsum(ended, 0) - ended) + whole
-    return tl.where(tl.exp(log_alpha) == 0.0, 0.0, b_g)
+def _read_decayed(p, S, p_R, b_w, factor, o_t, left, H: tl.constexpr, V: tl.constexpr,
+                  BT: tl.constexpr, BV: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
+    """factor ⊙ (x Sᵀ) + Rᵀ w [BT, BK] for x [BT, V] at p and R [BT, BT] at p_R, factor [BT]."""
+    b_x = load_tile(p, o_t, left, H * V, tl.arange(0, BV), V)  # [BT, BV]
+    b_y = tl.dot(b_x, S[0].to(b_x.dtype), input_precision=PREC)  # [BT, BK]
+    for i in tl.static_range(1, len(S)):
+        b_x = load_tile(p, o_t, left, H * V, i * BV + tl.arange(0, BV), V)
+        b_y = tl.dot(b_x, S[i].to(b_x.dtype), b_y, input_precision=PREC)
+    b_y *= factor[:, None]
+    b_R = load_tile(p_R, o_t, left, H * BT, o_t, BT)  # [BT, BT]
+    return tl.dot(tl.trans(b_R), b_w, b_y, input_precision=PREC)  # [BT, BK]
 
 
 @triton.jit(do_not_specialize=["T", "rows"])
 def gradients_kernel(
-    q, k, w, log_alpha, between, ends, e, do, dv, kept, ended, dkept, dq, dk, dlog_alpha,
-    cu_seqlens, span_indices, scale, T, rows,
+    q, k, w, ends, e, do, dv, kept, read_by, dkept, dq, dk, moved, found,
+    cu_seqlens, span_indices, scale, unit, T, rows,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SPAN: tl.constexpr,
     IS_VARLEN: tl.constexpr, HAS_ALPHA: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """dq and dk (phase 2's part) [B, T, H, K]; if HAS_ALPHA dlog_alpha [blocks of K, B, T, H], what
-    each block of K adds. Grid: spans · H · blocks of K. rows: B T.
+    """dq and dk (phase 2's part) [B, T, H, K]; if HAS_ALPHA, what each block of K adds to moved
+    [blocks of K, B, T, H], ⟨q, dq⟩ + ⟨k, dk⟩, and to found [blocks of K, spans, H], ⟨S, dS⟩ where
+    the span starts. Grid: spans · H · blocks of K. rows: B T.
 
-    ended [B, T, H] and dkept from `memory_reverse`. With S and dS the memory at a chunk's start and
-    its gradient, ⟨S, dS⟩ less Σ start is exp(G_C) times the gradient of that; with Σ ended added it
-    is ⟨S, dS⟩ at the next chunk's start. So it is found through a span, from S and dS kept.
+    read_by and dkept from `memory_reverse`, whose unit of dv the first has.
     """
     NK: tl.constexpr = (K + BK - 1) // BK
     i_k = tl.program_id(0) % NK
@@ -106,11 +90,9 @@ def gradients_kernel(
     dv += row * V
     q += row * K
     k += row * K
-    between += row * BT
     ends += row * 2
-    log_alpha += row
-    ended += row
-    dlog_alpha += i_k.to(tl.int64) * rows * H + row
+    read_by += row * BT
+    moved += i_k.to(tl.int64) * rows * H + row
     kept += (i_s.to(tl.int64) * H + i_h) * K * V
     dkept += (i_s.to(tl.int64) * H + i_h) * K * V
     b_SdS = 0.0  # of this block of K
@@ -123,6 +105,8 @@ def gradients_kernel(
             b_dS = load_tile(dkept, o_v, V, K, o_k, K)  # [BV, BK]
             b_SdS += tl.sum(tl.sum(b_S * b_dS, 1), 0)
         S = S + (b_S,)  # type: ignore[assignment]  # noqa: RUF005 (Triton knows no stars)
+    if HAS_ALPHA:
+        tl.store(found + i_k * (tl.num_programs(0) // NK) + i_s * H + i_h, b_SdS)
     left = tl.minimum(left, BT * SPAN)
     for i_t in range(tl.cdiv(left, BT)):
         rest = left - i_t * BT
@@ -131,27 +115,25 @@ def gradients_kernel(
         for i in tl.static_range(len(S)):
             b_e = load_tile(e, o_t, rest, H * V, i * BV + tl.arange(0, BV), V)  # [BT, BV]
             E = E + (b_e,)  # type: ignore[assignment]  # noqa: RUF005
-        b_D, b_start = 0.0, 0.0
         if HAS_ALPHA:
-            b_D = load_tile(between, o_t, rest, H * BT, o_t, BT)  # [BT, BT]
             b_start = load_start(ends, o_t, rest, H)  # [BT]
+            b_dq = _read_decayed(do, S, read_by, b_w, b_start, o_t, rest, H, V, BT, BV, PREC)
+            b_dq *= scale
+            store_tile(dq, b_dq, o_t, rest, H * K, o_k, K)
+            b_moved = tl.sum(load_tile(q, o_t, rest, H * K, o_k, K) * b_dq, 1)  # [BT, BK] over K
+            b_dk = _read_decayed(dv, S, read_by + rows * H * BT, b_w, b_start / -unit, o_t, rest,
+                                 H, V, BT, BV, PREC)  # fmt: skip
+            b_dk *= unit
+            store_tile(dk, b_dk, o_t, rest, H * K, o_k, K)
+            b_moved += tl.sum(load_tile(k, o_t, rest, H * K, o_k, K) * b_dk, 1)  # [BT, BK] over K
+            tl.store(moved + o_t * H, b_moved, mask=o_t < rest)
             whole = load_whole(ends, rest, BT, H)
-        b_dq, s_q, t_q = _read(do, E, S, b_w, q, b_D, b_start, o_t, rest, o_k, True, HAS_ALPHA,
-                               H, K, V, BV, PREC)  # fmt: skip
-        store_tile(dq, b_dq * scale, o_t, rest, H * K, o_k, K)
-        b_dk, s_k, t_k = _read(dv, E, S, b_w, k, b_D, b_start, o_t, rest, o_k, False, HAS_ALPHA,
-                               H, K, V, BV, PREC)  # fmt: skip
-        store_tile(dk, -b_dk, o_t, rest, H * K, o_k, K)
-        if HAS_ALPHA:
-            b_end = load_gate(ended, o_t, tl.where(i_k == 0, rest, 0), H)  # one block counts it
-            b_read = scale * s_q - s_k  # [BT]
-            b_SdS = tl.where(whole > 0, b_SdS - tl.sum(b_read, 0), 0.0)
-            b_dg = _dlog_alpha(
-                scale * t_q - t_k, b_read, b_end, b_SdS, load_gate(log_alpha, o_t, rest, H)
-            )
-            tl.store(dlog_alpha + o_t * H, b_dg, mask=o_t < rest)
-            b_SdS += tl.sum(b_end, 0)
-            b_w = (b_w * load_end(ends, o_t, rest, H)[:, None]).to(b_w.dtype)
+            b_w = scale_rows(b_w, load_end(ends, o_t, rest, H))
+        else:
+            b_dq = _read(do, E, S, b_w, o_t, rest, True, H, V, BV, PREC)
+            store_tile(dq, b_dq * scale, o_t, rest, H * K, o_k, K)
+            b_dk = _read(dv, E, S, b_w, o_t, rest, False, H, V, BV, PREC)
+            store_tile(dk, -b_dk, o_t, rest, H * K, o_k, K)
         after = ()
         for i in tl.static_range(len(S)):
             b_S = S[i]  # [BV, BK]
@@ -163,17 +145,52 @@ def gradients_kernel(
 
         q += BT * H * K
         k += BT * H * K
-        between += BT * H * BT
         ends += BT * H * 2
-        log_alpha += BT * H
-        ended += BT * H
-        dlog_alpha += BT * H
+        read_by += BT * H * BT
+        moved += BT * H
         w += BT * H * K
         dq += BT * H * K
         dk += BT * H * K
         e += BT * H * V
         do += BT * H * V
         dv += BT * H * V
+
+
+@triton.jit
+def _last(x, is_there, y, there):
+    """The later of two entries that is there; for scans."""
+    return tl.where(there, y, x), is_there | there
+
+
+@triton.jit(do_not_specialize=["T", "rows", "spans"])
+def dlog_alpha_kernel(
+    log_alpha, moved, written, found, dlog_alpha, cu_seqlens, span_indices, T, rows, spans,
+    H: tl.constexpr, SIZE: tl.constexpr, NK: tl.constexpr, IS_VARLEN: tl.constexpr,
+):  # fmt: skip
+    """dlog_alpha [B, T, H]. Grid: spans · H. SIZE: tokens of a span; NK: blocks of K.
+
+    Of the memory S̃_t that token t finds, dlog α_t = ⟨S̃_t, dS̃_t⟩, and from one token to the next it
+    loses m_t = ⟨q, dq⟩ + ⟨k, dk⟩ − ⟨w, dw⟩. It is known where the span
+    starts (found), and is 0 where α_t is: what is summed on from there has not met the rounding of
+    what came before.
+    """
+    i_h = tl.program_id(0) % H
+    i_s = tl.program_id(0) // H
+    begin, left = locate_chunk(i_s, cu_seqlens, span_indices, T, SIZE, IS_VARLEN)
+    if left <= 0:
+        return
+    row = begin * H + i_h
+    o_t = tl.arange(0, SIZE)
+    b_m = -load_gate(written + row, o_t, left, H)  # [SIZE]
+    b_g = 0.0
+    for i in tl.static_range(NK):
+        b_m += load_gate(moved + i * rows.to(tl.int64) * H + row, o_t, left, H)
+        b_g += tl.load(found + i * spans * H + i_s * H + i_h)
+    b_before = tl.cumsum(b_m, 0) - b_m
+    reset = tl.exp(load_gate(log_alpha + row, o_t, left, H)) == 0.0
+    b_from, there = tl.associative_scan((b_before, reset), 0, _last)
+    b_g = tl.where(there, b_from, b_g) - b_before
+    tl.store(dlog_alpha + row + o_t * H, b_g, mask=o_t < left)
 
 
 def gradients(
@@ -196,17 +213,24 @@ def gradients(
     (B, T, H, K), V = w.shape, e.shape[-1]
     config = launch("gradients", w, K, V)
     blocks = ceil_div(K, config["BK"])
-    dq, dk, dlog_alpha = torch.empty_like(w), torch.empty_like(w), None
+    dq, dk = torch.empty_like(w), torch.empty_like(w)
+    read_by, written, dkept = parts or (w, w, w)
+    spans, shape = chunks.spans, {"H": H, "IS_VARLEN": chunks.indices is not None}
+    moved = found = dq
     if log_alpha is not None:
-        dlog_alpha = log_alpha.new_empty(blocks, B, T, H)
-    ended, dkept = parts or (w, w)
-    gradients_kernel[(chunks.spans.bound * H * blocks,)](
-        q, k, w, w if log_alpha is None else log_alpha, *(decay or (w, w)),
-        e, do, dv, kept, ended, dkept, dq, dk, dk if dlog_alpha is None else dlog_alpha,
-        chunks.cu_seqlens, chunks.spans.indices, rule.scale, T, B * T,
-        H=H, K=K, V=V, BT=CHUNK, SPAN=cutting.SPAN, IS_VARLEN=chunks.indices is not None,
+        moved = log_alpha.new_empty(blocks, B, T, H)
+        found = log_alpha.new_empty(blocks, spans.bound, H)
+    gradients_kernel[(spans.bound * H * blocks,)](
+        q, k, w, w if decay is None else decay.ends, e, do, dv, kept, read_by, dkept,
+        dq, dk, moved, found, chunks.cu_seqlens, spans.indices, rule.scale, rule.scale or 1.0,
+        T, B * T, **shape, K=K, V=V, BT=CHUNK, SPAN=cutting.SPAN,
         HAS_ALPHA=decay is not None, PREC=precision(w), **config,
     )  # fmt: skip
-    if dlog_alpha is not None:
-        dlog_alpha = dlog_alpha[0] if blocks == 1 else dlog_alpha.sum(0)
+    if log_alpha is None:
+        return dq, dk, None
+    dlog_alpha = torch.empty_like(log_alpha)
+    dlog_alpha_kernel[(spans.bound * H,)](
+        log_alpha, moved, written, found, dlog_alpha, chunks.cu_seqlens, spans.indices,
+        T, B * T, spans.bound, **shape, SIZE=CHUNK * cutting.SPAN, NK=blocks, num_warps=1,
+    )  # fmt: skip
     return dq, dk, dlog_alpha

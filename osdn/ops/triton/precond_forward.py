@@ -34,9 +34,9 @@ from osdn.ops.triton.solve import SCRATCH, invert, mul_exactly, split, store_blo
 
 @triton.jit
 def _load_squares(p, o_t, left, o_k, K: tl.constexpr, H: tl.constexpr):
-    """k ⊙ k of 16 tokens [16, BK] in float32, of bfloat16 keys as `split` leaves it."""
-    k = load_tile(p, o_t, left, H * K, o_k, K)  # [16, BK]
-    s = k.to(tl.float32) * k.to(tl.float32)  # [16, BK]
+    """k ⊙ k of 32 tokens [32, BK] in float32, of bfloat16 keys as `split` leaves it."""
+    k = load_tile(p, o_t, left, H * K, o_k, K)  # [32, BK]
+    s = k.to(tl.float32) * k.to(tl.float32)  # [32, BK]
     if k.dtype == tl.bfloat16:
         return split(s)
     else:
@@ -45,14 +45,8 @@ def _load_squares(p, o_t, left, o_k, K: tl.constexpr, H: tl.constexpr):
 
 @triton.jit
 def _couple(G, b_i, pre_i, b_j, post_j):
-    """A block of L below the diagonal from s sᵀ; b_j holds η b_j."""
-    return (b_i[:, None] * b_j[None, :]) * decay(down(pre_i), across(post_j)) * G  # [16, 16]
-
-
-@triton.jit
-def _diagonal(G, b, pre, post, eta):
-    """The same for a block on the diagonal."""
-    return _couple(G, b, pre, b * eta, post)
+    """A block of L from s sᵀ; b_j holds η b_j."""
+    return (b_i[:, None] * b_j[None, :]) * decay(down(pre_i), across(post_j)) * G  # [32, 32]
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -68,60 +62,40 @@ def inverse_kernel(
     begin, left = locate_chunk(i_c, cu_seqlens, indices, T, BT, IS_VARLEN)
     if left <= 0:
         return
-    o_s = tl.arange(0, 16)
+    o_0 = tl.arange(0, 32)
+    o_1 = o_0 + 32
     row = begin * H + i_h
     k += row * K
     beta += row
     log_gamma += row
 
-    # s sᵀ, its ten blocks on and below the diagonal.
-    G00 = tl.zeros([16, 16], tl.float32)
-    G10, G11, G20, G21, G22 = G00, G00, G00, G00, G00
-    G30, G31, G32, G33 = G00, G00, G00, G00
+    # s sᵀ, its three blocks on and below the diagonal.
+    G00 = tl.zeros([32, 32], tl.float32)
+    G10, G11 = G00, G00
     for i_k in range(tl.cdiv(K, BK)):
         o_k = i_k * BK + tl.arange(0, BK)
-        s0 = _load_squares(k, o_s, left, o_k, K, H)
-        s1 = _load_squares(k, o_s + 16, left, o_k, K, H)
-        s2 = _load_squares(k, o_s + 32, left, o_k, K, H)
-        s3 = _load_squares(k, o_s + 48, left, o_k, K, H)
-        G00 = mul_exactly(s0, s0, G00)  # [16, BK] [BK, 16], as the next nine
+        s0 = _load_squares(k, o_0, left, o_k, K, H)
+        s1 = _load_squares(k, o_1, left, o_k, K, H)
+        G00 = mul_exactly(s0, s0, G00)  # [32, BK] [BK, 32], as the next two
         G10 = mul_exactly(s1, s0, G10)
         G11 = mul_exactly(s1, s1, G11)
-        G20 = mul_exactly(s2, s0, G20)
-        G21 = mul_exactly(s2, s1, G21)
-        G22 = mul_exactly(s2, s2, G22)
-        G30 = mul_exactly(s3, s0, G30)
-        G31 = mul_exactly(s3, s1, G31)
-        G32 = mul_exactly(s3, s2, G32)
-        G33 = mul_exactly(s3, s3, G33)
 
-    # Sums of log γ and gates of the four sub-blocks, [16] each.
-    pre0, post0, end = load_retention(log_gamma, o_s, left, (0.0, 0.0), H, HAS_GAMMA)
-    pre1, post1, end = load_retention(log_gamma, o_s + 16, left, end, H, HAS_GAMMA)
-    pre2, post2, end = load_retention(log_gamma, o_s + 32, left, end, H, HAS_GAMMA)
-    pre3, post3, end = load_retention(log_gamma, o_s + 48, left, end, H, HAS_GAMMA)
+    # Sums of log γ and gates of both halves, [32] each.
+    pre0, post0, end = load_retention(log_gamma, o_0, left, (0.0, 0.0), H, HAS_GAMMA)
+    pre1, post1, end = load_retention(log_gamma, o_1, left, end, H, HAS_GAMMA)
     if BETA_AWARE:
-        b0 = load_gate(beta, o_s, left, H)
-        b1 = load_gate(beta, o_s + 16, left, H)
-        b2 = load_gate(beta, o_s + 32, left, H)
-        b3 = load_gate(beta, o_s + 48, left, H)
+        b0 = load_gate(beta, o_0, left, H)
+        b1 = load_gate(beta, o_1, left, H)
     else:
-        b0 = tl.full([16], 1.0, tl.float32)
-        b1, b2, b3 = b0, b0, b0
+        b0 = tl.full([32], 1.0, tl.float32)
+        b1 = b0
 
-    # (I + L)⁻¹, its ten blocks; L is made of s sᵀ as it goes in.
+    # (I + L)⁻¹; L is made of s sᵀ as it goes in.
     X = invert(
-        _diagonal(G00, b0, pre0, post0, eta),
+        _couple(G00, b0, pre0, b0 * eta, post0),
         _couple(G10, b1, pre1, b0 * eta, post0),
-        _diagonal(G11, b1, pre1, post1, eta),
-        _couple(G20, b2, pre2, b0 * eta, post0),
-        _couple(G21, b2, pre2, b1 * eta, post1),
-        _diagonal(G22, b2, pre2, post2, eta),
-        _couple(G30, b3, pre3, b0 * eta, post0),
-        _couple(G31, b3, pre3, b1 * eta, post1),
-        _couple(G32, b3, pre3, b2 * eta, post2),
-        _diagonal(G33, b3, pre3, post3, eta),
-        scratch + tl.program_id(0).to(tl.int64) * 1024,
+        _couple(G11, b1, pre1, b1 * eta, post1),
+        scratch + tl.program_id(0).to(tl.int64) * 2048,
         PREC,
     )
     store_blocks(inverse + row * BT, H * BT, left, X)

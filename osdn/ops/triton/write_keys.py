@@ -7,9 +7,9 @@ that in a chunk with start state S
 
 With a state decay α, k wᵀ is taken times exp(G_i − G_j), as `memory_forward` has it.
 
-One program makes a chunk and head's w and A, in sub-blocks of 16 rows. d within the chunk
+One program makes a chunk and head's w and A, in two halves of 32 rows. d within the chunk
 comes from its start and x, which phase 1 left: with z_j = η b_j x_j s_j and c the d at a
-sub-block's start, d_t = exp(pre_t) c + Σ_{j<t} exp(pre_t − post_j) z_j. The solve is in float32.
+half's start, d_t = exp(pre_t) c + Σ_{j<t} exp(pre_t − post_j) z_j. The solve is in float32.
 
 With a box the path is first made as if there were none, which is right up to the first token that
 leaves it; the first chunk with one is marked, and made again from what the token scan put right.
@@ -40,14 +40,14 @@ from osdn.ops.triton.gates import (
     load_retention,
     store_ends,
 )
-from osdn.ops.triton.solve import SCRATCH, invert, mul, store_blocks
+from osdn.ops.triton.solve import SCRATCH, invert, mul, store_blocks, store_transposed_blocks
 
 
 @triton.jit
 def _load_rule(beta, log_gamma, x, o_t, left, eta, H: tl.constexpr,
                HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, PATH: tl.constexpr):  # fmt: skip
-    """Of 16 tokens: β, η b x, pre, post, and post at the end, from the sub-block's start."""
-    b_beta = load_gate(beta, o_t, left, H)  # [16]
+    """Of 32 tokens: β, η b x, pre, post, and post at the end, from the half's start."""
+    b_beta = load_gate(beta, o_t, left, H)  # [32]
     b_y = b_beta
     pre, post, end = (b_beta, b_beta), (b_beta, b_beta), (0.0, 0.0)
     if PATH:
@@ -62,29 +62,29 @@ def _load_rule(beta, log_gamma, x, o_t, left, eta, H: tl.constexpr,
 def _write_key(p_k, p_w, o_t, left, o_k, c, out, box, gates, K: tl.constexpr, H: tl.constexpr,
                HAS_GAMMA: tl.constexpr, PATH: tl.constexpr, STORED: tl.constexpr,
                BOXED: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
-    """k and w of 16 rows, w written unless it is STORED, and d after them, from c before them.
+    """k and w of 32 rows, w written unless it is STORED, and d after them, from c before them.
 
     out becomes 1 where a d after one of these rows is outside the box (or NaN).
     """
     b_beta, b_y, pre, post, end = gates
-    k = load_tile(p_k, o_t, left, H * K, o_k, K)  # [16, BK]
+    k = load_tile(p_k, o_t, left, H * K, o_k, K)  # [32, BK]
     if STORED:
-        w = load_tile(p_w, o_t, left, H * K, o_k, K)  # [16, BK]
+        w = load_tile(p_w, o_t, left, H * K, o_k, K)  # [32, BK]
     else:
         kf = k.to(tl.float32)
         d = tl.zeros(kf.shape, tl.float32) + c[None, :]
         if PATH:
-            o_s = tl.arange(0, 16)
+            o_s = tl.arange(0, 32)
             lower = o_s[:, None] > o_s[None, :]
-            z = b_y[:, None] * kf * kf  # η b x s [16, BK]
+            z = b_y[:, None] * kf * kf  # η b x s [32, BK]
             if HAS_GAMMA:
                 W = tl.where(lower, decay(down(pre), across(post)), 0.0)
                 d *= decay_from_start(pre)[:, None]
                 c = decay_from_start(end) * c + tl.sum(decay(end, post)[:, None] * z, 0)
             else:
                 W = tl.where(lower, 1.0, 0.0)
-                c += tl.sum(z, 0)  # [16, BK] over the tokens
-            d += mul(W, z, PREC)  # [16, 16] [16, BK]
+                c += tl.sum(z, 0)  # [32, BK] over the tokens
+            d += mul(W, z, PREC)  # [32, 32] [32, BK]
             if BOXED:
                 d_min, d_max = box
                 inside = (d >= d_min) & (d <= d_max) | (o_s[:, None] == 0)
@@ -97,8 +97,8 @@ def _write_key(p_k, p_w, o_t, left, o_k, c, out, box, gates, K: tl.constexpr, H:
 
 @triton.jit
 def _lower(D):
-    """Zero above the diagonal of [16, 16]."""
-    o_s = tl.arange(0, 16)
+    """Zero above the diagonal of [32, 32]."""
+    o_s = tl.arange(0, 32)
     return tl.where(o_s[:, None] >= o_s[None, :], D, 0.0)
 
 
@@ -127,8 +127,8 @@ def write_keys_kernel(
         clipped += sequence_of(i_c, indices, T, BT, IS_VARLEN) * H + i_h
         if STORED and i_c < tl.load(clipped):
             return
-    o_0 = tl.arange(0, 16)
-    o_1, o_2, o_3 = o_0 + 16, o_0 + 32, o_0 + 48
+    o_0 = tl.arange(0, 32)
+    o_1 = o_0 + 32
     row = begin * H + i_h
     k += row * K
     w += row * K
@@ -138,14 +138,11 @@ def write_keys_kernel(
     starts += (i_c.to(tl.int64) * H + i_h) * K
     g0 = _load_rule(beta, log_gamma, x, o_0, left, eta, H, HAS_GAMMA, BETA_AWARE, PATH)
     g1 = _load_rule(beta, log_gamma, x, o_1, left, eta, H, HAS_GAMMA, BETA_AWARE, PATH)
-    g2 = _load_rule(beta, log_gamma, x, o_2, left, eta, H, HAS_GAMMA, BETA_AWARE, PATH)
-    g3 = _load_rule(beta, log_gamma, x, o_3, left, eta, H, HAS_GAMMA, BETA_AWARE, PATH)
 
-    # k wᵀ, its ten blocks on and below the diagonal, a block of features at a time.
-    L00 = tl.zeros([16, 16], tl.float32)
-    L10, L11, L20, L21, L22 = L00, L00, L00, L00, L00
-    L30, L31, L32, L33 = L00, L00, L00, L00
-    out = tl.zeros([16, BK], tl.int32)
+    # k wᵀ, its three blocks on and below the diagonal, a block of features at a time.
+    L00 = tl.zeros([32, 32], tl.float32)
+    L10, L11 = L00, L00
+    out = tl.zeros([32, BK], tl.int32)
     box = (d_min, d_max)
     for i_k in range(tl.cdiv(K, BK)):
         o_k = i_k * BK + tl.arange(0, BK)
@@ -154,20 +151,9 @@ def write_keys_kernel(
                                       HAS_GAMMA, PATH, STORED, BOXED, PREC)  # fmt: skip
         k1, w1, c, out = _write_key(k, w, o_1, left, o_k, c, out, box, g1, K, H,
                                       HAS_GAMMA, PATH, STORED, BOXED, PREC)  # fmt: skip
-        k2, w2, c, out = _write_key(k, w, o_2, left, o_k, c, out, box, g2, K, H,
-                                      HAS_GAMMA, PATH, STORED, BOXED, PREC)  # fmt: skip
-        k3, w3, c, out = _write_key(k, w, o_3, left, o_k, c, out, box, g3, K, H,
-                                      HAS_GAMMA, PATH, STORED, BOXED, PREC)  # fmt: skip
-        L00 += mul(k0, tl.trans(w0), PREC)  # k wᵀ: [16, BK] [BK, 16], as the next nine
+        L00 += mul(k0, tl.trans(w0), PREC)  # k wᵀ: [32, BK] [BK, 32], as the next two
         L10 += mul(k1, tl.trans(w0), PREC)
         L11 += mul(k1, tl.trans(w1), PREC)
-        L20 += mul(k2, tl.trans(w0), PREC)
-        L21 += mul(k2, tl.trans(w1), PREC)
-        L22 += mul(k2, tl.trans(w2), PREC)
-        L30 += mul(k3, tl.trans(w0), PREC)
-        L31 += mul(k3, tl.trans(w1), PREC)
-        L32 += mul(k3, tl.trans(w2), PREC)
-        L33 += mul(k3, tl.trans(w3), PREC)
 
     if BOXED and not STORED:
         tl.atomic_min(clipped, i_c, mask=tl.max(tl.max(out, 1), 0) > 0)
@@ -176,29 +162,16 @@ def write_keys_kernel(
         log_alpha += row
         _, G0, end = load_retention(log_alpha, o_0, left, (0.0, 0.0), H, True)
         _, G1, end = load_retention(log_alpha, o_1, left, end, H, True)
-        _, G2, end = load_retention(log_alpha, o_2, left, end, H, True)
-        _, G3, end = load_retention(log_alpha, o_3, left, end, H, True)
         ends += row * 2
         store_ends(ends, o_0, left, G0, end, H)
         store_ends(ends, o_1, left, G1, end, H)
-        store_ends(ends, o_2, left, G2, end, H)
-        store_ends(ends, o_3, left, G3, end, H)
-        D00 = _lower(decay(down(G0), across(G0)))  # [16, 16], as those below
+        D00 = _lower(decay(down(G0), across(G0)))  # [32, 32], as those below
         D10 = decay(down(G1), across(G0))
         D11 = _lower(decay(down(G1), across(G1)))
-        D20 = decay(down(G2), across(G0))
-        D21 = decay(down(G2), across(G1))
-        D22 = _lower(decay(down(G2), across(G2)))
-        D30 = decay(down(G3), across(G0))
-        D31 = decay(down(G3), across(G1))
-        D32 = decay(down(G3), across(G2))
-        D33 = _lower(decay(down(G3), across(G3)))
-        L00, L10, L11, L20, L21 = L00 * D00, L10 * D10, L11 * D11, L20 * D20, L21 * D21
-        L22, L30, L31, L32, L33 = L22 * D22, L30 * D30, L31 * D31, L32 * D32, L33 * D33
-        D = (D00, D10, D11, D20, D21, D22, D30, D31, D32, D33)
-        store_blocks(between + row * BT, H * BT, left, D)
-    X = invert(L00, L10, L11, L20, L21, L22, L30, L31, L32, L33,
-               scratch + tl.program_id(0).to(tl.int64) * 1024, SOLVE)  # fmt: skip
+        L00, L10, L11 = L00 * D00, L10 * D10, L11 * D11
+        D = (D00, D10, D11)
+        store_transposed_blocks(between + row * BT, H * BT, left, D)
+    X = invert(L00, L10, L11, scratch + tl.program_id(0).to(tl.int64) * 2048, SOLVE)
     store_blocks(A + row * BT, H * BT, left, X)
 
 
