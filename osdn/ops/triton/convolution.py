@@ -17,7 +17,7 @@ token t reads t − j where ages[t] ≥ j. Grid: B · blocks of RUNS · LENGTH t
 
 # Tuples of tiles grow as the kernels are compiled, and Triton has no (*tuple, x).
 # ruff: noqa: RUF005
-# mypy: disable-error-code="assignment, misc"
+# mypy: disable-error-code="assignment, misc, var-annotated"
 import torch
 import triton
 import triton.language as tl
