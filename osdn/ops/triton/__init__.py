@@ -52,11 +52,12 @@ def forward(
         if options.precond_min is not None:
             # With a box w is made first: as if it clipped nothing, and again from where it does,
             # if anywhere; where not, both kernels return at once.
-            path = (*gates, x, starts, w, inside, clipped, chunks, options)
+            boxed_gates = (k, beta, None if log_gamma is None else log_gamma.exp())
+            path = (*boxed_gates, x, starts, w, inside, clipped, chunks, options)
             clipped_keys(*path, found=False)
-            token_scan(*gates, x, starts, precond, clipped, chunks, options)
+            token_scan(*boxed_gates, x, starts, precond, clipped, chunks, options)
             clipped_keys(*path, found=True)
-        write_keys(*gates, log_alpha, x, starts, w, A, memory_decay, chunks, options)
+        write_keys(k, beta, log_gamma, log_alpha, x, starts, w, A, memory_decay, chunks, options)
         given = None if log_alpha is None else memory_decay
         o, state, transitions = memory(
             q, k, w, v, A, given, initial_state, e, kept, chunks, options
@@ -144,10 +145,11 @@ def backward(
         found = (dk, dbeta, dlog_gamma)
         if options.precond_min is not None:
             gs, ends = torch.empty_like(beta), torch.empty_like(starts)
+            boxed_gates = (k, beta, None if log_gamma is None else log_gamma.exp())
             dfinal_precond = token_scan_reverse(
-                *gates, dw, inside, dfinal_precond, gs, ends, clipped, chunks, options
+                *boxed_gates, dw, inside, dfinal_precond, gs, ends, clipped, chunks, options
             )
-            path = (*gates, x, starts, inside)
+            path = (*boxed_gates, x, starts, inside)
             clipped_gradients(*path, dw, gs, ends, *found, clipped, chunks, options)
         dprecond = chunk_scan_reverse(
             *gates, x, starts, inverse, M, dw, dfinal_precond, *found, clipped, chunks, options

@@ -25,35 +25,33 @@ from osdn.ops.operands import Options
 from osdn.ops.triton.chunks import CHUNK, Chunks, locate_chunk, sequence_of, tile
 from osdn.ops.triton.config import launch
 from osdn.ops.triton.gates import clip
-from osdn.ops.triton.precond_tokens import load_log, load_rate, load_row, store_row
+from osdn.ops.triton.precond_tokens import load_gamma, load_rate, load_row, store_row
 
 
 @triton.jit
-def _load_path(k, x, beta, log_gamma, i, left, o_k, H: tl.constexpr, K: tl.constexpr,
+def _load_path(k, x, beta, gamma, i, left, o_k, H: tl.constexpr, K: tl.constexpr,
                HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr):  # fmt: skip
-    """k_t, b_t x_t and log γ_t of token i of a chunk, zeros past the sequence's end."""
+    """k_t, b_t x_t and γ_t of token i of a chunk, zeros past the sequence's end."""
     there = i < left
     b_x = tl.load(x + i * H, mask=there, other=0.0)
     return (
         load_row(k + i * (H * K), o_k, there, K),
         load_rate(beta + i * H, there, BETA_AWARE) * b_x,
-        load_log(log_gamma + i * H, there, HAS_GAMMA),
+        load_gamma(gamma + i * H, there, HAS_GAMMA),
     )
 
 
 @triton.jit
-def _step(d, token, eta, HAS_GAMMA: tl.constexpr):
+def _step(d, token, eta):
     """u_t [BK]."""
-    k, b_y, b_log = token
+    k, b_y, b_gamma = token
     k = k.to(tl.float32)
-    if HAS_GAMMA:
-        d *= tl.exp(b_log)
-    return d + (eta * b_y) * (k * k)
+    return b_gamma * d + (eta * b_y) * (k * k)
 
 
 @triton.jit(do_not_specialize=["T"])
 def clipped_keys_kernel(
-    k, beta, log_gamma, x, starts, w, inside, clipped,
+    k, beta, gamma, x, starts, w, inside, clipped,
     cu_seqlens, indices, eta, d_min, d_max, T,
     H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, IS_VARLEN: tl.constexpr,
@@ -83,7 +81,7 @@ def clipped_keys_kernel(
     k += row * K
     w += row * K
     beta += row
-    log_gamma += row
+    gamma += row
     x += row
     chunk = i_c.to(tl.int64) * H + i_h
     inside += chunk * (BT // 8) * K
@@ -94,7 +92,7 @@ def clipped_keys_kernel(
         tokens, betas = (), ()
         for i in tl.static_range(8):
             tokens += (
-                _load_path(k, x, beta, log_gamma, i, left, o_k, H, K, HAS_GAMMA, BETA_AWARE),
+                _load_path(k, x, beta, gamma, i, left, o_k, H, K, HAS_GAMMA, BETA_AWARE),
             )
             betas += (tl.load(beta + i * H, mask=i < left, other=0.0),)
         word = tl.zeros([BK], tl.int32)
@@ -102,7 +100,7 @@ def clipped_keys_kernel(
             there = i < left
             b_w = betas[i] * d * tokens[i][0].to(tl.float32)
             store_row(w + i * (H * K), b_w, o_k, there, K)
-            d = _step(d, tokens[i], eta, HAS_GAMMA)
+            d = _step(d, tokens[i], eta)
             b_in = (d >= d_min) & (d <= d_max) | (i >= left)
             if CLIP:
                 word |= b_in.to(tl.int32) << i
@@ -115,7 +113,7 @@ def clipped_keys_kernel(
         k += 8 * H * K
         w += 8 * H * K
         beta += 8 * H
-        log_gamma += 8 * H
+        gamma += 8 * H
         x += 8 * H
         left -= 8
     if not CLIP:
@@ -124,23 +122,23 @@ def clipped_keys_kernel(
 
 
 @triton.jit
-def _follow(d, k, x, beta, log_gamma, left, o_k, eta, d_min, d_max, H: tl.constexpr,
+def _follow(d, k, x, beta, gamma, left, o_k, eta, d_min, d_max, H: tl.constexpr,
             K: tl.constexpr, SUB: tl.constexpr, HAS_GAMMA: tl.constexpr,
             BETA_AWARE: tl.constexpr):  # fmt: skip
     """d of SUB tokens from the first one's, and d after them."""
     tokens, path = (), ()
     for i in tl.static_range(SUB):
-        tokens += (_load_path(k, x, beta, log_gamma, i, left, o_k, H, K, HAS_GAMMA, BETA_AWARE),)
+        tokens += (_load_path(k, x, beta, gamma, i, left, o_k, H, K, HAS_GAMMA, BETA_AWARE),)
     for i in tl.static_range(SUB):
         path += (d,)
-        d = clip(_step(d, tokens[i], eta, HAS_GAMMA), d_min, d_max)
+        d = clip(_step(d, tokens[i], eta), d_min, d_max)
     return path, d
 
 
 @triton.jit
-def _load_token(k, dw, dk, x, gs, beta, log_gamma, i, left, o_k, H: tl.constexpr,
+def _load_token(k, dw, dk, x, gs, beta, gamma, i, left, o_k, H: tl.constexpr,
                 K: tl.constexpr, HAS_GAMMA: tl.constexpr):  # fmt: skip
-    """k, dw, phase 2's part of dk, x, ⟨g, s⟩, β and log γ of token i, zeros past the end."""
+    """k, dw, phase 2's part of dk, x, ⟨g, s⟩, β and γ of token i, zeros past the end."""
     there = i < left
     at = i * (H * K)
     return (
@@ -150,7 +148,7 @@ def _load_token(k, dw, dk, x, gs, beta, log_gamma, i, left, o_k, H: tl.constexpr
         tl.load(x + i * H, mask=there, other=0.0),
         tl.load(gs + i * H, mask=there, other=0.0),
         tl.load(beta + i * H, mask=there, other=0.0),
-        load_log(log_gamma + i * H, there, HAS_GAMMA),
+        load_gamma(gamma + i * H, there, HAS_GAMMA),
     )
 
 
@@ -158,7 +156,7 @@ def _load_token(k, dw, dk, x, gs, beta, log_gamma, i, left, o_k, H: tl.constexpr
 def _retreat(dk, dbeta, dlog_gamma, there, lam, d, token, inside, eta, o_k, K: tl.constexpr,
              HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr):  # fmt: skip
     """One token: writes its dk, dβ and dlog γ, returns dL/dd_t from lam = dL/dd_{t+1}."""
-    k, dw, b_dk, b_x, b_gs, b_beta, b_log = token
+    k, dw, b_dk, b_x, b_gs, b_beta, b_gamma = token
     k, dw = k.to(tl.float32), dw.to(tl.float32)
     s = k * k
     g = tl.where(inside, lam, 0.0)
@@ -176,15 +174,15 @@ def _retreat(dk, dbeta, dlog_gamma, there, lam, d, token, inside, eta, o_k, K: t
     ds = b_y * g - b_z * d
     b_dk = b_dk.to(tl.float32) + (b_beta * d) * dw + 2.0 * k * ds
     store_row(dk, b_dk, o_k, there, K)
+    g *= b_gamma
     if HAS_GAMMA:
-        g *= tl.exp(b_log)
         tl.store(dlog_gamma, tl.sum(g * d, 0), mask=there)  # [BK] over K
     return b_beta * dwk + g - b_z * s
 
 
 @triton.jit(do_not_specialize=["T"])
 def clipped_gradients_kernel(
-    k, beta, log_gamma, x, starts, inside, dw, gs, ends, dk, dbeta, dlog_gamma, clipped,
+    k, beta, gamma, x, starts, inside, dw, gs, ends, dk, dbeta, dlog_gamma, clipped,
     cu_seqlens, indices, eta, d_min, d_max, T,
     H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, SUB: tl.constexpr,
     HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, IS_VARLEN: tl.constexpr,
@@ -207,7 +205,7 @@ def clipped_gradients_kernel(
     dw += row * K
     dk += row * K
     beta += row
-    log_gamma += row
+    gamma += row
     x += row
     gs += row
     dbeta += row
@@ -220,7 +218,7 @@ def clipped_gradients_kernel(
     firsts = (d,)
     for i_s in tl.static_range(NS - 1):
         t = i_s * SUB
-        path, d = _follow(d, k + t * (H * K), x + t * H, beta + t * H, log_gamma + t * H, left - t,
+        path, d = _follow(d, k + t * (H * K), x + t * H, beta + t * H, gamma + t * H, left - t,
                        o_k, eta, d_min, d_max, H, K, SUB, HAS_GAMMA, BETA_AWARE)  # fmt: skip
         firsts += (d,)
 
@@ -229,7 +227,7 @@ def clipped_gradients_kernel(
     dw += t * (H * K)
     dk += t * (H * K)
     beta += t * H
-    log_gamma += t * H
+    gamma += t * H
     x += t * H
     gs += t * H
     dbeta += t * H
@@ -241,13 +239,13 @@ def clipped_gradients_kernel(
         d = firsts[NS - 1]
         for i_s in tl.static_range(1, NS):
             d = tl.where(i == i_s, firsts[NS - 1 - i_s], d)
-        path, d = _follow(d, k, x, beta, log_gamma, left, o_k, eta, d_min, d_max,
+        path, d = _follow(d, k, x, beta, gamma, left, o_k, eta, d_min, d_max,
                           H, K, SUB, HAS_GAMMA, BETA_AWARE)  # fmt: skip
         words, tokens = (), ()
         for i_w in tl.static_range(SUB // 8):
             words += (tl.load(inside + i_w * K + o_k, mask=o_k < K, other=0),)
         for j in tl.static_range(SUB):
-            tokens += (_load_token(k, dw, dk, x, gs, beta, log_gamma, j, left, o_k,
+            tokens += (_load_token(k, dw, dk, x, gs, beta, gamma, j, left, o_k,
                                    H, K, HAS_GAMMA),)  # fmt: skip
         for j in tl.static_range(SUB - 1, -1, -1):
             through = ((words[j // 8].to(tl.int32) >> (j % 8)) & 1) != 0
@@ -258,7 +256,7 @@ def clipped_gradients_kernel(
         dw -= SUB * H * K
         dk -= SUB * H * K
         beta -= SUB * H
-        log_gamma -= SUB * H
+        gamma -= SUB * H
         x -= SUB * H
         gs -= SUB * H
         dbeta -= SUB * H
@@ -270,7 +268,7 @@ def clipped_gradients_kernel(
 def clipped_keys(
     k: Tensor,
     beta: Tensor,
-    log_gamma: Tensor | None,
+    gamma: Tensor | None,
     x: Tensor,
     starts: Tensor,
     w: Tensor,
@@ -286,9 +284,9 @@ def clipped_keys(
     if not found:
         clipped.fill_(chunks.bound)
     clipped_keys_kernel[(chunks.bound * H,)](
-        k, beta, beta if log_gamma is None else log_gamma, x, starts, w, inside, clipped,
+        k, beta, beta if gamma is None else gamma, x, starts, w, inside, clipped,
         chunks.cu_seqlens, chunks.indices, rule.eta, rule.precond_min, rule.precond_max, T,
-        H=H, K=K, BT=CHUNK, BK=tile(K), HAS_GAMMA=log_gamma is not None,
+        H=H, K=K, BT=CHUNK, BK=tile(K), HAS_GAMMA=gamma is not None,
         BETA_AWARE=rule.beta_aware, IS_VARLEN=chunks.indices is not None, CLIP=found,
         **launch("clipped_keys", k, K),
     )  # fmt: skip
@@ -297,7 +295,7 @@ def clipped_keys(
 def clipped_gradients(
     k: Tensor,
     beta: Tensor,
-    log_gamma: Tensor | None,
+    gamma: Tensor | None,
     x: Tensor,
     starts: Tensor,
     inside: Tensor,
@@ -314,10 +312,10 @@ def clipped_gradients(
     """Complete dk and fill dβ and dlog γ, from chunk `clipped` on."""
     T, H, K = k.shape[1:]
     clipped_gradients_kernel[(chunks.bound * H,)](
-        k, beta, beta if log_gamma is None else log_gamma, x, starts, inside, dw, gs, ends,
+        k, beta, beta if gamma is None else gamma, x, starts, inside, dw, gs, ends,
         dk, dbeta, dbeta if dlog_gamma is None else dlog_gamma, clipped,
         chunks.cu_seqlens, chunks.indices, rule.eta, rule.precond_min, rule.precond_max, T,
-        H=H, K=K, BT=CHUNK, BK=tile(K), HAS_GAMMA=log_gamma is not None,
+        H=H, K=K, BT=CHUNK, BK=tile(K), HAS_GAMMA=gamma is not None,
         BETA_AWARE=rule.beta_aware, IS_VARLEN=chunks.indices is not None,
         **launch("clipped_gradients", k, K),
     )  # fmt: skip

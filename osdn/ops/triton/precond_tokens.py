@@ -6,7 +6,7 @@ A sequence and head is walked from its first chunk with a token that leaves the 
 (`precond_clipped` finds it), and not at all where there is none. One warp holds d in registers.
 A token takes as long as its chain of dependent instructions, of which the sum over the features is
 most. So the walk leaves only x and d at chunk starts, from which `precond_clipped` makes the rest in
-parallel, and loads run DEPTH tokens ahead.
+parallel, and loads run eight tokens ahead.
 """
 
 import triton
@@ -17,6 +17,8 @@ from osdn.ops.operands import Options
 from osdn.ops.triton.chunks import CHUNK, Chunks, locate_sequence, tile
 from osdn.ops.triton.config import launch
 from osdn.ops.triton.gates import clip
+
+ROUND = 8  # tokens whose loads are on their way at once; a byte of `inside` has their bits
 
 
 @triton.jit
@@ -32,6 +34,16 @@ def store_row(p, value, o_k, there, K: tl.constexpr):
 
 
 @triton.jit
+def unseen_zero(o_k, T):
+    """0, which the compiler takes to be another number in each lane.
+
+    Added to the address of a gate, which all lanes load: else it may move the gate to a uniform
+    register at once, and wait for the load there.
+    """
+    return tl.min(o_k.to(tl.float32) * T, 0).to(tl.int32)
+
+
+@triton.jit
 def load_rate(beta, there, BETA_AWARE: tl.constexpr):
     """b of the token at beta."""
     b_b = 1.0
@@ -41,44 +53,51 @@ def load_rate(beta, there, BETA_AWARE: tl.constexpr):
 
 
 @triton.jit
-def load_log(log_gamma, there, HAS_GAMMA: tl.constexpr):
-    """log γ of the token at log_gamma."""
-    b_log = 0.0
+def load_gamma(gamma, there, HAS_GAMMA: tl.constexpr):
+    """γ of the token at gamma."""
+    b_gamma = 1.0
     if HAS_GAMMA:
-        b_log = tl.load(log_gamma, mask=there, other=0.0)
-    return b_log
+        b_gamma = tl.load(gamma, mask=there, other=1.0)
+    return b_gamma
 
 
 @triton.jit
-def _load(k, beta, log_gamma, i, left, o_k, H: tl.constexpr, K: tl.constexpr,
-          HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr):  # fmt: skip
-    """k, b and log γ of the token i places on, if so many are left."""
-    there = i < left
-    return (
-        load_row(k + i * (H * K), o_k, there, K),
-        load_rate(beta + i * H, there, BETA_AWARE),
-        load_log(log_gamma + i * H, there, HAS_GAMMA),
-    )
+def _load_round(k, beta, gamma, left, o_k, H: tl.constexpr, K: tl.constexpr, BR: tl.constexpr,
+                HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr):  # fmt: skip
+    """k, b and γ of BR tokens, of which so many are left."""
+    tokens = ()
+    for i in tl.static_range(BR):
+        there = i < left
+        tokens += (
+            (
+                load_row(k + i * (H * K), o_k, there, K),
+                load_rate(beta + i * H, there, BETA_AWARE),
+                load_gamma(gamma + i * H, there, HAS_GAMMA),
+            ),
+        )
+    return tokens
 
 
 @triton.jit
-def _advance(p_x, there, d, token, eta, d_min, d_max, HAS_GAMMA: tl.constexpr):
-    """One token: writes x_t, returns d_{t+1}, which is d_t if it is not there."""
-    k, b_b, b_log = token
-    s = k.to(tl.float32) * k.to(tl.float32)
-    ds = tl.sum(d * s, 0)  # [BK] over K
-    tl.store(p_x, 1.0 - b_b * ds, mask=there)
-    y = eta * b_b - (eta * b_b * b_b) * ds  # η b x, one step sooner than from x
-    if HAS_GAMMA:
-        d *= tl.exp(b_log)
-    return clip(d + y * s, d_min, d_max)
+def _advance(x, left, d, tokens, eta, d_min, d_max, H: tl.constexpr,
+             BR: tl.constexpr):  # fmt: skip
+    """BR tokens: writes x_t, returns d after them; those that are not left change nothing."""
+    for i in tl.static_range(BR):
+        k, b_b, b_gamma = tokens[i]
+        s = k.to(tl.float32) * k.to(tl.float32)
+        ds = tl.sum(d * s, 0)  # [BK] over K
+        tl.store(x + i * H, 1.0 - b_b * ds, mask=i < left)
+        # From ds to d in as few steps as there are: η b x without x, then one multiply-add.
+        y = eta * b_b - (eta * b_b * b_b) * ds
+        d = clip(tl.fma(s, y, b_gamma * d), d_min, d_max)
+    return d
 
 
 @triton.jit(do_not_specialize=["T"])
 def token_scan_kernel(
-    k, beta, log_gamma, x, starts, final, clipped,
+    k, beta, gamma, x, starts, final, clipped,
     cu_seqlens, offsets, eta, d_min, d_max, T,
-    H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, DEPTH: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
     HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, IS_VARLEN: tl.constexpr,
 ):  # fmt: skip
     """x [B, T, H], starts [chunks, H, K], final [N, H, K]. Grid: N · H.
@@ -95,43 +114,57 @@ def token_scan_kernel(
         return
     o_k = tl.arange(0, BK)
     m_k = o_k < K
+    PAIR: tl.constexpr = 2 * BR
     row = (begin + skipped.to(tl.int64) * BT) * H + i_h
     k += row * K
-    beta += row
-    log_gamma += row
+    beta += row + unseen_zero(o_k, T)
+    gamma += row + unseen_zero(o_k, T)
     x += row
     starts += ((first + skipped) * H + i_h) * K
     state = (i_n.to(tl.int64) * H + i_h) * K
 
     d = tl.load(starts + o_k, mask=m_k, other=0.0)  # [BK]
-    # What one round of DEPTH tokens needs; each is replaced by its token of the next round.
-    now = ()
-    for i in tl.static_range(DEPTH):
-        now += (_load(k, beta, log_gamma, i, left, o_k, H, K, HAS_GAMMA, BETA_AWARE),)
-    for i_r in range(tl.cdiv(left, DEPTH)):
-        if i_r % (BT // DEPTH) == 0:
+    # Two rounds at a time: while one goes, the loads of the other are on their way. A branch keeps
+    # loads where they are, even one that is always taken: the compiler would put them last.
+    now = _load_round(k, beta, gamma, left, o_k, H, K, BR, HAS_GAMMA, BETA_AWARE)
+    then = now
+    pairs = left // PAIR
+    for i in range(pairs):
+        if i % (BT // PAIR) == 0:
             tl.store(starts + o_k, d, mask=m_k)
             starts += H * K
-        then = ()
-        for i in tl.static_range(DEPTH):
-            token = now[i]
-            then += (
-                _load(k, beta, log_gamma, i + DEPTH, left, o_k, H, K, HAS_GAMMA, BETA_AWARE),
-            )
-            d = _advance(x + i * H, i < left, d, token, eta, d_min, d_max, HAS_GAMMA)
-        now = then
-        k += DEPTH * H * K
-        beta += DEPTH * H
-        log_gamma += DEPTH * H
-        x += DEPTH * H
-        left -= DEPTH
+        k += BR * H * K
+        beta += BR * H
+        gamma += BR * H
+        if left > BR:
+            then = _load_round(k, beta, gamma, BR, o_k, H, K, BR, HAS_GAMMA, BETA_AWARE)
+        d = _advance(x, BR, d, now, eta, d_min, d_max, H, BR)
+        k += BR * H * K
+        beta += BR * H
+        gamma += BR * H
+        if left >= 2 * PAIR:
+            now = _load_round(k, beta, gamma, BR, o_k, H, K, BR, HAS_GAMMA, BETA_AWARE)
+        d = _advance(x + BR * H, BR, d, then, eta, d_min, d_max, H, BR)
+        x += PAIR * H
+        left -= PAIR
+    # What is left after the last pair of rounds.
+    if (left > 0) & (pairs % (BT // PAIR) == 0):
+        tl.store(starts + o_k, d, mask=m_k)
+    for _ in range(tl.cdiv(left, BR)):
+        now = _load_round(k, beta, gamma, left, o_k, H, K, BR, HAS_GAMMA, BETA_AWARE)
+        d = _advance(x, left, d, now, eta, d_min, d_max, H, BR)
+        k += BR * H * K
+        beta += BR * H
+        gamma += BR * H
+        x += BR * H
+        left -= BR
     tl.store(final + state + o_k, d, mask=m_k)
 
 
 def token_scan(
     k: Tensor,
     beta: Tensor,
-    log_gamma: Tensor | None,
+    gamma: Tensor | None,
     x: Tensor,
     starts: Tensor,
     final: Tensor,
@@ -142,9 +175,9 @@ def token_scan(
     """Put x [B, T, H], starts [chunks, H, K] and the last d [N, H, K] right."""
     T, H, K = k.shape[1:]
     token_scan_kernel[(chunks.sequences * H,)](
-        k, beta, beta if log_gamma is None else log_gamma, x, starts, final, clipped,
+        k, beta, beta if gamma is None else gamma, x, starts, final, clipped,
         chunks.cu_seqlens, chunks.offsets, rule.eta, rule.precond_min, rule.precond_max, T,
-        H=H, K=K, BT=CHUNK, BK=tile(K), HAS_GAMMA=log_gamma is not None,
+        H=H, K=K, BT=CHUNK, BK=tile(K), BR=ROUND, HAS_GAMMA=gamma is not None,
         BETA_AWARE=rule.beta_aware, IS_VARLEN=chunks.offsets is not None,
         **launch("token_scan", k, K),
     )  # fmt: skip

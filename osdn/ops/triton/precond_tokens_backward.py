@@ -17,54 +17,50 @@ from torch import Tensor
 from osdn.ops.operands import Options
 from osdn.ops.triton.chunks import CHUNK, Chunks, locate_sequence, tile
 from osdn.ops.triton.config import launch
-from osdn.ops.triton.precond_tokens import load_log, load_row
+from osdn.ops.triton.precond_tokens import ROUND, load_gamma, load_row, unseen_zero
 
 
 @triton.jit
-def _load(k, dw, beta, log_gamma, i, left, o_k, H: tl.constexpr, K: tl.constexpr,
-          HAS_GAMMA: tl.constexpr):  # fmt: skip
-    """k, dw, β and log γ of the token i places on, if so many are left."""
-    there = i < left
-    return (
-        load_row(k + i * (H * K), o_k, there, K),
-        load_row(dw + i * (H * K), o_k, there, K),
-        tl.load(beta + i * H, mask=there, other=0.0),
-        load_log(log_gamma + i * H, there, HAS_GAMMA),
-    )
+def _load_round(k, dw, beta, gamma, inside, left, o_k, H: tl.constexpr, K: tl.constexpr,
+                BR: tl.constexpr, HAS_GAMMA: tl.constexpr):  # fmt: skip
+    """k, dw, β and γ of BR tokens, of which so many are left, and their byte of `inside`."""
+    tokens = ()
+    for i in tl.static_range(BR):
+        there = i < left
+        tokens += (
+            (
+                load_row(k + i * (H * K), o_k, there, K),
+                load_row(dw + i * (H * K), o_k, there, K),
+                tl.load(beta + i * H, mask=there, other=0.0),
+                load_gamma(gamma + i * H, there, HAS_GAMMA),
+            ),
+        )
+    return tokens, load_row(inside, o_k, 0 < left, K)
 
 
 @triton.jit
-def _load_inside(inside, left, o_k, K: tl.constexpr, DEPTH: tl.constexpr):
-    """The bytes of a round of DEPTH tokens, if any are left."""
-    words = ()
-    for i in tl.static_range(DEPTH // 8):
-        words += (load_row(inside + i * K, o_k, left > 0, K),)
-    return words
-
-
-@triton.jit
-def _retreat(p_gs, there, lam, token, inside, eta, HAS_GAMMA: tl.constexpr,
+def _retreat(gs, left, lam, tokens, byte, eta, H: tl.constexpr, BR: tl.constexpr,
              BETA_AWARE: tl.constexpr):  # fmt: skip
-    """One token: writes ⟨g, s⟩, returns dL/dd_t from lam = dL/dd_{t+1}."""
-    k, dw, b_beta, b_log = token
-    k = k.to(tl.float32)
-    s = k * k
-    g = tl.where(inside, lam, 0.0)
-    gs = tl.sum(g * s, 0)  # [BK] over K
-    tl.store(p_gs, gs, mask=there)
-    b_z = eta
-    if BETA_AWARE:
-        b_z *= b_beta * b_beta
-    if HAS_GAMMA:
-        g *= tl.exp(b_log)
-    return (b_beta * k) * dw.to(tl.float32) + g - (b_z * gs) * s
+    """BR tokens from the last: writes ⟨g, s⟩, returns dL/dd of the first from lam after them."""
+    for i in tl.static_range(BR - 1, -1, -1):
+        k, dw, b_beta, b_gamma = tokens[i]
+        k = k.to(tl.float32)
+        s = k * k
+        g = tl.where(((byte.to(tl.int32) >> i) & 1) != 0, lam, 0.0)
+        b_gs = tl.sum(g * s, 0)  # [BK] over K
+        tl.store(gs + i * H, b_gs, mask=i < left)
+        b_z = eta
+        if BETA_AWARE:
+            b_z *= b_beta * b_beta
+        lam = tl.fma(s, -b_z * b_gs, (b_beta * k) * dw.to(tl.float32) + b_gamma * g)
+    return lam
 
 
 @triton.jit(do_not_specialize=["T"])
 def token_scan_reverse_kernel(
-    k, beta, log_gamma, dw, inside, dfinal, gs, ends, dinitial, clipped,
+    k, beta, gamma, dw, inside, dfinal, gs, ends, dinitial, clipped,
     cu_seqlens, offsets, eta, T,
-    H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, DEPTH: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
     HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr, IS_VARLEN: tl.constexpr,
 ):  # fmt: skip
     """gs [B, T, H], ⟨g, s⟩; ends [chunks, H, K], λ after each chunk; dinitial [N, H, K].
@@ -81,55 +77,68 @@ def token_scan_reverse_kernel(
     o_k = tl.arange(0, BK)
     m_k = o_k < K
     state = (i_n.to(tl.int64) * H + i_h) * K
-    PER: tl.constexpr = BT // DEPTH  # rounds of DEPTH tokens in a chunk
-    least = skipped * PER
-    last = tl.cdiv(length, DEPTH) - 1  # the round to begin with
-    row = (begin + last.to(tl.int64) * DEPTH) * H + i_h
+    lam = tl.load(dfinal + state + o_k, mask=m_k, other=0.0)  # [BK]
+    PAIR: tl.constexpr = 2 * BR
+    PER: tl.constexpr = BT // PAIR  # pairs of rounds in a chunk
+    pairs, least = length // PAIR, skipped * PER
+    row = (begin + pairs.to(tl.int64) * PAIR) * H + i_h
     k += row * K
     dw += row * K
-    beta += row
-    log_gamma += row
+    beta += row + unseen_zero(o_k, T)
+    gamma += row + unseen_zero(o_k, T)
     gs += row
-    chunk = (first + last // PER) * H + i_h
-    ends += chunk * K
-    # Of the round's first byte; a byte has K of every 8 tokens, a chunk H times BT // 8 of those.
-    inside += (chunk * (BT // 8) + last % PER * (DEPTH // 8)) * K
+    chunk = (first + pairs // PER) * H + i_h
+    inside += (chunk * (BT // 8) + pairs % PER * 2) * K
+    # First what is left after the last pair of rounds.
+    left = tl.where(pairs >= least, length % PAIR, 0)
+    if length > skipped * BT:
+        tl.store(ends + ((first + (length - 1) // BT) * H + i_h) * K + o_k, lam, mask=m_k)
+    for i in range(tl.cdiv(left, BR) - 1, -1, -1):
+        at = i * (BR * H)
+        now, byte = _load_round(k + at * K, dw + at * K, beta + at, gamma + at, inside + i * K,
+                                left - i * BR, o_k, H, K, BR, HAS_GAMMA)  # fmt: skip
+        lam = _retreat(gs + at, left - i * BR, lam, now, byte, eta, H, BR, BETA_AWARE)
 
-    lam = tl.load(dfinal + state + o_k, mask=m_k, other=0.0)  # [BK]
-    # What one round needs; each is replaced by its token of the round before.
-    left = tl.where(last >= least, length - last * DEPTH, 0)
-    now = ()
-    for i in tl.static_range(DEPTH):
-        now += (_load(k, dw, beta, log_gamma, i, left, o_k, H, K, HAS_GAMMA),)
-    words = _load_inside(inside, left, o_k, K, DEPTH)
-    for i_r in range(last, least - 1, -1):
-        if (i_r == last) | (i_r % PER == PER - 1):
+    # Then pairs of rounds; why there are branches, precond_tokens says.
+    ends += ((first + (pairs - 1) // PER) * H + i_h) * K
+    k -= BR * H * K
+    dw -= BR * H * K
+    beta -= BR * H
+    gamma -= BR * H
+    gs -= PAIR * H
+    inside -= tl.where(pairs % PER == 0, (H - 1) * (BT // 8) * K, 0) + K
+    left = (pairs - least) * PAIR
+    now, byte = _load_round(k, dw, beta, gamma, inside, left, o_k, H, K, BR, HAS_GAMMA)
+    then, other = now, byte
+    for i in range(pairs - 1, least - 1, -1):
+        if i % PER == PER - 1:
             tl.store(ends + o_k, lam, mask=m_k)
             ends -= H * K
-        k -= DEPTH * H * K
-        dw -= DEPTH * H * K
-        beta -= DEPTH * H
-        log_gamma -= DEPTH * H
-        inside -= tl.where(i_r % PER == 0, (H - 1) * (BT // 8) * K, 0) + DEPTH // 8 * K
-        before = tl.where(i_r > least, DEPTH, 0)
-        others = _load_inside(inside, before, o_k, K, DEPTH)
-        then = ()
-        for i in tl.static_range(DEPTH - 1, -1, -1):
-            token = now[i]
-            then = (_load(k, dw, beta, log_gamma, i, before, o_k, H, K, HAS_GAMMA),) + then
-            through = ((words[i // 8].to(tl.int32) >> (i % 8)) & 1) != 0
-            lam = _retreat(gs + i * H, i < left, lam, token, through, eta, HAS_GAMMA, BETA_AWARE)
-        now = then
-        words = others
-        gs -= DEPTH * H
-        left = before
+        k -= BR * H * K
+        dw -= BR * H * K
+        beta -= BR * H
+        gamma -= BR * H
+        inside -= K
+        if left > BR:
+            then, other = _load_round(k, dw, beta, gamma, inside, BR, o_k, H, K, BR, HAS_GAMMA)
+        lam = _retreat(gs + BR * H, BR, lam, now, byte, eta, H, BR, BETA_AWARE)
+        k -= BR * H * K
+        dw -= BR * H * K
+        beta -= BR * H
+        gamma -= BR * H
+        inside -= tl.where(i % PER == 0, (H - 1) * (BT // 8) * K, 0) + K
+        if left >= 2 * PAIR:
+            now, byte = _load_round(k, dw, beta, gamma, inside, BR, o_k, H, K, BR, HAS_GAMMA)
+        lam = _retreat(gs, BR, lam, then, other, eta, H, BR, BETA_AWARE)
+        gs -= PAIR * H
+        left -= PAIR
     tl.store(dinitial + state + o_k, lam, mask=m_k)
 
 
 def token_scan_reverse(
     k: Tensor,
     beta: Tensor,
-    log_gamma: Tensor | None,
+    gamma: Tensor | None,
     dw: Tensor,
     inside: Tensor,
     dfinal_precond: Tensor,
@@ -143,9 +152,9 @@ def token_scan_reverse(
     T, H, K = k.shape[1:]
     dinitial = torch.empty_like(dfinal_precond)
     token_scan_reverse_kernel[(chunks.sequences * H,)](
-        k, beta, beta if log_gamma is None else log_gamma, dw, inside, dfinal_precond,
+        k, beta, beta if gamma is None else gamma, dw, inside, dfinal_precond,
         gs, ends, dinitial, clipped, chunks.cu_seqlens, chunks.offsets, rule.eta, T,
-        H=H, K=K, BT=CHUNK, BK=tile(K), HAS_GAMMA=log_gamma is not None,
+        H=H, K=K, BT=CHUNK, BK=tile(K), BR=ROUND, HAS_GAMMA=gamma is not None,
         BETA_AWARE=rule.beta_aware, IS_VARLEN=chunks.offsets is not None,
         **launch("token_scan_reverse", k, K),
     )  # fmt: skip
