@@ -79,8 +79,7 @@ def _load_round(k, beta, gamma, left, o_k, H: tl.constexpr, K: tl.constexpr, BR:
 
 
 @triton.jit
-def _advance(x, left, d, tokens, eta, d_min, d_max, H: tl.constexpr,
-             BR: tl.constexpr):  # fmt: skip
+def _advance(x, left, d, tokens, eta, d_min, d_max, H: tl.constexpr, BR: tl.constexpr):
     """BR tokens: writes x_t, returns d after them; those that are not left change nothing."""
     for i in tl.static_range(BR):
         k, b_b, b_gamma = tokens[i]
@@ -114,7 +113,6 @@ def token_scan_kernel(
         return
     o_k = tl.arange(0, BK)
     m_k = o_k < K
-    PAIR: tl.constexpr = 2 * BR
     row = (begin + skipped.to(tl.int64) * BT) * H + i_h
     k += row * K
     beta += row + unseen_zero(o_k, T)
@@ -124,40 +122,31 @@ def token_scan_kernel(
     state = (i_n.to(tl.int64) * H + i_h) * K
 
     d = tl.load(starts + o_k, mask=m_k, other=0.0)  # [BK]
-    # Two rounds at a time: while one goes, the loads of the other are on their way. A branch keeps
-    # loads where they are, even one that is always taken: the compiler would put them last.
+    # While a round goes, the loads of the next are on their way. The branch, always taken, keeps
+    # them before the round: the compiler would put them last, as near as it can to their use.
     now = _load_round(k, beta, gamma, left, o_k, H, K, BR, HAS_GAMMA, BETA_AWARE)
-    then = now
-    pairs = left // PAIR
-    for i in range(pairs):
-        if i % (BT // PAIR) == 0:
+    whole = left // BR
+    for i in range(whole):
+        if i % (BT // BR) == 0:
             tl.store(starts + o_k, d, mask=m_k)
             starts += H * K
-        k += BR * H * K
-        beta += BR * H
-        gamma += BR * H
-        if left > BR:
-            then = _load_round(k, beta, gamma, BR, o_k, H, K, BR, HAS_GAMMA, BETA_AWARE)
-        d = _advance(x, BR, d, now, eta, d_min, d_max, H, BR)
-        k += BR * H * K
-        beta += BR * H
-        gamma += BR * H
-        if left >= 2 * PAIR:
-            now = _load_round(k, beta, gamma, BR, o_k, H, K, BR, HAS_GAMMA, BETA_AWARE)
-        d = _advance(x + BR * H, BR, d, then, eta, d_min, d_max, H, BR)
-        x += PAIR * H
-        left -= PAIR
-    # What is left after the last pair of rounds.
-    if (left > 0) & (pairs % (BT // PAIR) == 0):
-        tl.store(starts + o_k, d, mask=m_k)
-    for _ in range(tl.cdiv(left, BR)):
-        now = _load_round(k, beta, gamma, left, o_k, H, K, BR, HAS_GAMMA, BETA_AWARE)
-        d = _advance(x, left, d, now, eta, d_min, d_max, H, BR)
-        k += BR * H * K
-        beta += BR * H
-        gamma += BR * H
+        step = tl.where(left >= 2 * BR, BR * H, 0)  # the last round loads itself once more
+        k += step * K
+        beta += step
+        gamma += step
+        then = _load_round(k, beta, gamma, BR, o_k, H, K, BR, HAS_GAMMA, BETA_AWARE)
+        if left >= BR:
+            d = _advance(x, BR, d, now, eta, d_min, d_max, H, BR)
+        now = then
         x += BR * H
         left -= BR
+    if left > 0:  # less than a round
+        if whole % (BT // BR) == 0:
+            tl.store(starts + o_k, d, mask=m_k)
+        step = tl.where(whole > 0, BR * H, 0)
+        now = _load_round(k + step * K, beta + step, gamma + step, left, o_k, H, K, BR,
+                          HAS_GAMMA, BETA_AWARE)  # fmt: skip
+        d = _advance(x, left, d, now, eta, d_min, d_max, H, BR)
     tl.store(final + state + o_k, d, mask=m_k)
 
 

@@ -78,60 +78,51 @@ def token_scan_reverse_kernel(
     m_k = o_k < K
     state = (i_n.to(tl.int64) * H + i_h) * K
     lam = tl.load(dfinal + state + o_k, mask=m_k, other=0.0)  # [BK]
-    PAIR: tl.constexpr = 2 * BR
-    PER: tl.constexpr = BT // PAIR  # pairs of rounds in a chunk
-    pairs, least = length // PAIR, skipped * PER
-    row = (begin + pairs.to(tl.int64) * PAIR) * H + i_h
+    PER: tl.constexpr = BT // BR  # rounds of BR tokens in a chunk
+    whole, least = length // BR, skipped * PER
+    row = (begin + whole.to(tl.int64) * BR) * H + i_h
     k += row * K
     dw += row * K
     beta += row + unseen_zero(o_k, T)
     gamma += row + unseen_zero(o_k, T)
     gs += row
-    chunk = (first + pairs // PER) * H + i_h
-    inside += (chunk * (BT // 8) + pairs % PER * 2) * K
-    # First what is left after the last pair of rounds.
-    left = tl.where(pairs >= least, length % PAIR, 0)
+    chunk = (first + whole // PER) * H + i_h
+    inside += (chunk * PER + whole % PER) * K
     if length > skipped * BT:
         tl.store(ends + ((first + (length - 1) // BT) * H + i_h) * K + o_k, lam, mask=m_k)
-    for i in range(tl.cdiv(left, BR) - 1, -1, -1):
-        at = i * (BR * H)
-        now, byte = _load_round(k + at * K, dw + at * K, beta + at, gamma + at, inside + i * K,
-                                left - i * BR, o_k, H, K, BR, HAS_GAMMA)  # fmt: skip
-        lam = _retreat(gs + at, left - i * BR, lam, now, byte, eta, H, BR, BETA_AWARE)
+    left = length - whole * BR
+    if (left > 0) & (whole >= least):  # less than a round
+        now, byte = _load_round(k, dw, beta, gamma, inside, left, o_k, H, K, BR, HAS_GAMMA)
+        lam = _retreat(gs, left, lam, now, byte, eta, H, BR, BETA_AWARE)
 
-    # Then pairs of rounds; why there are branches, precond_tokens says.
-    ends += ((first + (pairs - 1) // PER) * H + i_h) * K
+    # Then whole rounds; why one loads before a branch, precond_tokens says.
     k -= BR * H * K
     dw -= BR * H * K
     beta -= BR * H
     gamma -= BR * H
-    gs -= PAIR * H
-    inside -= tl.where(pairs % PER == 0, (H - 1) * (BT // 8) * K, 0) + K
-    left = (pairs - least) * PAIR
+    gs -= BR * H
+    inside -= tl.where(whole % PER == 0, (H - 1) * PER * K, 0) + K
+    ends += ((first + (whole - 1) // PER) * H + i_h) * K
+    left = (whole - least) * BR
     now, byte = _load_round(k, dw, beta, gamma, inside, left, o_k, H, K, BR, HAS_GAMMA)
-    then, other = now, byte
-    for i in range(pairs - 1, least - 1, -1):
+    for i in range(whole - 1, least - 1, -1):
         if i % PER == PER - 1:
             tl.store(ends + o_k, lam, mask=m_k)
             ends -= H * K
-        k -= BR * H * K
-        dw -= BR * H * K
-        beta -= BR * H
-        gamma -= BR * H
-        inside -= K
-        if left > BR:
-            then, other = _load_round(k, dw, beta, gamma, inside, BR, o_k, H, K, BR, HAS_GAMMA)
-        lam = _retreat(gs + BR * H, BR, lam, now, byte, eta, H, BR, BETA_AWARE)
-        k -= BR * H * K
-        dw -= BR * H * K
-        beta -= BR * H
-        gamma -= BR * H
-        inside -= tl.where(i % PER == 0, (H - 1) * (BT // 8) * K, 0) + K
-        if left >= 2 * PAIR:
-            now, byte = _load_round(k, dw, beta, gamma, inside, BR, o_k, H, K, BR, HAS_GAMMA)
-        lam = _retreat(gs, BR, lam, then, other, eta, H, BR, BETA_AWARE)
-        gs -= PAIR * H
-        left -= PAIR
+        step = tl.where(left >= 2 * BR, BR * H, 0)
+        k -= step * K
+        dw -= step * K
+        beta -= step
+        gamma -= step
+        step = tl.where(i % PER == 0, (H - 1) * PER * K, 0) + K
+        inside -= tl.where(left >= 2 * BR, step, 0)
+        then, other = _load_round(k, dw, beta, gamma, inside, BR, o_k, H, K, BR, HAS_GAMMA)
+        if left >= BR:
+            lam = _retreat(gs, BR, lam, now, byte, eta, H, BR, BETA_AWARE)
+        now = then
+        byte = other
+        gs -= BR * H
+        left -= BR
     tl.store(dinitial + state + o_k, lam, mask=m_k)
 
 
