@@ -102,7 +102,7 @@ def token_scan_reverse_kernel(
     gamma -= BR * H
     gs -= BR * H
     inside -= tl.where(whole % PER == 0, (H - 1) * PER * K, 0) + K
-    ends += ((first + (whole - 1) // PER) * H + i_h) * K
+    ends += ((first + whole // PER - 1) * H + i_h) * K  # of the last whole chunk
     left = (whole - least) * BR
     now, byte = _load_round(k, dw, beta, gamma, inside, left, o_k, H, K, BR, HAS_GAMMA)
     for i in range(whole - 1, least - 1, -1):
