@@ -3,8 +3,8 @@
 Phase 1 makes the preconditioner's path from the keys alone: in chunks (`precond_forward`,
 `precond_backward`), and token by token from where a box clips it (`precond_tokens`,
 `precond_clipped`). `write_keys` turns it into the operands of phase 2, which walks the memory
-(`memory_forward`, `memory_backward`, `memory_gradients`). `decode` is one token. docs/explanation/kernels.md says what each kernel reads,
-writes and costs.
+(`memory_forward`, `memory_backward`, `memory_gradients`). `decode` is one token.
+docs/explanation/kernels.md says what each kernel reads, writes and costs.
 """
 
 import torch

@@ -5,9 +5,9 @@ Given x, the path of d within a chunk follows from its start without a sum over 
     w_t = β_t d_t ⊙ k_t,   u_t = γ_t d_t + η b_t x_t s_t,   d_{t+1} = clip(u_t).
 
 `clipped_keys_kernel` runs before `token_scan`, to find the first chunk where u leaves the box, and
-after it, from that chunk on, with the clip; it then notes where u was inside. Given
-⟨g, s⟩ and λ at the chunk's end from `token_scan_reverse`, with g = λ where u was inside, a = b ⟨g, s⟩
-and dd = β dw ⊙ k, `clipped_gradients_kernel` walks a chunk back:
+after it, from that chunk on, with the clip; it then notes where u was inside. Given ⟨g, s⟩ and λ
+at the chunk's end from `token_scan_reverse`, with g = λ where u was inside, a = b ⟨g, s⟩ and
+dd = β dw ⊙ k, `clipped_gradients_kernel` walks a chunk back:
 
     dlog γ = γ ⟨g, d⟩           ds = η b x g − η a b d          λ ← dd + γ g − η b a s
     dβ = ⟨dw, d ⊙ k⟩ (+ η x ⟨g, s⟩ − η a ⟨d, s⟩ when beta_aware)      dk += β dw ⊙ d + 2 k ⊙ ds
@@ -89,11 +89,10 @@ def clipped_keys_kernel(
     out = tl.zeros([BK], tl.int32)
     for _ in range(BT // 8):
         # The loads of eight tokens, then their arithmetic.
-        tokens, betas = (), ()
+        tokens = ()  # type: tuple
+        betas = ()  # type: tuple
         for i in tl.static_range(8):
-            tokens += (
-                _load_path(k, x, beta, gamma, i, left, o_k, H, K, HAS_GAMMA, BETA_AWARE),
-            )
+            tokens += (_load_path(k, x, beta, gamma, i, left, o_k, H, K, HAS_GAMMA, BETA_AWARE),)
             betas += (tl.load(beta + i * H, mask=i < left, other=0.0),)
         word = tl.zeros([BK], tl.int32)
         for i in tl.static_range(8):
@@ -126,7 +125,8 @@ def _follow(d, k, x, beta, gamma, left, o_k, eta, d_min, d_max, H: tl.constexpr,
             K: tl.constexpr, SUB: tl.constexpr, HAS_GAMMA: tl.constexpr,
             BETA_AWARE: tl.constexpr):  # fmt: skip
     """d of SUB tokens from the first one's, and d after them."""
-    tokens, path = (), ()
+    tokens = ()  # type: tuple
+    path = ()  # type: tuple
     for i in tl.static_range(SUB):
         tokens += (_load_path(k, x, beta, gamma, i, left, o_k, H, K, HAS_GAMMA, BETA_AWARE),)
     for i in tl.static_range(SUB):
@@ -215,7 +215,7 @@ def clipped_gradients_kernel(
 
     # d at the start of each SUB tokens.
     d = tl.load(starts + chunk * K + o_k, mask=o_k < K, other=0.0)  # [BK]
-    firsts = (d,)
+    firsts = (d,)  # type: tuple
     for i_s in tl.static_range(NS - 1):
         t = i_s * SUB
         path, d = _follow(d, k + t * (H * K), x + t * H, beta + t * H, gamma + t * H, left - t,
@@ -241,7 +241,8 @@ def clipped_gradients_kernel(
             d = tl.where(i == i_s, firsts[NS - 1 - i_s], d)
         path, d = _follow(d, k, x, beta, gamma, left, o_k, eta, d_min, d_max,
                           H, K, SUB, HAS_GAMMA, BETA_AWARE)  # fmt: skip
-        words, tokens = (), ()
+        words = ()  # type: tuple
+        tokens = ()  # type: tuple
         for i_w in tl.static_range(SUB // 8):
             words += (tl.load(inside + i_w * K + o_k, mask=o_k < K, other=0),)
         for j in tl.static_range(SUB):

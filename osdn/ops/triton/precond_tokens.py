@@ -5,8 +5,8 @@
 A sequence and head is walked from its first chunk with a token that leaves the box
 (`precond_clipped` finds it), and not at all where there is none. One warp holds d in registers.
 A token takes as long as its chain of dependent instructions, of which the sum over the features is
-most. So the walk leaves only x and d at chunk starts, from which `precond_clipped` makes the rest in
-parallel, and loads run eight tokens ahead.
+most. So the walk leaves only x and d at chunk starts, from which `precond_clipped` makes the rest
+in parallel, and loads run eight tokens ahead.
 """
 
 import triton
@@ -65,7 +65,7 @@ def load_gamma(gamma, there, HAS_GAMMA: tl.constexpr):
 def _load_round(k, beta, gamma, left, o_k, H: tl.constexpr, K: tl.constexpr, BR: tl.constexpr,
                 HAS_GAMMA: tl.constexpr, BETA_AWARE: tl.constexpr):  # fmt: skip
     """k, b and γ of BR tokens, of which so many are left."""
-    tokens = ()
+    tokens = ()  # type: tuple
     for i in tl.static_range(BR):
         there = i < left
         tokens += (

@@ -24,7 +24,7 @@ from osdn.ops.triton.precond_tokens import ROUND, load_gamma, load_row, unseen_z
 def _load_round(k, dw, beta, gamma, inside, left, o_k, H: tl.constexpr, K: tl.constexpr,
                 BR: tl.constexpr, HAS_GAMMA: tl.constexpr):  # fmt: skip
     """k, dw, β and γ of BR tokens, of which so many are left, and their byte of `inside`."""
-    tokens = ()
+    tokens = ()  # type: tuple
     for i in tl.static_range(BR):
         there = i < left
         tokens += (
@@ -35,7 +35,7 @@ def _load_round(k, dw, beta, gamma, inside, left, o_k, H: tl.constexpr, K: tl.co
                 load_gamma(gamma + i * H, there, HAS_GAMMA),
             ),
         )
-    return tokens, load_row(inside, o_k, 0 < left, K)
+    return tokens, load_row(inside, o_k, left > 0, K)
 
 
 @triton.jit
