@@ -3,9 +3,9 @@
     python benchmarks/compile_kernels.py [--capability 90] [--dtype bfloat16] [--only memory scan]
 
 Needs Triton and no GPU: a stand-in for Triton's driver names the target, each launch compiles and
-stops there, and registers, spills and shared memory are read off the machine code. The interpreter,
-which runs the kernels on a CPU, checks no types; this does, and runs nothing. K = V = 128. Compare
-two commits before a change goes to a GPU.
+stops there, and registers, spills, shared memory and the instructions of the longest loop are read
+off the machine code. The interpreter, which runs the kernels on a CPU, checks no types; this does,
+and runs nothing. K = V = 128. Compare two commits before a change goes to a GPU.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from osdn.ops.triton import chunks, convolution, layer_step, products
 
 FREE = Options(1.0, False, None, None, 0.1)
 BOX = Options(1.0, True, 0.0, 2.0, 0.1)
-Row = tuple[str, str, str, str]
+Row = tuple[str, str, str, str, str]
 
 
 class Absent:
@@ -55,16 +55,29 @@ class Absent:
         return torch.device("cpu")
 
 
-def resources(cubin: bytes) -> tuple[str, str]:
-    """(registers a thread, bytes of stack a thread, which is what was spilt) as cuobjdump says."""
+def disassemble(cubin: bytes, option: str) -> str:
+    """What cuobjdump says of machine code."""
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        words = [cuobjdump, "--dump-resource-usage", file.name]
-        said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        words = [cuobjdump, option, file.name]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+
+def resources(cubin: bytes) -> tuple[str, str]:
+    """(registers a thread, bytes of stack a thread, which is what was spilt)."""
+    said = disassemble(cubin, "--dump-resource-usage")
     registers, stack = (re.search(rf"{word}:(\d+)", said) for word in ("REG", "STACK"))
     return registers[1] if registers else "?", stack[1] if stack else "?"
+
+
+def longest_loop(cubin: bytes) -> str:
+    """The most instructions from a branch's target to the branch that goes back to it."""
+    branch = r"/\*([0-9a-f]{4,})\*/.*\bBRA\b.*?0x([0-9a-f]+)"
+    found = re.findall(branch, disassemble(cubin, "-sass"))
+    spans = [int(at, 16) - int(target, 16) for at, target in found]
+    return str(max([0, *(x // 16 + 1 for x in spans if x > 0)]))
 
 
 def rule(dtype: torch.dtype, options: Options, T: int = 200, **gates: bool) -> None:
@@ -129,7 +142,7 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
 def compile_all(
     capability: int, dtype: torch.dtype, only: list[str]
 ) -> Iterator[tuple[str, list[Row]]]:
-    """(case, [(kernel, registers, bytes of stack, bytes of shared memory)]) of every kind of call.
+    """(case, [(kernel, registers, stack, shared memory, longest loop)]) of every kind of call.
 
     only: parts of kernels' names; the others are left out.
     """
@@ -140,8 +153,8 @@ def compile_all(
         if only and not any(name in self.fn.__name__ for name in only):
             return None
         kernel = original(self, *args, grid=grid, warmup=True, **options)
-        shared = str(kernel.metadata.shared)
-        rows.append((self.fn.__name__, *resources(kernel.asm["cubin"]), shared))
+        cubin, shared = kernel.asm["cubin"], str(kernel.metadata.shared)
+        rows.append((self.fn.__name__, *resources(cubin), shared, longest_loop(cubin)))
         return kernel
 
     JITFunction.run = run
@@ -163,10 +176,10 @@ def main() -> None:
     print(f"Triton {triton.__version__}, sm_{args.capability}")
     for case, rows in compile_all(args.capability, getattr(torch, args.dtype), args.only):
         print(case)
-        for name, registers, spills, shared in rows:
+        for name, registers, spills, shared, loop in rows:
             print(
                 f"  {name:28s} {registers:>4s} registers {spills:>5s} bytes of stack "
-                f"{shared:>7s} shared",
+                f"{shared:>7s} shared {loop:>5s} instructions in a loop",
                 flush=True,
             )
 

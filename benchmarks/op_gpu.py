@@ -26,6 +26,8 @@ from osdn.ops.operands import Operands, Options, Token
 from osdn.ops.triton import (
     chunk_scan,
     chunk_scan_reverse,
+    clipped_gradients,
+    clipped_keys,
     cut,
     gradients,
     memory,
@@ -38,6 +40,7 @@ from osdn.ops.triton import (
 from osdn.ops.triton import chunks as cutting
 from osdn.ops.triton.config import CONFIG
 from osdn.ops.triton.gates import Decay
+from osdn.ops.triton.precond_clipped import inside_like
 from osdn.ops.triton.precond_forward import chunk_inverse
 from osdn.ops.triton.precond_segments import transfers
 from osdn.ops.triton.step import decode
@@ -57,6 +60,9 @@ GRIDS = {
     "scan": grid(num_warps=[2, 4, 8], STAGES=[2, 3, 4]),
     "transfer": grid(num_warps=[4, 8], num_stages=[1, 2], BV=[64, 128]),
     "token_scan": grid(num_warps=[1]),
+    "token_scan_reverse": grid(num_warps=[1]),
+    "clipped_keys": grid(num_warps=[1, 2], maxnreg=[64, 128]),
+    "clipped_gradients": grid(num_warps=[1, 2], SUB=[8, 16], maxnreg=[128, 168, 255]),
     "write_keys": grid(num_warps=[1, 2, 4], BK=[16, 32], maxnreg=[128, 168, 255]),
     "memory": grid(num_warps=[4, 8], num_stages=[1, 2], BV=[64, 128]),
     "memory_reverse": grid(num_warps=[4, 8], num_stages=[1, 2], BV=[64, 128]),
@@ -81,13 +87,13 @@ def stages(B, T, H, decays):
     gamma = logsigmoid(torch.randn(B, T, H, device="cuda") + 6.9)
     alpha = logsigmoid(torch.randn(B, T, H, device="cuda") + 3.0) if decays else None
     saved = saved_like(Operands(q, k, v, beta, gamma, alpha, S0, d0, None), OPTIONS, True)
-    x, starts, w, A, clipped, *pair, e, kept, reads = saved[:10]
+    x, starts, w, A, clipped, _, *pair, e, kept, reads = saved[:11]
     pair, kept = Decay(*pair), (e, kept, reads)
     decay = pair if decays else None
     gates = (k, beta, gamma)
     _, solve, M = chunk_scan(*gates, d0, x, starts, chunks, OPTIONS)
-    write = (*gates, alpha, x, starts, w, A, pair, clipped, chunks, OPTIONS)
-    write_keys(*write, repair=False)
+    write = (*gates, alpha, x, starts, w, A, pair, chunks, OPTIONS)
+    write_keys(*write)
     *_, maps = memory(q, k, w, v, A, decay, S0, *kept, chunks, OPTIONS)
     back = (q, k, w, A, decay, e, do, S0, maps, reads, chunks, OPTIONS)
     dv, dw, _, parts = memory_reverse(*back)
@@ -105,22 +111,40 @@ def stages(B, T, H, decays):
         return (solved(chunk_inverse(*gates, chunks, OPTIONS)[0]),)
 
     def keys():
-        write_keys(*write, repair=False)
+        write_keys(*write)
         return w, solved(A)
 
     def scan():
         return (chunk_scan(*gates, d0, x, starts, chunks, OPTIONS)[0], x, starts)
 
+    # The box: every token, as where it clips in each sequence's first chunk, one kernel after the
+    # other, each on what those before it left.
+    boxed = (k, beta, gamma.exp())
+    first = torch.arange(B, device="cuda", dtype=torch.int32) * (chunks.bound // B)
+    first = first[:, None].expand(B, H).contiguous()
+    x2, starts2, w2, final, lam = (t.clone() for t in (x, starts, w, d0, starts))
+    inside, gs = inside_like(k, chunks.bound, True), torch.empty_like(x)
+
     def tokens():
-        """Every token, as where the box clips in each sequence's first chunk."""
-        w2, x2, starts2, part, final = (t.clone() for t in (w, x, starts, dk, d0))
-        first = torch.arange(B, device="cuda", dtype=torch.int32) * (chunks.bound // B)
-        first = first[:, None].expand(B, H).contiguous()
-        token_scan(*gates, w2, x2, starts2, final, first, chunks, BOX)
-        gradient = token_scan_reverse(
-            *gates, x2, starts2, dw, d0, part, dbeta, dgamma, first, chunks, BOX
-        )
-        return w2, x2, final, gradient, part, dbeta
+        token_scan(*boxed, x2, starts2, final, first, chunks, BOX)
+        return x2, starts2, final
+
+    def tokens_reverse():
+        given = (dw, inside, d0, gs, lam, first, chunks, BOX)
+        return token_scan_reverse(*boxed, *given), gs, lam
+
+    def box_keys():
+        clipped_keys(*boxed, x2, starts2, w2, inside, first, chunks, BOX, found=True)
+        return (w2,)
+
+    def box_gradients():
+        part = dk.clone()
+        found = (part, dbeta, dgamma)
+        clipped_gradients(*boxed, x2, starts2, inside, dw, gs, lam, *found, first, chunks, BOX)
+        return found
+
+    for call in (tokens, box_keys, tokens_reverse):
+        call()
 
     def reverse():
         part = dk.clone()
@@ -140,6 +164,9 @@ def stages(B, T, H, decays):
         "scan": scan,
         "transfer": lambda: (transfers(*gates, solve, None, chunks, OPTIONS),),
         "token_scan": tokens,
+        "token_scan_reverse": tokens_reverse,
+        "clipped_keys": box_keys,
+        "clipped_gradients": box_gradients,
         "write_keys": keys,
         "memory": lambda: memory(q, k, w, v, A, decay, S0, *kept, chunks, OPTIONS)[:2],
         "memory_reverse": lambda: memory_reverse(*back)[:3],
@@ -159,8 +186,7 @@ def milliseconds(call, stage, calls=5):
         for _ in range(calls):
             call()
         torch.cuda.synchronize()
-    more = {"token_scan": "token_scan_reverse_kernel", "gradients": "dlog_alpha_kernel"}
-    names = {f"{stage}_kernel", more.get(stage)}
+    names = {f"{stage}_kernel", "dlog_alpha_kernel" if stage == "gradients" else None}
     return sum(x.device_time_total for x in profile.key_averages() if x.key in names) / calls / 1e3
 
 
@@ -196,8 +222,9 @@ def compile_one(job):
             beta, S, d = (torch.empty(*n, **options) for n in ((1, T, H), (1, H, K, K), (1, H, K)))
             alpha = beta if decays else None
             given = Operands(q, k, v, beta, beta, alpha, S, d, None)
-            *_, saved = kernels.forward(given, OPTIONS, True)
-            kernels.backward(v, S, d, given, saved, OPTIONS)
+            for rule in (OPTIONS, BOX):
+                *_, saved = kernels.forward(given, rule, True)
+                kernels.backward(v, S, d, given, saved, rule)
         row = (x[:, 0].contiguous() for x in (q, k, v, beta, beta))
         kernels.step(Token(*row, None, S, d, None, None), OPTIONS)
     except Exception as problem:  # too much shared memory, say

@@ -1,10 +1,10 @@
 """The online scaled delta rule on a GPU, in Triton: the backend "triton" of osdn.ops.interface.
 
 Phase 1 makes the preconditioner's path from the keys alone: in chunks (`precond_forward`,
-`precond_backward`), and token by token from where a box clips it (`precond_tokens`). `write_keys`
-turns it into the operands of phase 2, which walks the memory (`memory_forward`, `memory_backward`,
-`memory_gradients`). `decode` is one token. docs/explanation/kernels.md says what each kernel reads,
-writes and costs.
+`precond_backward`), and token by token from where a box clips it (`precond_tokens`,
+`precond_clipped`). `write_keys` turns it into the operands of phase 2, which walks the memory
+(`memory_forward`, `memory_backward`, `memory_gradients`). `decode` is one token.
+docs/explanation/kernels.md says what each kernel reads, writes and costs.
 """
 
 import torch
@@ -17,6 +17,7 @@ from osdn.ops.triton.memory_backward import memory_reverse
 from osdn.ops.triton.memory_forward import memory, transitions_like
 from osdn.ops.triton.memory_gradients import gradients
 from osdn.ops.triton.precond_backward import chunk_scan_reverse
+from osdn.ops.triton.precond_clipped import clipped_gradients, clipped_keys, inside_like
 from osdn.ops.triton.precond_forward import chunk_scan, inverse_like
 from osdn.ops.triton.precond_segments import transfers_like
 from osdn.ops.triton.precond_tokens import token_scan
@@ -34,7 +35,7 @@ def forward(
     with on_device(q):
         chunks = cut(q.shape[0], q.shape[1], cu_seqlens)
         # x: phase 1's solution; starts: d at chunk starts; w [B, T, H, K]; A: phase 2's solve.
-        x, starts, w, A, clipped, *pair = _intermediates(operands)
+        x, starts, w, A, clipped, inside, *pair = _intermediates(operands, options)
         memory_decay = Decay(*pair)
         e, kept, reads = _residuals(operands) if save else (None, None, None)
         gates = (k, beta, log_gamma)
@@ -48,18 +49,23 @@ def forward(
             inverse, M = _solve_like(k, cu_seqlens, constant=True)
         else:
             precond, inverse, M = chunk_scan(*gates, initial_precond, x, starts, chunks, options)
-        made = (*gates, log_alpha, x, starts, w, A, memory_decay, clipped, chunks, options)
-        write_keys(*made, repair=False)
-        if options.precond_min is not None:  # both return at once where no token left the box
-            token_scan(*gates, w, x, starts, precond, clipped, chunks, options)
-            write_keys(*made, repair=True)
+        if options.precond_min is not None:
+            # With a box w is made first: as if it clipped nothing, and again from where it does,
+            # if anywhere; where not, both kernels return at once.
+            boxed_gates = (k, beta, None if log_gamma is None else log_gamma.exp())
+            path = (*boxed_gates, x, starts, w, inside, clipped, chunks, options)
+            clipped_keys(*path, found=False)
+            token_scan(*boxed_gates, x, starts, precond, clipped, chunks, options)
+            clipped_keys(*path, found=True)
+        write_keys(k, beta, log_gamma, log_alpha, x, starts, w, A, memory_decay, chunks, options)
         given = None if log_alpha is None else memory_decay
         o, state, transitions = memory(
             q, k, w, v, A, given, initial_state, e, kept, reads, chunks, options
         )
     if e is None or kept is None or reads is None:
         return o, state, precond, []
-    saved = [x, starts, w, A, clipped, *memory_decay, e, kept, reads, inverse, M, transitions]
+    saved = [x, starts, w, A, clipped, inside, *memory_decay, e, kept, reads]
+    saved += [inverse, M, transitions]
     return o, state, precond, saved
 
 
@@ -68,7 +74,7 @@ def saved_like(operands: Operands, options: Options, save: bool) -> list[Tensor]
     if not save:
         return []
     q, k, v, _, log_gamma, *_, cu_seqlens = operands
-    made = _intermediates(operands)
+    made = _intermediates(operands, options)
     solve = _solve_like(k, cu_seqlens, options.constant_precond(log_gamma is not None))
     return [*made, *_residuals(operands), *solve, transitions_like(q, v, cu_seqlens)]
 
@@ -92,20 +98,22 @@ def _solve_like(k: Tensor, cu_seqlens: Tensor | None, constant: bool) -> tuple[T
     return inverse_like(k), transfers_like(k, cu_seqlens)
 
 
-def _intermediates(operands: Operands) -> list[Tensor]:
+def _intermediates(operands: Operands, options: Options) -> list[Tensor]:
     """Empty x [B, T, H], d [chunks, H, K], w [B, T, H, K], A [B, T, H, CHUNK],
     clipped [N, H] int32: with a box, the number of the first chunk where d left it, or the bound;
-    the two tensors of `Decay`, of no size without log_alpha.
+    `inside_like`; the two tensors of `Decay`, of no size without log_alpha.
     """
     k, beta, precond, cu_seqlens = operands.k, operands.beta, operands.initial_precond, operands[-1]
     B, T, H, K = k.shape
     decaying = 0 if operands.log_alpha is None else T
+    bound = chunk_bound(B, T, cu_seqlens)
     return [
         beta.new_empty(beta.shape),
-        beta.new_empty(chunk_bound(B, T, cu_seqlens), H, K),
+        beta.new_empty(bound, H, K),
         k.new_empty(k.shape),
         k.new_empty(B, T, H, CHUNK),
         precond.new_empty(precond.shape[:2], dtype=torch.int32),
+        inside_like(k, bound, options.precond_min is not None),
         k.new_empty(B, decaying, H, CHUNK),
         beta.new_empty(B, decaying, H, 2),
     ]
@@ -121,7 +129,7 @@ def backward(
 ) -> list[Tensor]:
     """The gradients of operands.differentiable(), in its order."""
     q, k, _, beta, log_gamma, log_alpha, _, _, cu_seqlens = operands
-    x, starts, w, A, clipped, *pair, e, kept, reads, inverse, M, transitions = saved
+    x, starts, w, A, clipped, inside, *pair, e, kept, reads, inverse, M, transitions = saved
     decay = None if log_alpha is None else Decay(*pair)
     q, k, do = q.contiguous(), k.contiguous(), do.contiguous()
     dfinal_state, dfinal_precond = dfinal_state.contiguous(), dfinal_precond.contiguous()
@@ -140,9 +148,13 @@ def backward(
         dlog_gamma = None if log_gamma is None else torch.empty_like(beta)
         found = (dk, dbeta, dlog_gamma)
         if options.precond_min is not None:
+            gs, ends = torch.empty_like(beta), torch.empty_like(starts)
+            boxed_gates = (k, beta, None if log_gamma is None else log_gamma.exp())
             dfinal_precond = token_scan_reverse(
-                *gates, x, starts, dw, dfinal_precond, *found, clipped, chunks, options
+                *boxed_gates, dw, inside, dfinal_precond, gs, ends, clipped, chunks, options
             )
+            path = (*boxed_gates, x, starts, inside)
+            clipped_gradients(*path, dw, gs, ends, *found, clipped, chunks, options)
         dprecond = chunk_scan_reverse(
             *gates, x, starts, inverse, M, dw, dfinal_precond, *found, clipped, chunks, options
         )

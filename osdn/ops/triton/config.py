@@ -18,6 +18,9 @@ CONFIG: dict[str, dict[str, Any]] = {
     "scan": {"num_warps": 4, "STAGES": 4},
     "transfer": {"num_warps": 4, "num_stages": 1, "BV": 64},
     "token_scan": {"num_warps": 1},
+    "token_scan_reverse": {"num_warps": 1},
+    "clipped_keys": {"num_warps": 1},
+    "clipped_gradients": {"num_warps": 1, "SUB": 8},
     "write_keys": {"num_warps": 1, "BK": 32},
     "memory": {"num_warps": 8, "num_stages": 2, "BV": 128},
     "memory_reverse": {"num_warps": 8, "num_stages": 2, "BV": 128},
@@ -34,6 +37,8 @@ WIDE: dict[str, dict[str, Any]] = {  # K or V > 128
     "memory": {"num_warps": 8, "num_stages": 1, "BV": 64},
     "memory_reverse": {"num_warps": 8, "num_stages": 1, "BV": 64},
     "gradients": {"num_warps": 8, "num_stages": 1, "BK": 64, "BV": 64},
+    "token_scan_reverse": {"num_warps": 2},
+    "clipped_gradients": {"num_warps": 2, "SUB": 8},
     "scan_reverse": {"num_warps": 8, "STAGES": 2},
     "step": {"num_warps": 4, "BV": 64},
 }
@@ -49,6 +54,8 @@ FLOAT32: dict[str, dict[str, Any]] = {
     "precond_gradients": {"num_warps": 8, "BK": 32},
 }
 WIDE_FLOAT32: dict[str, dict[str, Any]] = {  # both
+    "token_scan_reverse": {"num_warps": 2},
+    "clipped_gradients": {"num_warps": 2, "SUB": 8},
     "gradients": {"num_warps": 8, "num_stages": 1, "BK": 16, "BV": 64},
 }
 # Shared memory a block, in bytes. `memory_reverse` takes 224 KiB with two stages, as an H100 has,

@@ -11,8 +11,7 @@ One program makes a chunk and head's w and A, in two halves of 32 rows. d within
 comes from its start and x, which phase 1 left: with z_j = η b_j x_j s_j and c the d at a
 half's start, d_t = exp(pre_t) c + Σ_{j<t} exp(pre_t − post_j) z_j. The solve is in float32.
 
-With a box the path is first made as if there were none, which is right up to the first token that
-leaves it; the first chunk with one is marked, and made again from what the token scan put right.
+With a box w is there already (`precond_clipped`), and only the solve is made here.
 """
 
 import torch
@@ -26,7 +25,6 @@ from osdn.ops.triton.chunks import (
     Chunks,
     load_tile,
     locate_chunk,
-    sequence_of,
     store_tile,
 )
 from osdn.ops.triton.config import launch, precision
@@ -59,13 +57,10 @@ def _load_rule(beta, log_gamma, x, o_t, left, eta, H: tl.constexpr,
 
 
 @triton.jit
-def _write_key(p_k, p_w, o_t, left, o_k, c, out, box, gates, K: tl.constexpr, H: tl.constexpr,
+def _write_key(p_k, p_w, o_t, left, o_k, c, gates, K: tl.constexpr, H: tl.constexpr,
                HAS_GAMMA: tl.constexpr, PATH: tl.constexpr, STORED: tl.constexpr,
-               BOXED: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
-    """k and w of 32 rows, w written unless it is STORED, and d after them, from c before them.
-
-    out becomes 1 where a d after one of these rows is outside the box (or NaN).
-    """
+               PREC: tl.constexpr):  # fmt: skip
+    """k and w of 32 rows, w written unless it is STORED, and d after them, from c before them."""
     b_beta, b_y, pre, post, end = gates
     k = load_tile(p_k, o_t, left, H * K, o_k, K)  # [32, BK]
     if STORED:
@@ -85,14 +80,9 @@ def _write_key(p_k, p_w, o_t, left, o_k, c, out, box, gates, K: tl.constexpr, H:
                 W = tl.where(lower, 1.0, 0.0)
                 c += tl.sum(z, 0)  # [32, BK] over the tokens
             d += mul(W, z, PREC)  # [32, 32] [32, BK]
-            if BOXED:
-                d_min, d_max = box
-                inside = (d >= d_min) & (d <= d_max) | (o_s[:, None] == 0)
-                inside = inside & ((c >= d_min) & (c <= d_max))[None, :] | (o_k[None, :] >= K)
-                out = tl.where(inside, out, 1)
         w = (b_beta[:, None] * d * kf).to(k.dtype)
         store_tile(p_w, w, o_t, left, H * K, o_k, K)
-    return k, w, c, out
+    return k, w, c
 
 
 @triton.jit
@@ -104,29 +94,23 @@ def _lower(D):
 
 @triton.jit(do_not_specialize=["T"])
 def write_keys_kernel(
-    k, beta, log_gamma, log_alpha, x, starts, w, A, between, ends, scratch, clipped,
-    cu_seqlens, indices, eta, d_min, d_max, T,
+    k, beta, log_gamma, log_alpha, x, starts, w, A, between, ends, scratch,
+    cu_seqlens, indices, eta, T,
     H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     HAS_GAMMA: tl.constexpr, HAS_ALPHA: tl.constexpr, BETA_AWARE: tl.constexpr,
-    IS_VARLEN: tl.constexpr, PATH: tl.constexpr, STORED: tl.constexpr, BOXED: tl.constexpr,
+    IS_VARLEN: tl.constexpr, PATH: tl.constexpr, STORED: tl.constexpr,
     PREC: tl.constexpr, SOLVE: tl.constexpr,
 ):  # fmt: skip
     """w [B, T, H, K], A [B, T, H, BT], in k's dtype; HAS_ALPHA: between and ends of `Decay`.
     Grid: chunks · H.
 
-    starts [chunks, H, K]: d at each chunk's start; PATH: d moves within it. BOXED: lowers
-    clipped [N, H] to the number of the first chunk where it leaves the box; STORED: w is there,
-    and only chunks from clipped[n, h] on are made.
+    starts [chunks, H, K]: d at each chunk's start; PATH: d moves within it. STORED: w is there.
     """
     i_h = tl.program_id(0) % H
     i_c = tl.program_id(0) // H
     begin, left = locate_chunk(i_c, cu_seqlens, indices, T, BT, IS_VARLEN)
     if left <= 0:
         return
-    if BOXED:
-        clipped += sequence_of(i_c, indices, T, BT, IS_VARLEN) * H + i_h
-        if STORED and i_c < tl.load(clipped):
-            return
     o_0 = tl.arange(0, 32)
     o_1 = o_0 + 32
     row = begin * H + i_h
@@ -142,21 +126,17 @@ def write_keys_kernel(
     # k wᵀ, its three blocks on and below the diagonal, a block of features at a time.
     L00 = tl.zeros([32, 32], tl.float32)
     L10, L11 = L00, L00
-    out = tl.zeros([32, BK], tl.int32)
-    box = (d_min, d_max)
     for i_k in range(tl.cdiv(K, BK)):
         o_k = i_k * BK + tl.arange(0, BK)
         c = tl.load(starts + o_k, mask=o_k < K, other=0.0)  # [BK]
-        k0, w0, c, out = _write_key(k, w, o_0, left, o_k, c, out, box, g0, K, H,
-                                      HAS_GAMMA, PATH, STORED, BOXED, PREC)  # fmt: skip
-        k1, w1, c, out = _write_key(k, w, o_1, left, o_k, c, out, box, g1, K, H,
-                                      HAS_GAMMA, PATH, STORED, BOXED, PREC)  # fmt: skip
+        k0, w0, c = _write_key(k, w, o_0, left, o_k, c, g0, K, H,
+                                HAS_GAMMA, PATH, STORED, PREC)  # fmt: skip
+        k1, w1, c = _write_key(k, w, o_1, left, o_k, c, g1, K, H,
+                                HAS_GAMMA, PATH, STORED, PREC)  # fmt: skip
         L00 += mul(k0, tl.trans(w0), PREC)  # k wᵀ: [32, BK] [BK, 32], as the next two
         L10 += mul(k1, tl.trans(w0), PREC)
         L11 += mul(k1, tl.trans(w1), PREC)
 
-    if BOXED and not STORED:
-        tl.atomic_min(clipped, i_c, mask=tl.max(tl.max(out, 1), 0) > 0)
     if HAS_ALPHA:
         # The decay within the chunk: written for phase 2, and k wᵀ times it.
         log_alpha += row
@@ -185,28 +165,19 @@ def write_keys(
     w: Tensor,
     A: Tensor,
     memory_decay: Decay,
-    clipped: Tensor,
     chunks: Chunks,
     rule: Options,
-    *,
-    repair: bool,
 ) -> None:
-    """Fill w and A, with log_alpha memory_decay, and with a box clipped.
-
-    With repair, only A, from chunk `clipped` on.
-    """
+    """Fill A, with log_alpha memory_decay, and w, which with a box is given."""
     T, H, K = k.shape[1:]
-    boxed = rule.precond_min is not None
-    if boxed and not repair:
-        clipped.fill_(chunks.bound)
     write_keys_kernel[(chunks.bound * H,)](
         k, beta, beta if log_gamma is None else log_gamma,
         beta if log_alpha is None else log_alpha, x, starts, w, A, *memory_decay,
-        A.new_empty(chunks.bound * H * SCRATCH, dtype=torch.float32), clipped,
-        chunks.cu_seqlens, chunks.indices, rule.eta,
-        rule.precond_min if boxed else 0.0, rule.precond_max if boxed else 0.0, T,
+        A.new_empty(chunks.bound * H * SCRATCH, dtype=torch.float32),
+        chunks.cu_seqlens, chunks.indices, rule.eta, T,
         H=H, K=K, BT=CHUNK, HAS_GAMMA=log_gamma is not None, HAS_ALPHA=log_alpha is not None,
         BETA_AWARE=rule.beta_aware, IS_VARLEN=chunks.indices is not None,
-        PATH=not rule.constant_precond(log_gamma is not None), STORED=repair, BOXED=boxed,
+        PATH=not rule.constant_precond(log_gamma is not None),
+        STORED=rule.precond_min is not None,
         PREC=precision(k), SOLVE="tf32x3", **launch("write_keys", k, K),
     )  # fmt: skip
