@@ -28,8 +28,8 @@ from osdn.ops.triton.chunks import ceil_div, on_device, power_of_two
 
 # Numbers of a tile, tokens of a run, warps of a program, tokens under way at once; measured on an
 # H200 (docs/log/2026-11-29-gpu.md). The backward makes du of W−1 more tokens than a run has.
-FORWARD = {"elements": 512, "length": 32, "warps": 2, "stages": 2}
-BACKWARD = {"elements": 512, "length": 128, "warps": 4, "stages": 2}
+FORWARD = {"elements": 512, "length": 64, "warps": 2, "stages": 3}
+BACKWARD = {"elements": 512, "length": 128, "warps": 2, "stages": 2}
 ROUND = 4  # tokens of a run that are loaded together; Triton pipelines no values older than a round
 
 
@@ -52,12 +52,16 @@ def _row(p, o_t, o_d, T, D_END, stride):
 
 
 @triton.jit
-def _age(ages, o_t, T, PACKED: tl.constexpr):
-    """[RUNS] of these tokens, or what is not used."""
-    age = o_t
-    if PACKED:
-        age = tl.load(ages + o_t, mask=(o_t >= 0) & (o_t < T), other=0)
-    return age
+def _round_of_ages(ages, o_t, step: tl.constexpr, T, PACKED: tl.constexpr, ROUND: tl.constexpr):
+    """Ages [RUNS] of ROUND tokens of each run, the first at o_t; what is not used if not PACKED."""
+    found = ()
+    for r in tl.static_range(ROUND):
+        t = o_t + r * step
+        if PACKED:
+            found = found + (tl.load(ages + t, mask=(t >= 0) & (t < T), other=0),)
+        else:
+            found = found + (t,)
+    return found
 
 
 @triton.jit
@@ -94,12 +98,12 @@ def convolution_kernel(
     before = ()  # x_{t−1}, x_{t−2} … x_{t−W+1}
     for j in tl.static_range(1, W):
         before = before + (_row(x, o_t - j, o_d, T, D_END, stride),)
+    coming = _round_of_ages(ages, o_t, 1, T, PACKED, ROUND)
     for i in tl.range(tl.cdiv(min(LENGTH, T - first), ROUND), num_stages=STAGES):
-        rows, marks = (), ()
+        marks, rows = coming, ()
+        coming = _round_of_ages(ages, o_t + (i + 1) * ROUND, 1, T, PACKED, ROUND)
         for r in tl.static_range(ROUND):
-            t = o_t + i * ROUND + r
-            rows = rows + (_row(x, t, o_d, T, D_END, stride),)
-            marks = marks + (_age(ages, t, T, PACKED),)
+            rows = rows + (_row(x, o_t + i * ROUND + r, o_d, T, D_END, stride),)
         for r in tl.static_range(ROUND):
             t = o_t + i * ROUND + r
             window = (rows[r],) + before
@@ -140,13 +144,14 @@ def convolution_backward_kernel(
         if j < W - 1:
             window = window + (_row(x, last - j, o_d, T, D_END, x_stride),)
             sums = sums + (tl.zeros([RUNS, BD], tl.float32),)
+    coming = _round_of_ages(ages, last, -1, T, PACKED, ROUND)
     for i in tl.range(tl.cdiv(steps, ROUND), num_stages=STAGES):
-        rows, dys, marks = (), (), ()
+        marks, rows, dys = coming, (), ()
+        coming = _round_of_ages(ages, last - (i + 1) * ROUND, -1, T, PACKED, ROUND)
         for r in tl.static_range(ROUND):
             t = last - i * ROUND - r
             rows = rows + (_row(x, t - W + 1, o_d, T, D_END, x_stride),)
             dys = dys + (_row(dy, t, o_d, T, D_END, D),)
-            marks = marks + (_age(ages, t, T, PACKED),)
         for r in tl.static_range(ROUND):
             t, left = last - i * ROUND - r, steps - i * ROUND - r
             mine = (left <= LENGTH) & (left > 0)  # neither of the run behind nor before this one
