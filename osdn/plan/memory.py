@@ -72,23 +72,33 @@ def heads(config: OSDNConfig) -> tuple[int, int, int]:
     return H, K, K if config.head_v_dim is None else config.head_v_dim
 
 
+def decays(config: OSDNConfig, name: str) -> bool:
+    """Whether the memory of such a layer decays."""
+    return name == "gated_delta_net" or (name == "osdn" and config.state_decay == "data")
+
+
 def joint_columns(config: OSDNConfig, name: str) -> int:
     """Columns of the product that makes q, k, v and the gates of such a layer in training."""
     H, K, V = heads(config)
-    gates = 1 + (name == "osdn" and config.forgetting == "data")
-    gates += name == "gated_delta_net" or (name == "osdn" and config.state_decay == "data")
+    gates = 1 + (name == "osdn" and config.forgetting == "data") + decays(config, name)
     return -(-H * (2 * K + V + gates) // ALIGNED) * ALIGNED
 
 
 def kernel_bytes(config: OSDNConfig, name: str, c: int) -> float:
-    """What an osdn or delta_net layer's kernels keep for the backward, for one token.
+    """What the kernels of a layer that is not attention keep for the backward, for one token.
 
-    x and d at chunk starts in float32; w and A; e; the memory at the start of every span; and,
-    where d moves, the inverse of phase 1 (saved_like of osdn/ops/triton, long rows).
+    x and d at chunk starts in float32; w and A; e; the memory at the start of every span. Where d
+    moves: the inverse of phase 1, and with a box a bit for each number of d. With a decay: that
+    between the tokens of a chunk, the reads with it, and two float32 numbers (saved_like of
+    osdn/ops/triton, long rows).
     """
     H, K, V = heads(config)
-    operands = 4 + 4 * K / CHUNK + c * K + c * CHUNK + c * V + c * K * V / (CHUNK * SPAN)
-    return H * (operands + (c * CHUNK if name == "osdn" else 0))
+    kept = 4 + 4 * K / CHUNK + c * K + c * CHUNK + c * V + c * K * V / (CHUNK * SPAN)
+    if name == "osdn":
+        kept += c * CHUNK + (K / 8 if config.precond_min is not None else 0)
+    if decays(config, name):
+        kept += 2 * c * CHUNK + 8
+    return H * kept
 
 
 def kept_by_block(config: OSDNConfig, name: str, train: Train, *, r: int, c: int) -> float:

@@ -1,5 +1,6 @@
 """The Triton kernels on what is rare: hard resets, NaN, strided and unversioned index tensors."""
 
+import os
 from math import inf
 
 import pytest
@@ -9,7 +10,8 @@ pytest.importorskip("triton", reason="Triton cannot be installed here")
 
 from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step, packing
 from osdn.ops.triton import chunks
-from osdn.ops.triton.chunks import cut
+from osdn.ops.triton.chunks import CHUNK, cut, tile
+from osdn.ops.triton.memory_gradients import gradients_kernel
 from tests.numerics import assert_close, make_inputs
 from tests.ops.running import BOX, detached, everything, outputs
 from tests.ops.running_triton import DEVICE, check, on_device, poisoned_memory  # noqa: F401
@@ -204,3 +206,25 @@ def test_no_decay_changes_nothing():
     else:  # one sum is added up in another order
         for name, y in want.items():
             assert_close(got[name], y, 1e-6, name)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="4 GiB are cheap only where they are never touched")
+def test_offsets_of_more_than_2_31_numbers(tmp_path):
+    """The second of the two triangles lies B T H 64 numbers behind the first."""
+    K, rows = 16, 2**25
+    path = tmp_path / "sparse"
+    path.touch()
+    # A file without blocks, as long before the tensor as behind it: a negative offset reads zeros.
+    os.truncate(path, 2 * (2**32 + CHUNK))
+    whole = torch.from_file(str(path), shared=True, size=2**32 + CHUNK, dtype=torch.float16)
+    read_by = whole[2**31 :]
+    read_by[rows * CHUNK] = 1
+    zeros, w = torch.zeros(K, dtype=torch.float16), torch.arange(K, dtype=torch.float16)
+    kept, ends, sums = torch.zeros(K, K, dtype=torch.float16), torch.ones(2), torch.zeros(2)
+    dq, dk = torch.empty_like(w), torch.empty_like(w)
+    gradients_kernel[(1,)](
+        zeros, zeros, w, ends, zeros, zeros, zeros, kept, read_by, kept, dq, dk, sums, sums[1:],
+        None, None, 1.0, 1.0, 1, rows, H=1, K=K, V=K, BT=CHUNK, BK=tile(K), BV=tile(K), SPAN=1,
+        IS_VARLEN=False, HAS_ALPHA=True, PREC="tf32",
+    )  # fmt: skip
+    assert torch.equal(dk, w) and not dq.any()

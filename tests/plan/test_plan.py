@@ -48,18 +48,30 @@ def test_states_are_the_bytes_of_a_real_model(name):
     assert found.optimizer == sum(x.nbytes for x in moments)
 
 
-@pytest.mark.parametrize("mixer", ["osdn", "delta_net"])
+@pytest.mark.parametrize(
+    "mixer, fields",
+    [
+        ("osdn", {}),
+        ("osdn", {"state_decay": "data"}),
+        ("osdn", {"precond_min": 0.5, "precond_max": 2.0}),
+        ("delta_net", {"precond_min": 0.5, "precond_max": 2.0}),  # which has no d to keep in it
+        ("gated_delta_net", {}),
+    ],
+)
 @pytest.mark.parametrize("sizes", [(8, 128, 128), (4, 64, 96)])
-def test_kernels_keep_what_their_saved_like_says(mixer, sizes):
+def test_kernels_keep_what_their_saved_like_says(mixer, fields, sizes):
     triton = pytest.importorskip("osdn.ops.triton")
     H, K, V = sizes
     B, T = 64, 4096  # so many that no walk is cut into segments
-    config = OSDNConfig(num_heads=H, head_dim=K, head_v_dim=V)
+    config = OSDNConfig(num_heads=H, head_dim=K, head_v_dim=V, **fields)
     with torch.device("meta"):
         q, k, v = (torch.empty(B, T, H, n, dtype=torch.bfloat16) for n in (K, K, V))
         beta, state, precond = torch.empty(B, T, H), torch.empty(B, H, K, V), torch.empty(B, H, K)
-    operands = Operands(q, k, v, beta, None, None, state, precond, None)
-    options = Options(1.0 if mixer == "osdn" else 0.0, False, None, None, 1.0)
+    decays = mixer == "gated_delta_net" or config.state_decay == "data"
+    moves = mixer == "osdn"
+    box = (config.precond_min, config.precond_max) if moves else (None, None)
+    operands = Operands(q, k, v, beta, None, beta if decays else None, state, precond, None)
+    options = Options(1.0 if moves else 0.0, False, *box, 1.0)
     saved = triton.saved_like(operands, options, True)
     measured = sum(x.nbytes for x in saved) / (B * T)
     assert kernel_bytes(config, mixer, 2) == pytest.approx(measured, rel=0.01)

@@ -1,10 +1,10 @@
 """How the kernels read β, γ and α; pre and post are `precond_forward`'s.
 
 Within a chunk every decay of d is exp(pre_t − post_j), and of the memory exp(post_t − post_j) with
-α in place of γ. A difference of rounded sums is as wrong as
-the sums are large: a hard reset, log γ = −1e4 or −inf, would spoil what came long after it. So a
-sum is kept as (n, f): each log γ is an integer, whose sums and differences are exact, and a rest
-of at most a half. Gates of γ > 0.6 have n = 0.
+α in place of γ. A difference of rounded sums is as wrong as the sums are large: a hard reset,
+log γ = −1e4 or −inf, would spoil what came long after it. So a sum is kept as (n, f): each log γ is
+an integer, whose sums and differences are exact, and a rest of at most a half. Gates of γ > 0.6
+have n = 0.
 """
 
 from typing import NamedTuple

@@ -121,8 +121,8 @@ def gradients_kernel(
             b_dq *= scale
             store_tile(dq, b_dq, o_t, rest, H * K, o_k, K)
             b_moved = tl.sum(load_tile(q, o_t, rest, H * K, o_k, K) * b_dq, 1)  # [BT, BK] over K
-            b_dk = _read_decayed(dv, S, read_by + rows * H * BT, b_w, b_start / -unit, o_t, rest,
-                                 H, V, BT, BV, PREC)  # fmt: skip
+            p_U = read_by + rows.to(tl.int64) * (H * BT)
+            b_dk = _read_decayed(dv, S, p_U, b_w, b_start / -unit, o_t, rest, H, V, BT, BV, PREC)
             b_dk *= unit
             store_tile(dk, b_dk, o_t, rest, H * K, o_k, K)
             b_moved += tl.sum(load_tile(k, o_t, rest, H * K, o_k, K) * b_dk, 1)  # [BT, BK] over K
@@ -170,9 +170,8 @@ def dlog_alpha_kernel(
     """dlog_alpha [B, T, H]. Grid: spans · H. SIZE: tokens of a span; NK: blocks of K.
 
     Of the memory S̃_t that token t finds, dlog α_t = ⟨S̃_t, dS̃_t⟩, and from one token to the next it
-    loses m_t = ⟨q, dq⟩ + ⟨k, dk⟩ − ⟨w, dw⟩. It is known where the span
-    starts (found), and is 0 where α_t is: what is summed on from there has not met the rounding of
-    what came before.
+    loses m_t = ⟨q, dq⟩ + ⟨k, dk⟩ − ⟨w, dw⟩. It is known where the span starts (found), and is 0 where
+    α_t is 0. The sum starts again from there, so that no earlier rounding reaches later tokens.
     """
     i_h = tl.program_id(0) % H
     i_s = tl.program_id(0) // H
