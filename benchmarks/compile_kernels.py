@@ -13,10 +13,10 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -33,7 +33,14 @@ from osdn.ops.triton import chunks, convolution, layer_step, products
 
 FREE = Options(1.0, False, None, None, 0.1)
 BOX = Options(1.0, True, 0.0, 2.0, 0.1)
-Row = tuple[str, str, str, str, str]
+
+
+class Kernel(NamedTuple):
+    """A kernel as compiled, and the bytes of shared memory that it takes."""
+
+    name: str
+    cubin: bytes
+    shared: int
 
 
 class Absent:
@@ -72,12 +79,12 @@ def resources(cubin: bytes) -> tuple[str, str]:
     return registers[1] if registers else "?", stack[1] if stack else "?"
 
 
-def longest_loop(cubin: bytes) -> str:
+def longest_loop(cubin: bytes) -> int:
     """The most instructions from a branch's target to the branch that goes back to it."""
     branch = r"/\*([0-9a-f]{4,})\*/.*\bBRA\b.*?0x([0-9a-f]+)"
     found = re.findall(branch, disassemble(cubin, "-sass"))
     spans = [int(at, 16) - int(target, 16) for at, target in found]
-    return str(max([0, *(x // 16 + 1 for x in spans if x > 0)]))
+    return max([0, *(x // 16 + 1 for x in spans if x > 0)])
 
 
 def rule(dtype: torch.dtype, options: Options, T: int = 200, **gates: bool) -> None:
@@ -140,31 +147,30 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
 
 
 def compile_all(
-    capability: int, dtype: torch.dtype, only: list[str]
-) -> Iterator[tuple[str, list[Row]]]:
-    """(case, [(kernel, registers, stack, shared memory, longest loop)]) of every kind of call.
+    capability: int, dtype: torch.dtype, only: list[str], cases: Iterable[str] = CASES
+) -> Iterator[tuple[str, list[Kernel]]]:
+    """(case, its kernels) of every kind of call.
 
     only: parts of kernels' names; the others are left out.
     """
-    rows: list[Row] = []
+    found: list[Kernel] = []
     original = JITFunction.run
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool = False, **options: Any) -> Any:
         if only and not any(name in self.fn.__name__ for name in only):
             return None
         kernel = original(self, *args, grid=grid, warmup=True, **options)
-        cubin, shared = kernel.asm["cubin"], str(kernel.metadata.shared)
-        rows.append((self.fn.__name__, *resources(cubin), shared, longest_loop(cubin)))
+        found.append(Kernel(self.fn.__name__, kernel.asm["cubin"], kernel.metadata.shared))
         return kernel
 
     JITFunction.run = run
     driver.set_active(Absent(capability))
     for module in (kernels, convolution, layer_step, products):
         module.on_device = lambda x: nullcontext()  # type: ignore[attr-defined]
-    for name, case in CASES.items():
-        case(dtype)
-        yield name, list(dict.fromkeys(rows))
-        rows.clear()
+    for name in cases:
+        CASES[name](dtype)
+        yield name, list(dict.fromkeys(found))
+        found.clear()
 
 
 def main() -> None:
@@ -174,14 +180,17 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="parts of kernels' names")
     args = parser.parse_args()
     print(f"Triton {triton.__version__}, sm_{args.capability}")
-    for case, rows in compile_all(args.capability, getattr(torch, args.dtype), args.only):
+    for case, found in compile_all(args.capability, getattr(torch, args.dtype), args.only):
         print(case)
-        for name, registers, spills, shared, loop in rows:
-            print(
-                f"  {name:28s} {registers:>4s} registers {spills:>5s} bytes of stack "
-                f"{shared:>7s} shared {loop:>5s} instructions in a loop",
-                flush=True,
+        lines = {}  # a dict: in order, and kernels that differ in nothing printed once
+        for name, cubin, shared in found:
+            registers, stack = resources(cubin)
+            line = (
+                f"  {name:28s} {registers:>4s} registers {stack:>5s} bytes of stack "
+                f"{shared:>7d} shared {longest_loop(cubin):>5d} instructions in a loop"
             )
+            lines[line] = None
+        print("\n".join(lines), flush=True)
 
 
 if __name__ == "__main__":

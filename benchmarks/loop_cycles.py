@@ -1,6 +1,6 @@
 """Estimate what a loop of a walk takes from its machine code, where there is no GPU.
 
-    python -m benchmarks.loop_cycles token_scan_kernel token_scan_reverse_kernel
+    python -m benchmarks.loop_cycles token_scan
 
 For a kernel that runs as one warp: instructions are issued in order, each after the stall that the
 compiler wrote into the one before and after the scoreboards that it waits for. Printed are the
@@ -10,12 +10,11 @@ latencies below are assumed, and caches of instructions and conflicts of pipes a
 
 import re
 import sys
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from benchmarks import compile_kernels
-from benchmarks.compile_kernels import CASES, compile_all, disassemble
+from benchmarks.compile_kernels import compile_all, disassemble
 
 LATENCIES = {"SHFL": 23, "MUFU": 20, "S2R": 30, "R2UR": 12, "LDS": 30, "LDC": 40}
 OTHER, READ = 15, 12  # another instruction that sets a scoreboard; until one has read its operands
@@ -74,21 +73,11 @@ def cycles(loop: list[Instruction], load: int) -> float:
 
 
 def main(names: list[str]) -> None:
-    cubins: list[bytes] = []
-    original = compile_kernels.resources
-
-    def keep(cubin: bytes) -> Any:
-        cubins.append(cubin)
-        return original(cubin)
-
-    compile_kernels.resources = keep
-    for case in [x for x in CASES if x != "retention, box"]:
-        del CASES[case]
-    for _, rows in compile_all(90, torch.bfloat16, names):
-        for row, cubin in zip(rows, cubins):
-            for loop in loops(decode(cubin)):
+    for _, kernels in compile_all(90, torch.bfloat16, names, ["retention, box"]):
+        for kernel in kernels:
+            for loop in loops(decode(kernel.cubin)):
                 found = ", ".join(f"{cycles(loop, load):.0f}" for load in LOADS)
-                print(f"{row[0]}: {len(loop)} instructions, {found} cycles at {LOADS} a load")
+                print(f"{kernel.name}: {len(loop)} instructions, {found} cycles at {LOADS} a load")
 
 
 if __name__ == "__main__":

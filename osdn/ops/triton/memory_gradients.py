@@ -170,8 +170,8 @@ def dlog_alpha_kernel(
     """dlog_alpha [B, T, H]. Grid: spans · H. SIZE: tokens of a span; NK: blocks of K.
 
     Of the memory S̃_t that token t finds, dlog α_t = ⟨S̃_t, dS̃_t⟩, and from one token to the next it
-    loses m_t = ⟨q, dq⟩ + ⟨k, dk⟩ − ⟨w, dw⟩. It is known where the span starts (found), and is 0 where
-    α_t is 0. The sum starts again from there, so that no earlier rounding reaches later tokens.
+    loses m_t = ⟨q, dq⟩ + ⟨k, dk⟩ − ⟨w, dw⟩. It is known where the span starts (found), and is 0
+    where α_t is 0. The sum starts again there, so that no earlier rounding reaches later tokens.
     """
     i_h = tl.program_id(0) % H
     i_s = tl.program_id(0) // H

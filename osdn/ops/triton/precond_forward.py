@@ -95,7 +95,7 @@ def inverse_kernel(
         _couple(G00, b0, pre0, b0 * eta, post0),
         _couple(G10, b1, pre1, b0 * eta, post0),
         _couple(G11, b1, pre1, b1 * eta, post1),
-        scratch + tl.program_id(0).to(tl.int64) * 2048,
+        scratch + tl.program_id(0).to(tl.int64) * SCRATCH,
         PREC,
     )
     store_blocks(inverse + row * BT, H * BT, left, X)
@@ -172,7 +172,7 @@ def chunk_inverse(
     T, H, K = k.shape[1:]
     kept = inverse_like(k)
     inverse = kept if kept.dtype == torch.float32 else torch.empty_like(kept, dtype=torch.float32)
-    scratch = inverse.new_empty(chunks.bound * H * SCRATCH)
+    scratch = inverse.new_empty(chunks.bound * H * SCRATCH.value)
     inverse_kernel[(chunks.bound * H,)](
         k, beta, beta if log_gamma is None else log_gamma, inverse, kept, scratch,
         chunks.cu_seqlens, chunks.indices, rule.eta, T,

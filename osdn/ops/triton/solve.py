@@ -13,7 +13,7 @@ the entries of L that it multiplies them by, so that no row has to be picked out
 import triton
 import triton.language as tl
 
-SCRATCH = 2048  # float32 numbers a program
+SCRATCH = tl.constexpr(2048)  # float32 numbers a program
 
 
 @triton.jit

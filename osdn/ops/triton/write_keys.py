@@ -151,7 +151,7 @@ def write_keys_kernel(
         L00, L10, L11 = L00 * D00, L10 * D10, L11 * D11
         D = (D00, D10, D11)
         store_transposed_blocks(between + row * BT, H * BT, left, D)
-    X = invert(L00, L10, L11, scratch + tl.program_id(0).to(tl.int64) * 2048, SOLVE)
+    X = invert(L00, L10, L11, scratch + tl.program_id(0).to(tl.int64) * SCRATCH, SOLVE)
     store_blocks(A + row * BT, H * BT, left, X)
 
 
@@ -173,7 +173,7 @@ def write_keys(
     write_keys_kernel[(chunks.bound * H,)](
         k, beta, beta if log_gamma is None else log_gamma,
         beta if log_alpha is None else log_alpha, x, starts, w, A, *memory_decay,
-        A.new_empty(chunks.bound * H * SCRATCH, dtype=torch.float32),
+        A.new_empty(chunks.bound * H * SCRATCH.value, dtype=torch.float32),
         chunks.cu_seqlens, chunks.indices, rule.eta, T,
         H=H, K=K, BT=CHUNK, HAS_GAMMA=log_gamma is not None, HAS_ALPHA=log_alpha is not None,
         BETA_AWARE=rule.beta_aware, IS_VARLEN=chunks.indices is not None,
