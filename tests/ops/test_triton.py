@@ -269,17 +269,28 @@ def test_chunks_of_packed_sequences():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_custom_operator_contract():
-    inputs = make_inputs(1, 17, 1, 16, 16, dtype=torch.float32)
-    x = on_device(inputs | {"log_alpha": -torch.rand(1, 17, 1), "cu_seqlens": None})
+@pytest.mark.parametrize(
+    "box, offsets",
+    [((None, None), None), pytest.param((0.7, 0.8), [0, 1, 17], marks=pytest.mark.slow)],
+    ids=["free", "box, packed"],
+)
+def test_custom_operator_contract(box, offsets):
+    """`saved_like` among it: what is kept for a decay, and with a box."""
+    inputs = make_inputs(1, 17, 1, 16, 16, alpha=True, sequences=offsets and 2, dtype=torch.float32)
+    x = on_device(inputs)
     tensors = [x[name] for name in Operands._fields[:-1]]
-    torch.library.opcheck(
-        BACKENDS["triton"].rule, (*tensors, None, 1.0, True, None, None, 0.25, True)
-    )
-    token = [x if x is None else x.detach()[:, 0].contiguous() for x in tensors[:6]]
-    states = [x.detach() for x in tensors[6:]]
+    cu_seqlens = None if offsets is None else torch.tensor(offsets, device=DEVICE)
+    rule = (1.0, True, *box, 0.25)
+    torch.library.opcheck(BACKENDS["triton"].rule, (*tensors, cu_seqlens, *rule, True))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_custom_operator_contract_of_a_step():
+    x = on_device(make_inputs(1, 1, 1, 16, 16, alpha=True, dtype=torch.float32))
+    tensors = [x[name].detach() for name in Operands._fields[:-1]]
+    token = [x[:, 0].contiguous() for x in tensors[:6]]
     for slots in (None, torch.zeros(1, dtype=torch.int64, device=DEVICE)):
-        arguments = (*token, *states, slots, slots, 1.0, True, None, None, 0.25)
+        arguments = (*token, *tensors[6:], slots, slots, 1.0, True, None, None, 0.25)
         torch.library.opcheck(BACKENDS["triton"].step, arguments)
 
 
