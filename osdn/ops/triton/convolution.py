@@ -26,7 +26,7 @@ from torch import Tensor
 from osdn.ops.convolution import L2_EPS, ages_of
 from osdn.ops.triton.chunks import ceil_div, on_device, power_of_two
 
-# Numbers of a tile, tokens of a run, warps of a program, tokens under way at once; measured on an
+# Numbers of a tile, tokens of a run, warps of a program, rounds under way at once; measured on an
 # H200 (docs/log/2026-11-29-gpu.md). The backward makes du of W−1 more tokens than a run has.
 FORWARD = {"elements": 512, "length": 64, "warps": 2, "stages": 3}
 BACKWARD = {"elements": 512, "length": 128, "warps": 2, "stages": 2}
