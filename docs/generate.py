@@ -48,6 +48,7 @@ STUDIES = (  # packed records, and the study whose runs they are
     ("language", "language"),
     ("longer_2026_11_26", "language"),
     ("repeats", "repeats"),
+    ("repeats_1200", "repeats_1200"),
 )
 
 
@@ -204,9 +205,11 @@ def tables_page() -> str:
         "Student's t over seeds. Differences are paired by seed. [Quality](quality.md) describes "
         "the experiments, and keeps the tables whose records are lost.\n",
     ]
-    for title, tables in study_tables().items():
+    for title, result in study_results().items():
         parts.append(f"## {title}\n")
-        parts += [markdown(drop_empty(one)) + "\n" for one in tables]
+        parts += [markdown(drop_empty(one)) + "\n" for one in result["tables"]]
+        if missing := result["protocol"].get("not run"):
+            parts.append(f"No record here: {'; '.join(missing)}.\n")
     return "\n".join(parts)
 
 
@@ -225,20 +228,20 @@ def drop_empty(table: dict[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def study_tables() -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
+def study_results() -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
     for packed, recipe in STUDIES:
         with TemporaryDirectory() as directory:
             study, records = read(packed, recipe, Path(directory))
             for name in study.mqar:
                 if grid := mqar_points(study, records, name):
-                    found[f"MQAR: {name}"] = mqar_result(study, name, grid)["tables"]
+                    found[f"MQAR: {name}"] = mqar_result(study, name, grid)
             of = "" if packed == recipe else f" ({packed})"
             for name in study.language:
                 if result := language_result(study, records, name):
-                    found[f"Language models: {name}{of}"] = result["tables"]
+                    found[f"Language models: {name}{of}"] = result
             if not of and (result := pooled_result(study, records)):
-                found["Language models: all experiments"] = result["tables"]
+                found["Language models: all experiments"] = result
     return found
 
 
@@ -261,7 +264,7 @@ def select(table: dict[str, Any], rows: dict[str, str], columns: dict[str, str],
 
 def findings_tables() -> dict[str, str]:
     """The short tables of the findings page, by their marker."""
-    found = study_tables()
+    found = {title: result["tables"] for title, result in study_results().items()}
     (pooled,) = found["Language models: all experiments"]
     language = {
         "bits per byte, validation": "bits per byte, trained length",
@@ -285,7 +288,26 @@ def findings_tables() -> dict[str, str]:
             pooled, language, {"OSDN": "OSDN", "OSDN, APF": "OSDN with APF"}, "measure"
         ),
         "mqar": select(by_mixer, shown, columns, "mixer"),
+        "repeats": repeats_table(
+            found["Language models: recall"], found["Language models: on_a_decay"]
+        ),
     }
+
+
+def repeats_table(*experiments: list[dict[str, Any]]) -> str:
+    """A row for each pair of variants that ran: loss on AR hits at two lengths, the difference."""
+    lines = ["| loss on AR hits | seeds | 1,024 tokens | 10,240 tokens |", "|---|---|---|---|"]
+    measures = [f"{one} tokens, loss on AR hits" for one in ("repeats, 1,024", "ten times, 10,240")]
+    for means, less in experiments:
+        first = means["columns"][1]
+        seeds = dict(zip(means["columns"], next(r for r in means["rows"] if r[0] == measures[0])))
+        rows = {row[0]: dict(zip(less["columns"], row)) for row in less["rows"]}
+        for label in less["columns"][1:]:
+            count = re.search(r"n=(\d+)", seeds[label])
+            cells = [rows[measure][label] for measure in measures]
+            name = f"{label} less {first}"
+            lines.append("| " + " | ".join([name, count[1] if count else "", *cells]) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def insert(page: str, tables: dict[str, str]) -> str:

@@ -31,7 +31,10 @@ def paired(found: Found, one: str, first: str) -> list[Pair]:
 
 
 def language_result(study: Study, records: Records, name: str) -> Result | None:
-    """A row a measure, a column a variant: mean over the seeds, and the difference to the first."""
+    """A row a measure, a column a variant: mean over the seeds, and the difference to the first.
+
+    Variants without a record have no column; the protocol names them.
+    """
     experiment = study.language[name]
     found = finished(study, records, name)
     if not found:
@@ -46,8 +49,10 @@ def language_result(study: Study, records: Records, name: str) -> Result | None:
             for title, shape, points in _curves(record["outcome"]):
                 curves.setdefault(title, {}).setdefault(label, []).append(points)
                 shapes[title] = shape
-    labels = experiment.labels()
-    first, *others = labels
+    first = experiment.labels()[0]
+    labels = [label for label in experiment.labels() if label in found]
+    others = [label for label in labels if label != first] if first in found else []
+    missing = [label for label in experiment.labels() if label not in found]
     rows = [[m, *(_cell(by.get(one, {})) for one in labels)] for m, by in measures.items()]
     pairs = {one: paired(found, one, first) for one in others}
     tables = [
@@ -64,7 +69,10 @@ def language_result(study: Study, records: Records, name: str) -> Result | None:
     ]
     return make_result(
         "study",
-        protocol={"protocol": f"{name}: {experiment.question}"},
+        protocol={
+            "protocol": f"{name}: {experiment.question}",
+            **({"not run": missing} if missing else {}),
+        },
         model=None,
         samples=sum(map(len, found.values())),
         scores=[],

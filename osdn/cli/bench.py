@@ -11,6 +11,7 @@ the rounds, with the spread (third quartile less first, over the median).
 from __future__ import annotations
 
 import argparse
+import inspect
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -27,7 +28,7 @@ from osdn.errors import UserError
 from osdn.ops import online_scaled_delta_rule, online_scaled_delta_step
 from osdn.system.files import write_json
 
-PARTS = ("operator", "decode", "table", "model")
+PARTS = ("operator", "decode", "table", "packed", "gated", "model")
 SHAPES = ((16, 4096, 16, 128), (1, 65536, 16, 128))  # B, T, H, K = V
 BATCHES = (1, 8, 64, 256)  # of decoding
 # Of the table: T from 1k to 256k, batch × heads from 8 to 512, at most 4 Mi token-heads each.
@@ -38,8 +39,12 @@ TABLE = tuple(
     if B * 8 * T <= 2**22
 )
 TABLE_NAMES = ("osdn", "delta rule (eta 0)", "FLA chunk_delta_rule", "FlashQLA")
+PACKED = {"one of 40,000": (40_000,), "1,000 of 40": (40,) * 1000}  # lengths
+GATED_SHAPE = (4, 4096, 16, 128)
+GATED_NAMES = ("osdn decay APF", "gated delta rule (eta 0)", "FlashQLA gated")
 BOX = {"precond_min": 0.0, "precond_max": 2.0}  # unit keys and d_1 = 1 never leave it
 TIGHT = {"precond_min": 0.9, "precond_max": 1.1}  # left at once from d_1 = 1 ± 0.3
+Candidates = dict[str, tuple[Callable[..., Tensor], dict[str, Tensor]]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--parts", nargs="+", choices=PARTS, default=["operator", "decode", "model"],
-        help="what to time; table: the operator over lengths and batches (default: all but table)",
+        help="what to time; table: the operator over lengths and batches; packed: short sequences; "
+        "gated: beside transformers' PyTorch functions (default: operator decode model)",
     )  # fmt: skip
     parser.add_argument(
         "--model", type=_model, default=(8, 4096, 24), metavar="B,T,LAYERS",
@@ -87,6 +93,10 @@ def run(args: argparse.Namespace) -> None:
     if "table" in args.parts:
         shapes = [operator(shape, args.rounds, TABLE_NAMES) for shape in TABLE]
         report["table"] = [row for rows in shapes for row in rows]
+    if "packed" in args.parts:
+        report["packed"] = [row for name in PACKED for row in packed(name, args.rounds)]
+    if "gated" in args.parts:
+        report["gated"] = operator(GATED_SHAPE, args.rounds, GATED_NAMES, _transformers_gated)
     if "model" in args.parts:
         report["model"] = model_step(args.model, args.rounds, take_turns)
     if args.output:
@@ -172,16 +182,31 @@ def _flash_qla() -> Callable[..., Any] | None:
     return chunk_gated_delta_rule
 
 
-def variants(shape: tuple[int, ...]) -> dict[str, tuple[Callable[..., Tensor], dict[str, Tensor]]]:
+def _transformers_gated(shape: tuple[int, ...]) -> Candidates:
+    """The gated delta rule as transformers runs it without flash-linear-attention."""
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+    plain = inspect.unwrap(torch_chunk_gated_delta_rule)  # its wrapper would take FLA's
+
+    def rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> Tensor:
+        return plain(q, k, v, g, beta)[0]
+
+    gate = logsigmoid(torch.randn(shape[:3], device="cuda") + 4).requires_grad_()
+    return {"transformers, PyTorch": (rule, make_inputs(*shape) | {"g": gate})}
+
+
+def variants(shape: tuple[int, ...], cu_seqlens: Tensor | None = None) -> Candidates:
     """Each candidate of the operator: a function of its tensors, and the tensors."""
     inputs = make_inputs(*shape)
+    packs = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
     precond = torch.ones(shape[2], shape[3], device="cuda", requires_grad=True)
     apart = (1 + 0.3 * torch.randn_like(precond.detach())).requires_grad_()
     log_gamma = logsigmoid(torch.randn(shape[:3], device="cuda") + 6.9).requires_grad_()
     log_alpha = logsigmoid(torch.randn(shape[:3], device="cuda") + 4).requires_grad_()
 
     def ours(**options: Any) -> Callable[..., Tensor]:
-        return lambda **tensors: online_scaled_delta_rule(**tensors, **options, backend="triton")[0]
+        options |= {"backend": "triton"} | packs
+        return lambda **tensors: online_scaled_delta_rule(**tensors, **options)[0]
 
     learned = inputs | {"initial_precond": precond}
     forgetting = learned | {"log_gamma": log_gamma}
@@ -197,20 +222,35 @@ def variants(shape: tuple[int, ...]) -> dict[str, tuple[Callable[..., Tensor], d
     fla = _fla_delta_rule()
     if fla is not None:
         half = inputs | {"beta": inputs["beta"].detach().bfloat16().requires_grad_()}
-        found["FLA chunk_delta_rule"] = (lambda **tensors: fla(**tensors)[0], half)
+        found["FLA chunk_delta_rule"] = (lambda **tensors: fla(**tensors, **packs)[0], half)
     flash = _flash_qla()
     if flash is not None and shape[3] == 128:
         none = torch.zeros_like(log_alpha)
-        found["FlashQLA gated"] = (lambda **x: flash(**x)[0], inputs | {"g": log_alpha})
-        found["FlashQLA"] = (lambda **x: flash(**x, g=none)[0], inputs)
+        found["FlashQLA gated"] = (lambda **x: flash(**x, **packs)[0], inputs | {"g": log_alpha})
+        found["FlashQLA"] = (lambda **x: flash(**x, g=none, **packs)[0], inputs)
     return found
 
 
+def packed(name: str, rounds: int) -> list[dict[str, Any]]:
+    """The operator over packed sequences of the lengths that PACKED names."""
+    lengths = torch.tensor((0, *PACKED[name]), device="cuda")
+    print(f"\n{name} tokens, packed:", end="")
+    only = (*TABLE_NAMES, "osdn beta-aware APF")
+    shape = (1, int(lengths.sum()), 16, 128)
+    return operator(shape, rounds, only, cu_seqlens=lengths.cumsum(0))
+
+
 def operator(
-    shape: tuple[int, ...], rounds: int, only: tuple[str, ...] | None = None
+    shape: tuple[int, ...],
+    rounds: int,
+    only: tuple[str, ...] | None = None,
+    more: Callable[[tuple[int, ...]], Candidates] | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> list[dict[str, Any]]:
     """Forward, forward and backward, and peak extra memory of every variant at one size."""
-    found = {n: x for n, x in variants(shape).items() if only is None or n in only}
+    found = {n: x for n, x in variants(shape, cu_seqlens).items() if only is None or n in only}
+    if more is not None:
+        found |= more(shape)
     do = torch.randn(shape, device="cuda").bfloat16()
 
     def forward(name: str) -> None:

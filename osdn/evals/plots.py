@@ -1,6 +1,7 @@
 """Plots of results: curves with their spread, strips, and heat maps, as PNG files or bytes."""
 
 import io
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,28 @@ from osdn.system.files import write_whole
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 MARKERS, LINES = "osD^vP*X", ("-", "--", ":", "-.")  # told apart without colours, too
 DPI = 110
+TITLE = 56  # characters of a title's line: what fits over a panel at 10 points
 
 
 def plain(text: Any) -> str:
     """Text that matplotlib draws as it is: no formula between dollars, no label that it hides."""
     shown = str(text).replace("$", r"\$")
     return " " + shown if shown.startswith("_") else shown  # which a legend leaves out
+
+
+def set_title(axes: Axes, title: Any) -> None:
+    """The title over a panel, no wider than it: a long one breaks after its last comma."""
+    parts = [plain(title)]
+    if len(parts[0]) > TITLE and ", " in parts[0]:
+        head, _, tail = parts[0].rpartition(", ")
+        parts = [f"{head},", tail]
+    axes.set_title("\n".join(textwrap.fill(part, TITLE) for part in parts), fontsize=10)
+
+
+def set_rows(axes: Axes, labels: list[str]) -> None:
+    """One row a label, from the top, at equal distances."""
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
 
 
 def draw_curves(axes: Axes, curves: dict[str, Any]) -> None:
@@ -47,7 +64,7 @@ def draw_curves(axes: Axes, curves: dict[str, Any]) -> None:
             axes.set_yticks([], minor=True)
         axes.yaxis.set_major_formatter("{x:g}")
     axes.set(xlabel=plain(curves["x"]), ylabel=plain(curves["y"]))
-    axes.set_title(plain(curves["title"]), fontsize=10)
+    set_title(axes, curves["title"])
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if len(curves["series"]) > 6:  # below, where it hides nothing
@@ -64,10 +81,9 @@ def draw_strip(axes: Axes, strip: dict[str, Any]) -> None:
         colour = COLOURS[i % len(COLOURS)]
         axes.plot(values, [i] * len(values), "o", color=colour, alpha=0.6, markersize=5)
         axes.plot([sum(values) / len(values)], [i], "|", color=colour, markersize=14, mew=2.5)
-    axes.set_yticks(range(len(strip["series"])), [plain(x) for x in strip["series"]], fontsize=8)
-    axes.invert_yaxis()
+    set_rows(axes, [plain(x) for x in strip["series"]])
     axes.set(xlabel=plain(strip["x"]), xlim=(-0.02, 1.02))
-    axes.set_title(plain(strip["title"]), fontsize=10)
+    set_title(axes, strip["title"])
     axes.grid(axis="x", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -81,11 +97,10 @@ def draw_differences(axes: Axes, strip: dict[str, Any]) -> None:
         if one["interval"]:
             axes.plot(one["interval"], [i, i], "-", color=colour, linewidth=2)
     axes.axvline(0, color="#888888", linewidth=1)
-    labels = [f"{plain(x)}, n={len(one['values'])}" for x, one in strip["series"].items()]
-    axes.set_yticks(range(len(labels)), labels, fontsize=8)
-    axes.invert_yaxis()
+    set_rows(axes, [f"{plain(x)}, n={len(one['values'])}" for x, one in strip["series"].items()])
+    axes.locator_params(axis="x", nbins=6)
     axes.set(xlabel=plain(strip["x"]))
-    axes.set_title(plain(strip["title"]), fontsize=10)
+    set_title(axes, strip["title"])
     axes.grid(axis="x", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -96,25 +111,30 @@ def draw_map(axes: Axes, grid: dict[str, Any]) -> None:
     axes.set_xticks(range(len(grid["columns"])), [plain(x) for x in grid["columns"]])
     axes.set_yticks(range(len(grid["rows"])), [plain(x) for x in grid["rows"]])
     axes.set(xlabel=plain(grid["x"]), ylabel=plain(grid["y"]))
-    axes.set_title(plain(grid["title"]), fontsize=10)
+    set_title(axes, grid["title"])
     for i, row in enumerate(grid["values"]):
         for j, value in enumerate(row):
             ink = "black" if value > 0.6 else "white"
             axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=8)
 
 
+def height(entry: dict[str, Any]) -> float:
+    """Inches of a panel: a strip's follow its rows."""
+    if entry.get("strip") or entry.get("differences"):
+        return 1.2 + 0.28 * len(entry["series"])
+    return 3.7
+
+
 def figure(curves: list[dict[str, Any]], maps: list[dict[str, Any]]) -> Figure:
     """All curves, strips and maps side by side, two to a row."""
-    count = len(curves) + len(maps)
+    entries = [*curves, *maps]
+    count = len(entries)
     columns = min(2, count)
-    rows = -(-count // columns)
-    rows_of = [one["series"] for one in curves if one.get("strip") or one.get("differences")]
-    labels = max(map(len, rows_of), default=0)
-    size = (5.4 * columns, max(3.7, 0.9 + 0.26 * labels) * rows)
+    heights = [max(map(height, entries[i : i + columns])) for i in range(0, count, columns)]
     # Not pyplot: it keeps figures, and looks for a display.
-    page = Figure(figsize=size, layout="constrained", dpi=DPI)
-    grid = page.subplots(rows, columns, squeeze=False).flatten()
-    for axes, entry in zip(grid, [*curves, *maps]):
+    page = Figure(figsize=(5.4 * columns, sum(heights)), layout="constrained", dpi=DPI)
+    grid = page.subplots(len(heights), columns, squeeze=False, height_ratios=heights).flatten()
+    for axes, entry in zip(grid, entries):
         curve = draw_strip if entry.get("strip") else draw_curves
         curve = draw_differences if entry.get("differences") else curve
         (draw_map if entry in maps else curve)(axes, entry)

@@ -22,6 +22,13 @@ def check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None, cache: 
         raise ValueError(
             f"inputs_embeds: expected [B, T, D], got shape {list(inputs_embeds.shape)}"
         )
+    name, given = (
+        ("inputs_embeds", inputs_embeds) if input_ids is None else ("input_ids", input_ids)
+    )
+    if given is not None and not given.numel():
+        raise ValueError(
+            f"{name}: expected at least one sequence and one token, got shape {list(given.shape)}"
+        )
     if cache is not None and not isinstance(cache, Cache):
         raise ValueError(
             f"past_key_values: expected a transformers Cache, got {type(cache).__name__}; "

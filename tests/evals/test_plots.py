@@ -50,6 +50,24 @@ def test_a_logarithmic_axis_has_numbers_that_can_be_read(values, expected):
     assert not any(label.get_text() for label in axes.get_yticklabels(minor=True))
 
 
+def test_a_figure_of_differences_is_as_high_as_its_rows_and_holds_its_titles():
+    def differences(title, labels):
+        series = {x: {"values": [0.1, 0.2], "interval": [0.0, 0.3]} for x in labels}
+        return {"title": title, "x": "difference", "differences": True, "series": series}
+
+    long = "ten times, 10,240 tokens, loss on AR hits, less Gated DeltaNet"
+    few, many = differences(long, ["a"]), differences("short", [f"v{i}" for i in range(8)])
+    page = figure([few, few, many, many], [])
+    page.draw_without_rendering()
+    ends = [axes.title.get_window_extent() for axes in page.axes]
+    assert all(end.x0 >= 0 and end.x1 <= page.bbox.width for end in ends)
+    assert ends[0].x1 < ends[1].x0
+    heights = [figure([one], []).get_figheight() for one in (few, many)]
+    assert heights[1] - heights[0] == pytest.approx(7 * 0.28)  # seven rows more
+    head, tail = long.rsplit(" less", 1)
+    assert page.axes[0].get_title() == f"{head}\nless{tail}"
+
+
 @pytest.mark.parametrize(
     ("cell", "shown"), [("a|b", r"a\|b"), ("a\nb\r\nc", "a b c"), (1, "1"), ("", "")]
 )

@@ -238,3 +238,12 @@ def test_compiled_model_gives_the_same_loss_and_gradient(mixer):
 def test_input_ids_and_embeddings_exclude_each_other():
     with pytest.raises(ValueError, match="exactly one"):
         build()()
+
+
+@pytest.mark.parametrize("shape", [(1, 0), (0, 5)])
+def test_an_empty_batch_is_refused_by_its_name(shape):
+    model = build()
+    with pytest.raises(ValueError, match=r"^input_ids: expected at least one"):
+        model(torch.zeros(shape, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"^inputs_embeds: expected at least one"):
+        model(inputs_embeds=torch.zeros(*shape, SIZES["hidden_size"]))

@@ -58,6 +58,7 @@ def test_mqar_runs_are_built_as_their_specs_say():
         pytest.param("language", "language", 31, marks=pytest.mark.slow),
         ("language", "longer_2026_11_26", 4),
         pytest.param("repeats", "repeats", 20, marks=pytest.mark.slow),
+        ("repeats_1200", "repeats_1200", 9),
     ],
 )
 def test_the_records_that_are_kept_are_runs_of_the_recipes(study, kept, count, tmp_path):
@@ -152,6 +153,30 @@ def test_the_pairs_of_two_corpora_are_those_of_the_page(tmp_path):
     assert len(forgetting) == 5
     assert said(forgetting, "perplexity, bits per byte", 4) == "-0.0182 [-0.0213, -0.0150]"
     said(forgetting, "recall, once, contains", 3)
+
+
+def test_variants_that_have_not_run_have_no_column(tmp_path):
+    study, records = load_study(STUDY / "repeats_1200.yaml"), Records(tmp_path)
+    merge(records, [STUDY.parent / "records" / "repeats_1200.jsonl.xz"])
+    found = finished(study, records, "recall")
+    result = language_result(study, records, "recall")
+    labels = study.language["recall"].labels()
+    means, less = (table["columns"][1:] for table in result["tables"])
+    assert means == [label for label in labels if label in found] and less == means[1:]
+    missing = result["protocol"].get("not run", [])
+    assert missing == [label for label in labels if label not in found]
+    # Without the first variant there is nothing to compare with.
+    for record in found["DeltaNet"].values():
+        del records.found[record["name"]]
+    (table,) = language_result(study, records, "recall")["tables"]
+    assert table["columns"][1:] == means[1:]
+
+
+def test_the_text_of_the_repeats_has_one_version_a_package():
+    lines = (STUDY / "packages.txt").read_text().splitlines()
+    names = [line.partition("==")[0] for line in lines]
+    assert all(re.fullmatch(r"[a-z\d-]+==[\w.]+", line) for line in lines)
+    assert names == sorted(set(names)) and len(names) == 129
 
 
 def test_language_models_are_matched_and_their_evaluations_parse():
