@@ -34,7 +34,8 @@ def test_a_cache_is_read_where_it_is_not_written(mixer):
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_gradients_go_through_a_cache(mixer):
     """Those of a sequence in pieces are the whole one's; and those after a prefix without any."""
-    model, ids = build(mixer, forgetting="data"), tokens()
+    # In float64: how much float32 rounds here is the processor's affair.
+    model, ids = build(mixer, forgetting="data").double(), tokens()
     names, parameters = zip(*model.named_parameters())
     expected = torch.autograd.grad(model(ids).logits[:, 6:].square().sum(), parameters)
     cache, logits = OSDNCache(model.config), []
@@ -42,7 +43,7 @@ def test_gradients_go_through_a_cache(mixer):
         logits.append(model(piece, past_key_values=cache, use_cache=True).logits)
     found = torch.autograd.grad(torch.cat(logits[1:], 1).square().sum(), parameters)
     for name, actual, wanted in zip(names, found, expected):
-        assert_close(actual, wanted, 2e-5, name)
+        assert_close(actual, wanted, 1e-11, name)
     with torch.no_grad():
         cache = model(ids[:, :6], use_cache=True).past_key_values
     model(ids[:, 6:], past_key_values=cache, use_cache=True).logits.square().sum().backward()
