@@ -106,11 +106,12 @@ def wait_for_lines(out: Path, lines: int, process: Any) -> None:
 
 
 def assert_close(curve: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    """The same lines, numbers within 1e-6: the sums of gradients are in another order."""
+    """The same lines, numbers within 3e-6: the sums of gradients are in another order, and how much
+    float32 rounds then depends on the processor (1.02e-6 was seen)."""
     assert [line.keys() for line in curve] == [line.keys() for line in expected]
     for line, wanted in zip(curve, expected):
         assert line == {
-            k: pytest.approx(v, rel=1e-6) if isinstance(v, float) else v for k, v in wanted.items()
+            k: pytest.approx(v, rel=3e-6) if isinstance(v, float) else v for k, v in wanted.items()
         }
 
 
